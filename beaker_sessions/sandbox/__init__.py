@@ -1,0 +1,196 @@
+"""The interface between the executor and whatever runs containers. Drivers: `docker`, `oci`, `fake`.
+
+Owns: the values that cross this border. Drivers translate their engine's failures into `errors.Error` here and nowhere
+else; a driver never decides policy (who may have what): the executor computes a `Spec` and the driver obeys.
+
+A sandbox is found again after any restart by its labels alone; a driver keeps no state of its own that cannot be
+rebuilt from `list`. All methods block, are safe to call from several threads, and are bounded in time.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Protocol
+
+from ..model import Identity, Pull
+
+LABEL = "beaker.session"  # every sandbox carries it, its value is the session's id
+# Docker's own convention, so that the executor of one state directory never touches the sandboxes of another.
+LABEL_OWNER = "beaker.executor"
+
+
+@dataclass(frozen=True)
+class Image:
+    """A local image. id: the engine's content id. reference: what the user typed, normalised. env: `NAME=value` pairs."""
+
+    id: str
+    reference: str
+    env: tuple[str, ...] = ()
+    size: int = 0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a pull is. done and total: bytes over all layers known so far; layers: (finished, known)."""
+
+    done: int
+    total: int
+    layers: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Mount:
+    """A bind mount. `source` may be `/proc/<pid>/fd/<n>`, a directory pinned by the executor."""
+
+    source: str
+    target: str
+    read_only: bool = False
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything about one sandbox. Pure data, computed by `executor.plan`.
+
+    command: what to run after init; empty means the image's best shell (`bash`, else `sh`). env: complete additions and
+    overrides over the image's; a value of None removes the image's variable. identity: the user it runs as, whose
+    passwd and group entries must resolve in any image. cpu_weight: relative share, 1 to 10000, 100 is Docker's 1024
+    shares. memory: hard limit in bytes, 0 for none. gpus: CDI names; exactly these devices are reachable.
+    oom_score_adj: added to the badness of every process inside.
+    """
+
+    id: str
+    labels: Mapping[str, str]
+    image: Image
+    identity: Identity
+    command: tuple[str, ...] = ()
+    env: Mapping[str, str | None] = field(default_factory=dict)
+    workdir: str = "/"
+    hostname: str = "session"
+    mounts: tuple[Mount, ...] = ()
+    gpus: tuple[str, ...] = ()
+    cpu_weight: int = 100
+    memory: int = 0
+    shared_memory: int = 64 << 20
+    pids: int = 4096
+    oom_score_adj: int = 0
+    tty: bool = True
+    stdin: bool = True
+    host_network: bool = False
+
+
+class Framing(enum.StrEnum):
+    """How bytes are laid out on a terminal's descriptor.
+
+    raw: a stream of both directions. multiplexed: Docker's 8-byte frame headers (stream, 3 zero bytes, big-endian
+    length) from the sandbox, raw towards it. conmon: a SOCK_SEQPACKET whose packets start with one byte, 2 for output and
+    3 for errors, raw towards it. Half-closing the descriptor for writing closes the sandbox's standard input.
+    """
+
+    RAW = "raw"
+    MULTIPLEXED = "multiplexed"
+    CONMON = "conmon"
+
+
+@dataclass(frozen=True)
+class Terminal:
+    """An open connection to a process's standard streams. Whoever holds `fd` owns and closes it.
+
+    fd survives the executor: the caller passes it to the command line, which talks to the engine directly. replay:
+    recent output that precedes what `fd` will deliver, without a gap or a repetition.
+    """
+
+    fd: int
+    framing: Framing
+    replay: bytes = b""
+
+
+class Status(enum.StrEnum):
+    CREATED = "created"
+    RUNNING = "running"
+    EXITED = "exited"
+
+
+@dataclass(frozen=True)
+class Found:
+    """One sandbox that exists. exit_code: 128 + signal for a killed main process; None unless exited.
+
+    oom: some process of it was killed for memory. pid: of the init on the host, 0 unless running.
+    """
+
+    id: str
+    labels: Mapping[str, str]
+    status: Status
+    pid: int = 0
+    exit_code: int | None = None
+    oom: bool = False
+    started: datetime | None = None
+    finished: datetime | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of `executor doctor`. level: ok, warning or error. mend: the command that mends it, or ""."""
+
+    level: str
+    what: str
+    mend: str = ""
+
+
+class Sandboxes(Protocol):
+    """A driver. `id` is always the session's id, as given in `Spec.id`."""
+
+    name: str
+
+    def image(self, reference: str, pull: Pull, progress: Callable[[Progress], None]) -> Image:
+        """The local image for `reference`, fetched first if `pull` says so.
+
+        Raises Error not_found (with what was tried), unauthorized, unavailable, storage_full or invalid (grammar).
+        """
+
+    def create(self, spec: Spec) -> None:
+        """Make the sandbox without running anything. Repeating it for the same id is a conflict."""
+
+    def attach(self, id: str, *, replay: bool) -> Terminal:
+        """Connect to the main process, before or after `start`; `replay` asks for the last 64 KiB of its output."""
+
+    def start(self, id: str, size: tuple[int, int] | None) -> None:
+        """Start the main process. With a size (rows, columns) its terminal has that size before it runs anything.
+
+        Idempotent: a start that was interrupted half-way is completed by calling it again.
+        """
+
+    def resize(self, id: str, size: tuple[int, int], process: str = "") -> None:
+        """Set the terminal's size of the main process, or of the `exec` with that handle. Silent if it has ended."""
+
+    def exec(
+        self, id: str, command: tuple[str, ...], *, env: Mapping[str, str], identity: Identity, workdir: str,
+        size: tuple[int, int] | None, stdin: bool,
+    ) -> tuple[str, Terminal]:
+        """Start another process (a shell when `command` is empty), with a terminal if there is a size: its handle and streams."""
+
+    def exec_exit(self, id: str, handle: str) -> int:
+        """The exit code of an `exec` of this sandbox whose streams have closed; waits for it. not_found for another's handle."""
+
+    def signal(self, id: str, signal: int) -> None:
+        """Send a signal to the main process. Silent if it has ended."""
+
+    def stop(self, id: str, grace: float) -> None:
+        """Ask the main process to end (SIGHUP with a terminal, else SIGTERM), kill everything after `grace` seconds."""
+
+    def remove(self, id: str) -> None:
+        """Remove the sandbox and all that belongs to it, killing what runs. Silent if there is none."""
+
+    def list(self) -> list[Found]:
+        """Every sandbox of this executor, whatever its state."""
+
+    def watch(self) -> Iterator[str]:
+        """Ids whose state may have changed, forever; "" means anything may have. Ends when the engine goes away."""
+
+    def logs(self, id: str, limit: int) -> bytes:
+        """The last `limit` bytes of output, standard output and errors in the order they came."""
+
+    def check(self) -> list[Finding]:
+        """What `executor doctor` should say about the engine and the kernel."""
