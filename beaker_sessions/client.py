@@ -1,0 +1,230 @@
+"""The REST client of executor and command line. Its method names are those of `server.service`.
+
+Owns connections, retries and the translation of failures into `errors.Error`. Must import nothing but the standard
+library and `errors`, and must run on Python 3.9: the command line loads it. Answers are the JSON of the REST API, not
+validated: they come from the server that the user chose.
+
+A request that meets a closed connection is sent again, which is safe for all of them: creates carry an idempotency key,
+and everything else sets a value.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import quote, urlencode, urlsplit
+
+from .errors import Error
+
+JSON = dict[str, Any]
+
+
+class Client:
+    """One server, as one account. Safe to use from several threads.
+
+    address: as in `agent_address`, for example `http://127.0.0.1:8420`. timeout: seconds, for each wait on the network.
+    """
+
+    def __init__(self, address: str, token: str = "", timeout: float = 10.0) -> None:
+        parts = urlsplit(address if "://" in address else f"https://{address}")
+        try:
+            port = parts.port
+        except ValueError:
+            port = -1
+        if parts.scheme not in ("http", "https") or not parts.hostname or port == -1:
+            raise Error("invalid", f"{address!r} is not the address of a server", "for example http://127.0.0.1:8420")
+        if not token.isascii() or not token.isprintable():
+            raise Error("unauthorized", "the token contains characters that no token has", "copy it again")
+        self.address = address.rstrip("/")
+        self.token = token
+        self.timeout = timeout
+        self._https, self._host, self._port = parts.scheme == "https", parts.hostname, port
+        self._base = parts.path.rstrip("/") + "/api/v3/"
+        self._idle: list[http.client.HTTPConnection] = []
+
+    def close(self) -> None:
+        """Close the idle connections; the next call opens a new one."""
+        while self._idle:
+            self._idle.pop().close()
+
+    # accounts
+
+    def whoami(self) -> JSON:
+        return self._json("GET", "user")
+
+    def list_organizations(self) -> JSON:
+        return self._json("GET", "user/orgs")
+
+    def get_organization(self, org: str) -> JSON:
+        return self._json("GET", f"orgs/{_part(org)}")
+
+    def list_members(self, org: str) -> JSON:
+        return self._json("GET", f"orgs/{_part(org)}/members")
+
+    def get_account(self, account: str) -> JSON:
+        return self._json("GET", f"users/{_part(account)}")
+
+    def list_accounts(self) -> JSON:
+        return self._json("GET", "admin/users")
+
+    def create_account(self, body: JSON, key: str = "") -> JSON:
+        """The account, with its first token in `token`."""
+        return self._create("admin/users", body, key)
+
+    def list_tokens(self) -> JSON:
+        return self._json("GET", "auth/tokens")
+
+    def create_token(self, body: JSON | None = None, key: str = "") -> JSON:
+        """Without a body: a new token for this one, which ends. With one: another token, of that name and scope."""
+        return self._create("auth/tokens", body, key)
+
+    def revoke_token(self, id: str) -> None:
+        self._json("DELETE", f"auth/tokens/{_part(id)}")
+
+    # clusters and nodes
+
+    def list_clusters(self, org: str) -> JSON:
+        return self._json("GET", f"clusters/{_part(org)}")
+
+    def create_cluster(self, org: str, body: JSON, key: str = "") -> JSON:
+        return self._create(f"clusters/{_part(org)}", body, key)
+
+    def get_cluster(self, cluster: str) -> JSON:
+        """cluster: `org/name` or an id, here and below."""
+        return self._json("GET", f"clusters/{_path(cluster)}")
+
+    def update_cluster(self, cluster: str, body: JSON) -> JSON:
+        return self._json("PATCH", f"clusters/{_path(cluster)}", body)
+
+    def delete_cluster(self, cluster: str) -> None:
+        self._json("DELETE", f"clusters/{_path(cluster)}")
+
+    def list_nodes(self, cluster: str) -> JSON:
+        return self._json("GET", f"clusters/{_path(cluster)}/nodes")
+
+    def register_node(self, cluster: str, body: JSON) -> JSON:
+        """For executors. body: hostname, limits, instance."""
+        return self._create(f"clusters/{_path(cluster)}/nodes", body, "")
+
+    def get_node(self, node: str) -> JSON:
+        """node: an id or a hostname, here and below."""
+        return self._json("GET", f"nodes/{_part(node)}")
+
+    def update_node(self, node: str, body: JSON) -> JSON:
+        return self._json("PATCH", f"nodes/{_part(node)}", body)
+
+    def delete_node(self, node: str) -> None:
+        self._json("DELETE", f"nodes/{_part(node)}")
+
+    def heartbeat(self, node: str, body: JSON) -> JSON:
+        """For executors. body: instance, version, free, queue. Raises Error conflict when a newer instance is there."""
+        return self._json("POST", f"nodes/{_part(node)}/heartbeat", body)
+
+    # jobs
+
+    def list_jobs(self, **filters: str | bool | int | None) -> JSON:
+        """One page. filters: kind, node, cluster, author, finalized, scheduled, cursor, limit."""
+        query = {key: str(value).lower() if isinstance(value, bool) else value for key, value in filters.items()}
+        return self._json("GET", "jobs?" + urlencode({key: value for key, value in query.items() if value is not None}))
+
+    def create_job(self, body: JSON, key: str = "") -> JSON:
+        return self._create("jobs", body, key)
+
+    def get_job(self, id: str) -> JSON:
+        return self._json("GET", f"jobs/{_part(id)}")
+
+    def update_job(self, id: str, body: JSON) -> JSON:
+        return self._json("PATCH", f"jobs/{_part(id)}", body)
+
+    def report_job(self, id: str, body: JSON) -> JSON:
+        """For executors. body: a whole job with its revision."""
+        return self._json("PUT", f"jobs/{_part(id)}", body)
+
+    def get_logs(self, id: str) -> bytes:
+        return self._call("GET", f"jobs/{_part(id)}/logs")
+
+    def put_logs(self, id: str, output: bytes) -> None:
+        """For executors. output: the last 1 MiB of it."""
+        self._call("PUT", f"jobs/{_part(id)}/logs", output, {"Content-Type": "application/octet-stream"})
+
+    # plumbing
+
+    def jobs(self, **filters: str | bool | int | None) -> Iterator[JSON]:
+        """Every job of every page."""
+        while True:
+            page = self.list_jobs(**filters)
+            yield from page["data"]
+            if not page.get("next"):
+                return
+            filters["cursor"] = page["next"]
+
+    def _create(self, path: str, body: JSON | None, key: str) -> JSON:
+        return self._json("POST", path, body, {"Idempotency-Key": key or os.urandom(16).hex()})
+
+    def _json(self, method: str, path: str, body: JSON | None = None, headers: JSON | None = None) -> JSON:
+        data = None if body is None else json.dumps(body).encode()
+        answer = self._call(method, path, data, {"Content-Type": "application/json", **(headers or {})})
+        return self._decode(answer) if answer else {}
+
+    def _call(self, method: str, path: str, body: bytes | None = None, headers: JSON | None = None) -> bytes:
+        headers = {"Accept": "application/json", **(headers or {})}
+        if self.token:
+            headers["Authorization"] = f"Bearer {self.token}"
+        while True:
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                connection = self._connection()
+            fresh = connection.sock is None
+            try:
+                connection.request(method, self._base + path, body, headers)
+                response = connection.getresponse()
+                answer = response.read()
+            except (OSError, http.client.HTTPException) as error:
+                connection.close()
+                # A connection that was kept may have been closed meanwhile, which says nothing about the server.
+                if not fresh and not isinstance(error, TimeoutError):
+                    continue
+                reason = f"no server answers at {self.address}: {_reason(error)}"
+                raise Error("unavailable", reason, "is beaker-server running, and the address right?") from error
+            self._idle.append(connection)
+            break
+        if response.status < 400:
+            return answer
+        said = self._decode(answer)
+        if "message" not in said:
+            said = {
+                "message": f"{self.address} answered {response.status} {response.reason}",
+                "hint": "is this the address of a Beaker server?",
+            }
+        raise Error.from_dict({"code": response.status, **said})
+
+    def _connection(self) -> http.client.HTTPConnection:
+        if not self._https:
+            return http.client.HTTPConnection(self._host, self._port, timeout=self.timeout)
+        import ssl
+
+        context = ssl.create_default_context()
+        return http.client.HTTPSConnection(self._host, self._port, timeout=self.timeout, context=context)
+
+    def _decode(self, answer: bytes) -> JSON:
+        try:
+            value = json.loads(answer)
+        except ValueError:
+            value = None
+        return value if isinstance(value, dict) else {}
+
+
+def _part(text: str) -> str:
+    return quote(text, safe="")
+
+
+def _path(cluster: str) -> str:
+    return "/".join(_part(part) for part in cluster.split("/", 1))
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else "") or str(error) or type(error).__name__
