@@ -92,10 +92,12 @@ def load(
         elif f.metadata["key"] in flat:
             value, source = flat[f.metadata["key"]], f"{path or CONFIG}: {f.metadata['key']}"
         else:
-            value = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc]
+            value = f.default_factory() if f.default is MISSING else f.default  # type: ignore[operator,misc]
             source = ""
         if source and not _matches(value, hints[f.name]):
-            raise Error("invalid", f"{source}: {value!r} is not of the type {_name(hints[f.name])}", "correct the value")
+            raise Error(
+                "invalid", f"{source}: {value!r} is not of the type {_name(hints[f.name])}", "correct the value"
+            )
         values[f.name] = value
     return kind(**values)
 
@@ -110,7 +112,9 @@ def _read(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _flatten(tree: dict[str, Any], known: Mapping[str, Any], path: str, prefix: str = "") -> typing.Iterator[tuple[str, Any]]:
+def _flatten(
+    tree: dict[str, Any], known: Mapping[str, Any], path: str, prefix: str = ""
+) -> typing.Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         dotted = f"{prefix}{key}"
         if dotted in known:

@@ -15,6 +15,7 @@ from typing import Any
 
 from . import model
 from .bodies import Door, JobReport, Limits, SessionBody, check
+from .errors import Error
 from .grammar import exact_size, format_size, parse_duration, parse_size
 
 __all__ = ["exact_size", "format_size", "parse_duration", "parse_size"]  # with all that is defined here
@@ -28,6 +29,24 @@ def request(session: Any, *, tty: Any = True, stdin: Any = True, size: Any = Non
     body = check(SessionBody, session)
     door = check(Door, {"tty": tty, "stdin": stdin} | ({} if size is None else {"size": size}))
     return body.request(tty=door.tty, stdin=door.stdin, size=door.size)
+
+
+def window(size: Any) -> tuple[int, int]:
+    """(rows, columns) of a frame. Raises Error invalid."""
+    return check(Door, {"size": size}).size
+
+
+def signal(number: Any) -> int:
+    """A signal's number as Linux has them. Raises Error invalid."""
+    if type(number) is not int or not 1 <= number <= 64:
+        raise Error("invalid", f"signal: {number!r} is not a signal", "a number from 1 to 64")
+    return number
+
+
+def redacted(job: Mapping[str, Any]) -> dict[str, Any]:
+    """A job as everybody may see it: without its command, its environment and where it works."""
+    session = {key: value for key, value in job.get("session", {}).items() if key not in ("command", "envVars", "workDir")}
+    return {**job, "session": session}
 
 
 def job(session: model.Session, **directory: Any) -> dict[str, Any]:

@@ -85,8 +85,8 @@ class Framing(enum.StrEnum):
     """How bytes are laid out on a terminal's descriptor.
 
     raw: a stream of both directions. multiplexed: Docker's 8-byte frame headers (stream, 3 zero bytes, big-endian
-    length) from the sandbox, raw towards it. conmon: a SOCK_SEQPACKET whose packets start with one byte, 2 for output and
-    3 for errors, raw towards it. Half-closing the descriptor for writing closes the sandbox's standard input.
+    length) from the sandbox, raw towards it. conmon: a SOCK_SEQPACKET whose packets start with one byte, 2 for output
+    and 3 for errors, raw towards it. Half-closing the descriptor for writing closes the sandbox's standard input.
     """
 
     RAW = "raw"
@@ -166,13 +166,24 @@ class Sandboxes(Protocol):
         """Set the terminal's size of the main process, or of the `exec` with that handle. Silent if it has ended."""
 
     def exec(
-        self, id: str, command: tuple[str, ...], *, env: Mapping[str, str], identity: Identity, workdir: str,
-        size: tuple[int, int] | None, stdin: bool,
+        self,
+        id: str,
+        command: tuple[str, ...],
+        *,
+        env: Mapping[str, str],
+        identity: Identity,
+        workdir: str,
+        size: tuple[int, int] | None,
+        stdin: bool,
     ) -> tuple[str, Terminal]:
-        """Start another process (a shell when `command` is empty), with a terminal if there is a size: its handle and streams."""
+        """Start another process (a shell when `command` is empty), with a terminal if there is a size: its handle and
+        streams.
+        """
 
     def exec_exit(self, id: str, handle: str) -> int:
-        """The exit code of an `exec` of this sandbox whose streams have closed; waits for it. not_found for another's handle."""
+        """The exit code of an `exec` of this sandbox whose streams have closed; waits for it. not_found for another's
+        handle.
+        """
 
     def signal(self, id: str, signal: int) -> None:
         """Send a signal to the main process. Silent if it has ended."""
@@ -183,8 +194,8 @@ class Sandboxes(Protocol):
     def remove(self, id: str) -> None:
         """Remove the sandbox and all that belongs to it, killing what runs. Silent if there is none."""
 
-    def list(self) -> list[Found]:
-        """Every sandbox of this executor, whatever its state."""
+    def check(self) -> list[Finding]:
+        """What `executor doctor` should say about the engine and the kernel."""
 
     def watch(self) -> Iterator[str]:
         """Ids whose state may have changed, forever; "" means anything may have. Ends when the engine goes away."""
@@ -192,5 +203,5 @@ class Sandboxes(Protocol):
     def logs(self, id: str, limit: int) -> bytes:
         """The last `limit` bytes of output, standard output and errors in the order they came."""
 
-    def check(self) -> list[Finding]:
-        """What `executor doctor` should say about the engine and the kernel."""
+    def list(self) -> list[Found]:  # last: its name hides the type from what follows
+        """Every sandbox of this executor, whatever its state."""

@@ -1,0 +1,1 @@
+"""The executor: the program that owns one machine's resources and runs its sessions."""

@@ -1,0 +1,92 @@
+"""One process at the other end of the door: frames in and out, and the terminal that was handed to it.
+
+Owns the wire format of the door; knows no sessions.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import socket
+from contextlib import suppress
+from typing import Any
+
+from ..errors import Error
+from ..sandbox import Terminal
+
+FRAME = 128 * 1024  # bytes; a unix socket's packet is limited by its send buffer
+PATIENCE = 10.0  # seconds that a silent or stuck client is given
+
+
+class Caller:
+    """token: what it showed, checked again while it holds a terminal."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.token = ""
+        connection.settimeout(PATIENCE)
+
+    def fileno(self) -> int:
+        return self.connection.fileno()
+
+    def receive(self) -> dict[str, Any] | None:
+        """The next frame, None when the caller has closed. Raises Error invalid for anything but a JSON object."""
+        packet, _, flags, _ = self.connection.recvmsg(FRAME)
+        if not packet:
+            return None
+        if flags & socket.MSG_TRUNC:
+            raise Error(
+                "invalid", f"this request is larger than {FRAME} bytes", "shorten the command or its environment"
+            )
+        try:
+            frame = json.loads(packet)
+        except (ValueError, RecursionError):
+            frame = None
+        if not isinstance(frame, dict):
+            raise Error("invalid", "this frame is not a JSON object", "update beaker")
+        return frame
+
+    def send(self, frame: dict[str, Any], descriptor: int | None = None) -> None:
+        """Raises OSError when the caller has left."""
+        packet = json.dumps(frame, separators=(",", ":")).encode()
+        if descriptor is None:
+            self.connection.sendall(packet)
+        else:
+            socket.send_fds(self.connection, [packet], [descriptor])
+
+    def refuse(self, error: Error) -> None:
+        with suppress(OSError):
+            self.send({"error": error.as_dict()})
+
+
+class Held:
+    """The executor's own handle on a terminal that a caller uses: to see it close, and to cut it off.
+
+    It never reads. It must be closed with the conversation, or the engine would go on filling a pipe that nobody
+    empties.
+    """
+
+    def __init__(self) -> None:
+        self.fd = -1
+
+    def hand_over(self, caller: Caller, terminal: Terminal, handle: str = "") -> None:
+        """Give `terminal` to `caller`, descriptor included."""
+        self.fd = os.dup(terminal.fd)
+        try:
+            replay = base64.b64encode(terminal.replay).decode()
+            event = {"event": "terminal", "framing": terminal.framing, "handle": handle, "replay": replay}
+            caller.send(event, terminal.fd)
+        finally:
+            os.close(terminal.fd)
+
+    def cut(self) -> None:
+        """End the connection for everybody who holds it; what runs in the sandbox goes on."""
+        if self.fd >= 0:
+            with suppress(OSError), socket.socket(fileno=os.dup(self.fd)) as shared:
+                shared.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1

@@ -1,0 +1,110 @@
+"""What `beaker executor doctor` says: each thing that a node needs, whether it is there, and what mends it.
+
+Reads only. The engine's own findings come from the driver.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+from ..client import Client
+from ..errors import Error
+from ..sandbox import Finding, Sandboxes, cdi
+from ..settings import ExecutorSettings, load
+from . import inventory
+
+LOW_DISK = 10 << 30  # bytes
+
+
+def findings(settings: ExecutorSettings, sandboxes: Sandboxes) -> Iterator[Finding]:
+    """Everything, worst not first but in the order one would mend it."""
+    yield from _engine(sandboxes)
+    yield from _server(settings)
+    yield from _machine(settings)
+
+
+def _engine(sandboxes: Sandboxes) -> Iterable[Finding]:
+    try:
+        yield from sandboxes.check()
+    except Error as error:
+        yield Finding("error", error.message, error.hint)
+
+
+def _server(settings: ExecutorSettings) -> Iterable[Finding]:
+    try:
+        token = Path(settings.token_path).read_text().strip()
+    except OSError as error:
+        yield Finding("error", f"the executor's token {settings.token_path}: {error.strerror}", "beaker-server init")
+        return
+    if Path(settings.token_path).stat().st_mode & 0o077:
+        yield Finding(
+            "error", f"others can read the executor's token {settings.token_path}", f"chmod 600 {settings.token_path}"
+        )
+    try:
+        with closing(Client(settings.address, token, 5)) as client:
+            client.whoami()
+        yield Finding("ok", f"the server at {settings.address} answers and knows this executor")
+    except Error as error:
+        yield Finding("error", error.message, error.hint)
+
+
+def _machine(settings: ExecutorSettings) -> Iterable[Finding]:
+    registry = cdi.load([Path(path) for path in settings.cdi_paths])
+    yield from registry.findings
+    has = None
+    try:
+        has = inventory.read(settings)
+        listed = ", ".join(f"{gpu.id} ({gpu.type})" for gpu in has.gpus)
+        yield Finding(
+            "ok",
+            f"{has.hostname}: {has.cpus:g} CPUs, {has.memory / 2**30:.1f} GiB for sessions, GPUs: {listed or 'none'}",
+        )
+    except Error as error:
+        yield Finding("error", error.message, error.hint)
+    claimable = any(gpu.id.startswith("nvidia.com/gpu=") for gpu in has.gpus) if has else True
+    if not claimable and Path("/dev/nvidiactl").exists():
+        mend = "nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"
+        yield Finding(
+            "error", "this machine has NVIDIA GPUs but no CDI specification, so no session can claim them", mend
+        )
+    for path in settings.mount_paths:
+        if not os.path.isdir(path):
+            yield Finding(
+                "warning", f"{path} is not there, so sessions do not see it", "mount it, or take it out of mountPaths"
+            )
+    free = shutil.disk_usage(settings.storage_path).free
+    level = "ok" if free > LOW_DISK else "warning"
+    yield Finding(
+        level,
+        f"{free / 2**30:.1f} GiB free below {settings.storage_path}",
+        "" if level == "ok" else "docker image prune",
+    )
+
+
+def main() -> int:
+    """For when no executor answers: the same findings, made by this process. Exit code 1 when there is an error."""
+    from .main import sandboxes
+
+    parser = argparse.ArgumentParser(description="Check this node without its executor.")
+    parser.add_argument("--config")
+    parser.add_argument("--format", choices=["json"])
+    options = parser.parse_args()
+    logging.disable()
+    settings = load(ExecutorSettings, options.config)
+    found = list(findings(settings, sandboxes(settings)))
+    for finding in found:
+        text = f"{finding.level:8}{finding.what}" + (f"\n        mend: {finding.mend}" if finding.mend else "")
+        print(json.dumps(finding.__dict__) if options.format else text)
+    return int(any(finding.level == "error" for finding in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

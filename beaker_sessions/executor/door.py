@@ -1,0 +1,234 @@
+"""The executor's door: a unix socket that speaks one JSON frame per packet (protocol: docs/architecture.md).
+
+Owns who is calling and what they may do; a thread each. What then happens is the business of `sessions`, `lifecycle`
+and `following`. Terminal bytes never pass through.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+from .. import ids, wire
+from ..errors import Error
+from ..model import Identity, Session, State
+from ..sandbox import Finding
+from . import inventory, plan
+from .access import Access, peer
+from .caller import PATIENCE, Caller
+from .following import Following
+from .lifecycle import Lifecycle, home
+from .sessions import View
+
+log = logging.getLogger(__name__)
+
+STOP_PATIENCE = 60.0  # seconds without any news of a session that was told to stop
+
+
+class Door:
+    """nodes(gpus): other machines that have them free. findings(): what `executor doctor` says."""
+
+    def __init__(
+        self, path: str, lifecycle: Lifecycle, access: Access, nodes: Callable[[int], list[str]],
+        findings: Callable[[], Iterable[Finding]],
+    ) -> None:  # fmt: skip
+        self.path, self.lifecycle, self.access, self.findings = path, lifecycle, access, findings
+        self.sessions = lifecycle.sessions
+        self.following = Following(lifecycle, access.account, nodes, self._job)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def listen(self) -> None:
+        """Bind, in place of a socket that nobody answers any more. Raises Error conflict when another executor does."""
+        Path(self.path).parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+        with closing(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)) as probe:
+            try:
+                probe.connect(self.path)
+            except (FileNotFoundError, ConnectionRefusedError):
+                Path(self.path).unlink(missing_ok=True)
+            else:
+                raise Error(
+                    "conflict", f"another executor serves {self.path}", "stop it first, or choose another socket"
+                )
+        self._socket.bind(self.path)
+        os.chmod(self.path, 0o666)  # the kernel says who calls; the token says which account
+        self._socket.listen(128)
+        threading.Thread(target=self._accept, name="door", daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                log.exception("the door cannot accept")
+                time.sleep(0.1)
+                continue
+            threading.Thread(target=self._serve, args=(connection,), name="caller", daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with closing(connection):
+            caller = Caller(connection)
+            try:
+                self._converse(caller)
+            except Error as error:
+                caller.refuse(error)
+            except (ConnectionError, TimeoutError):
+                pass  # the caller left, which ends nothing
+            except Exception:
+                incident = ids.ulid()
+                log.exception("incident %s", incident)
+                message = f"the executor failed (incident {incident})"
+                caller.refuse(Error("internal", message, "tell the administrator, who finds it in the executor's log"))
+
+    def _converse(self, caller: Caller) -> None:
+        who = peer(caller.connection)
+        request = caller.receive()
+        if request is None:
+            return
+        operation = request.get("op")
+        handler = HANDLERS.get(str(operation))
+        if request.get("v") != 1 or handler is None:
+            raise Error(
+                "invalid", f"the executor does not know {operation!r} of version {request.get('v')!r}", "update beaker"
+            )
+        if operation == "doctor" and who.uid == 0:
+            self._doctor(caller)
+            return
+        identity = inventory.unix_user(who.uid, self.lifecycle.settings.session_home)
+        token = request.get("token")
+        caller.token = token if isinstance(token, str) else ""
+        account = self.access.check(caller.token, identity.name)
+        if not self.lifecycle.ready.wait(PATIENCE):
+            raise Error("unavailable", "the container engine of this node does not answer", "beaker executor doctor")
+        handler(self, caller, request, account, identity)
+
+    # -- operations
+
+    def _create(self, caller: Caller, request: dict, account: dict, identity: Identity) -> None:
+        wanted = wire.request(
+            request.get("session"),
+            tty=request.get("tty", False),
+            stdin=request.get("stdin", False),
+            size=request.get("size"),
+        )
+        settings, node = self.lifecycle.settings, self.lifecycle.node()
+        place = (request.get("session") or {}).get("node")
+        if place and place not in (node["id"], node["hostname"]):
+            raise Error("invalid", f"--node {place}: this is {node['hostname']}", f"connect to it: ssh {place}")
+        if wanted.host_network and not settings.host_networking:
+            raise Error(
+                "forbidden", "--host-networking is not allowed on this node", "ask the administrator, or leave it out"
+            )
+        wanted = plan.defaults(wanted, self.sessions.capacity, settings.default_image)
+        if not wanted.bare:
+            os.close(home(identity))
+        key = request.get("key")
+        if key is not None and not (isinstance(key, str) and 0 < len(key) <= 200):
+            raise Error("invalid", f"key: {key!r} is not an idempotency key", "send up to 200 characters")
+        session = self.sessions.create(account["name"], identity, wanted, key)
+        caller.send({"event": "created", "job": self._job(self.sessions.view(session.id))})
+        detach = bool(request.get("detach"))
+        self.following.session(caller, session.id, terminal=not detach, size=wanted.size, brief=detach)
+
+    def _attach(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> None:
+        session = self._own(request, account)
+        size = wire.window(request["size"]) if request.get("size") else None
+        replay = request.get("replay", True) is True
+        self.following.session(
+            caller, session.id, terminal=request.get("stream", True) is True, size=size, replay=replay
+        )
+
+    def _exec(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> None:
+        session = self._own(request, account)
+        if session.state != State.STARTED:
+            raise Error("conflict", f"session {session.id} is not running: it is {session.state}", "wait until it runs")
+        body = {"command": request.get("command"), "envVars": request.get("env"), "workDir": request.get("workdir")}
+        terminal = request.get("size") is not None
+        wanted = wire.request(body, tty=terminal, stdin=request.get("stdin", False), size=request.get("size"))
+        self.following.process(caller, session, wanted, terminal)
+
+    def _exec_exit(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> None:
+        session = self._own(request, account)
+        code = self.lifecycle.sandboxes.exec_exit(session.id, str(request.get("handle")))
+        caller.send({"event": "ended", "exitCode": code, "message": ""})
+
+    def _stop(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> None:
+        session = self._own(request, account, admin=True)
+        with self.sessions.follow(session.id, False, None) as news:
+            self.following.end(session.id, account["name"])
+            while self.sessions.view(session.id).session.state != State.FINALIZED:
+                ready = select.select([news.fd, caller.fileno()], [], [], STOP_PATIENCE)[0]
+                if not ready:
+                    raise Error("unavailable", f"session {session.id} has not ended yet", "see beaker executor doctor")
+                if caller.fileno() in ready:
+                    return  # it left; the session is stopped all the same
+                news.clear()
+        caller.send({"job": self._job(self.sessions.view(session.id))})
+
+    def _list(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> None:
+        listed = self.sessions.ledger.final(200) if request.get("finalized") else self.sessions.live()
+        for session in listed:
+            own = session.account == account["name"]
+            if own or request.get("all"):
+                job = self._job(self.sessions.view(session.id))
+                caller.send({"job": job if own else wire.redacted(job)})
+        caller.send({"end": True})
+
+    def _get(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> None:
+        session = self._own(request, account, admin=True)
+        caller.send({"job": self._job(self.sessions.view(session.id))})
+
+    def _logs(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> None:
+        session = self._own(request, account)
+        output = self.lifecycle.logs(session) or (
+            self.access.logs(caller.token, session.id) if session.state == State.FINALIZED else b""
+        )
+        reader, writer = os.pipe()
+        try:
+            caller.send({"logs": True}, reader)
+        finally:
+            os.close(reader)
+        with open(writer, "wb") as pipe, suppress(BrokenPipeError):
+            pipe.write(output)
+
+    def _node(self, caller: Caller, _request: dict, _account: dict, _identity: Identity) -> None:
+        has = self.sessions.inventory
+        limits = wire.limits(has.gpus, has.cpus, has.memory)
+        reason = self.sessions.cordoned
+        caller.send({"node": {**self.lifecycle.node(), "limits": limits, "free": wire.free(self.sessions.free()),
+                              "cordoned": bool(reason), "cordonReason": reason}})  # fmt: skip
+
+    def _doctor(self, caller: Caller, *_: Any) -> None:
+        for finding in self.findings():
+            caller.send({"finding": finding.__dict__})
+        caller.send({"end": True})
+
+    def _own(self, request: dict, account: dict, admin: bool = False) -> Session:
+        """The session that a request means; an administrator may mean another account's, but never enter its terminal."""
+        reference = request.get("id")
+        if reference is not None and not isinstance(reference, str):
+            raise Error("invalid", f"id: {reference!r} is not a session", "give an id or a name")
+        session = self.sessions.resolve(reference, account["name"])
+        if session.account != account["name"] and not (admin and account.get("role") == "admin"):
+            raise Error("forbidden", f"session {session.id} belongs to {session.account}", "only its owner may do that")
+        return session
+
+    def _job(self, view: View) -> dict[str, Any]:
+        node = self.lifecycle.node()
+        queue = {"queuePosition": view.position, "reason": view.reason} if view.position else {}
+        return wire.job(
+            view.session, node=node["id"], hostname=node["hostname"], cluster=self.lifecycle.settings.cluster, **queue
+        )
+
+
+HANDLERS: dict[str, Callable[..., None]] = {
+    "create": Door._create, "attach": Door._attach, "exec": Door._exec, "exec_exit": Door._exec_exit,
+    "stop": Door._stop, "list": Door._list, "get": Door._get, "logs": Door._logs, "node": Door._node, "doctor":
+    Door._doctor, }  # fmt: skip

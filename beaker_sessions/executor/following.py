@@ -1,0 +1,187 @@
+"""Conversations that last: following a session through its life, and a second process in it.
+
+Each blocks its caller's thread, woken by news, by what the caller says, and often enough to notice a revoked token.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+
+from .. import wire
+from ..errors import Error
+from ..model import LIVE, Claim, Request, Session, State
+from ..sandbox import Terminal
+from . import plan
+from .access import FRESH
+from .caller import Caller, Held
+from .lifecycle import Lifecycle
+from .sessions import Subscription, View
+
+log = logging.getLogger(__name__)
+
+
+class Following:
+    """recheck(token) raises Error unauthorized once a token is revoked. nodes(gpus): other machines that have them
+    free.
+    """
+
+    def __init__(
+        self,
+        lifecycle: Lifecycle,
+        recheck: Callable[[str], object],
+        nodes: Callable[[int], list[str]],
+        job: Callable[[View], dict],
+    ) -> None:
+        self.lifecycle, self.recheck, self.nodes, self.job = lifecycle, recheck, nodes, job
+        self.sessions, self.sandboxes = lifecycle.sessions, lifecycle.sandboxes
+
+    def session(
+        self,
+        caller: Caller,
+        id: str,
+        *,
+        terminal: bool,
+        size: tuple[int, int] | None,
+        replay: bool = True,
+        brief: bool = False,
+    ) -> None:
+        """Tell `caller` of a session until it has ended, or (brief) until it runs or waits."""
+        said: dict[str, dict] = {}
+        with self.sessions.follow(id, terminal, size) as news, closing(Held()) as held:
+            for ready in self._turns(caller, held, news.fd):
+                if caller.fileno() in ready and not self._heard(caller, id, news):
+                    return
+                if news.fd not in ready:
+                    continue
+                news.clear()
+                view = self.sessions.view(id)
+                for event in self._events(view):
+                    if said.get(event["event"]) != event:
+                        said[event["event"]] = event
+                        caller.send(event)
+                if news.wants_terminal and (given := self._given(view, news, replay)):
+                    news.wants_terminal = False
+                    held.hand_over(caller, given)
+                if view.session.state in (State.EXITED, State.FINALIZED):
+                    self._farewell(caller, view)
+                    return
+                if brief and (view.session.state == State.STARTED or view.position):
+                    return
+
+    def process(self, caller: Caller, session: Session, wanted: Request, terminal: bool) -> None:
+        """Run a second process in a running session, and tell `caller` how it ended.
+
+        wanted: a request of which only command, env, workdir, stdin and size matter. terminal: it gets one, of that
+        size.
+        """
+        identity, claim = self.sessions.identity(session.id), session.claim or Claim()
+        merged = replace(session.request, env=session.request.env + wanted.env)
+        env = plan.environment(session.id, merged, claim, identity, self.lifecycle.node())
+        handle, given = self.sandboxes.exec(
+            session.id, wanted.command, env=env, identity=identity,
+            workdir=wanted.workdir or plan.workdir(session.request, identity),
+            size=wanted.size if terminal else None, stdin=wanted.stdin,
+        )  # fmt: skip
+        with closing(Held()) as held:
+            held.hand_over(caller, given, handle)
+            for ready in self._turns(caller, held):
+                if held.fd in ready:
+                    code = self.sandboxes.exec_exit(session.id, handle)
+                    caller.send({"event": "ended", "exitCode": code, "message": ""})
+                    return
+                if caller.fileno() in ready:
+                    frame = caller.receive()
+                    if frame is None:
+                        return
+                    if "resize" in frame:
+                        self.sandboxes.resize(session.id, wire.window(frame["resize"]), handle)
+
+    def _turns(self, caller: Caller, held: Held, *others: int) -> Iterator[set[int]]:
+        """What is readable, again and again. A terminal that was held is in it once the other side has closed it."""
+        watched = -1
+        poll = select.poll()
+        for descriptor in (caller.fileno(), *others):
+            poll.register(descriptor, select.POLLIN)
+        while True:
+            if held.fd >= 0 and watched < 0:
+                watched = held.fd
+                poll.register(watched, select.POLLRDHUP)
+            ready = {descriptor for descriptor, _ in poll.poll(FRESH * 1000)}
+            try:
+                self.recheck(caller.token)
+            except Error as error:
+                if error.code == "unauthorized":  # a revoked token closes terminals; the session itself goes on
+                    held.cut()
+                    raise
+            if watched in ready and watched >= 0:
+                poll.unregister(watched)  # said once
+            yield ready
+
+    def _given(self, view: View, news: Subscription, replay: bool) -> Terminal | None:
+        """The terminal that this follower should have now: the one it was offered at the start, or a new one."""
+        if news.terminal:
+            given, news.terminal = news.terminal, None
+            return given
+        if view.session.state != State.STARTED:
+            return None
+        try:
+            given = self.sandboxes.attach(view.session.id, replay=replay)
+        except Error as error:
+            if error.code in ("not_found", "conflict"):
+                return None  # it ended just now, and the next news will say so
+            raise
+        if news.size:  # a full-screen program repaints when the size changes, even if it comes back to what it was
+            self.sandboxes.resize(view.session.id, (news.size[0], news.size[1] + 1))
+            self.sandboxes.resize(view.session.id, news.size)
+        return given
+
+    def _events(self, view: View) -> Iterator[dict]:
+        session = view.session
+        if view.position:
+            nodes = self.nodes(session.request.gpus or 0)
+            yield {"event": "queued", "position": view.position, "reason": view.reason, "nodes": nodes}
+        if session.claim and session.state in LIVE:
+            claim = session.claim
+            yield {"event": "reserved", "gpus": list(claim.gpus), "cpus": claim.cpus, "memory": claim.memory}
+        if view.progress and session.state == State.SCHEDULED:
+            done, total, layers = view.progress.done, view.progress.total, view.progress.layers
+            yield {"event": "pull", "done": done, "total": total, "layers": list(layers)}
+
+    def _farewell(self, caller: Caller, view: View) -> None:
+        session = view.session
+        caller.send(
+            {"event": "ended", "exitCode": session.exit_code, "message": session.message, "job": self.job(view)}
+        )
+
+    def _heard(self, caller: Caller, id: str, news: Subscription) -> bool:
+        """Act on what a follower says. False when it has left."""
+        frame = caller.receive()
+        if frame is None:
+            return False
+        session = self.sessions.view(id).session
+        running = session.state == State.STARTED
+        if "resize" in frame:
+            news.size = wire.window(frame["resize"])
+            if running:
+                self.sandboxes.resize(id, news.size)
+        elif "signal" in frame and running:
+            self.sandboxes.signal(id, wire.signal(frame["signal"]))
+        elif frame.get("cancel"):
+            self.end(id, session.account)
+        return True
+
+    def end(self, id: str, actor: str) -> None:
+        """Stop a session without waiting for it."""
+
+        def stop() -> None:
+            try:
+                self.lifecycle.stop(id, actor)
+            except Error as error:
+                log.warning("session %s could not be stopped: %s", id, error)
+
+        threading.Thread(target=stop, name=f"stop {id}", daemon=True).start()

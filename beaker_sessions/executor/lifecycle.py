@@ -1,0 +1,318 @@
+"""What takes time in a session's life: starting its sandbox, seeing it end, cleaning up, and finding all of it again.
+
+Acts on `Sessions` through its methods and on the machine through the driver. Owns the threads of both. The order is
+always: intent in the ledger, then the act, then the outcome in the ledger; so whatever is interrupted is found half-
+done by `reconcile` and finished or undone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from .. import wire
+from ..errors import Error
+from ..model import Claim, Identity, Request, Session, State
+from ..sandbox import LABEL_OWNER, Found, Mount, Progress, Sandboxes, Spec, Status
+from ..settings import ExecutorSettings
+from . import inventory, plan
+from .sessions import Sessions
+
+log = logging.getLogger(__name__)
+
+GRACE = 10.0  # seconds between asking a session to end and killing it
+OUTPUT_KEPT = 1 << 20  # bytes of its output that are kept for `session logs` after the end
+STUCK = 60.0  # seconds after which a sandbox that cannot be removed cordons the node
+RECONCILE_EVERY = 10.0
+
+
+class Lifecycle:
+    """Wires itself to `sessions`; `run` starts its threads."""
+
+    def __init__(self, sessions: Sessions, sandboxes: Sandboxes, settings: ExecutorSettings, owner: str) -> None:
+        self.sessions, self.sandboxes, self.settings, self.owner = sessions, sandboxes, settings, owner
+        self.output = Path(settings.storage_path, "executor", "output")
+        self.output.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.ready = threading.Event()  # the first reconcile is done: what runs here is known
+        self._busy: set[str] = set()  # sessions that a thread of ours starts or cleans up right now
+        self._lock = threading.Lock()
+        sessions.cordon("start", "the executor is starting")
+        sessions.on_start = lambda id: self._spawn(id, self._start)
+        sessions.on_exit = lambda id: self._spawn(id, self._clean_up)
+
+    def run(self) -> None:
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+        threading.Thread(target=self._tick, name="tick", daemon=True).start()
+
+    def _spawn(self, id: str, act: Callable[[str], None]) -> None:
+        def guarded() -> None:
+            try:
+                act(id)
+            except Exception:
+                log.exception("session %s: %s failed", id, act.__name__)  # the next reconcile takes it up again
+            finally:
+                with self._lock:
+                    self._busy.discard(f"{act.__name__} {id}")
+
+        with self._lock:
+            if f"{act.__name__} {id}" in self._busy:
+                return
+            self._busy.add(f"{act.__name__} {id}")
+        threading.Thread(target=guarded, name=f"{act.__name__} {id}", daemon=True).start()
+
+    # -- starting
+
+    def _start(self, id: str) -> None:
+        live = self.sessions.entry(id)
+        if live is None or live.session.state != State.SCHEDULED:
+            return
+        try:
+            self._make(id, live.session, live.identity)
+        except Error as error:
+            log.warning("session %s could not start: %s", id, error)
+            why = f"{error.message}; {error.hint}" if error.hint else error.message
+            self.sessions.ended(id, None, live.session.canceled_for or why)
+            return
+        live.since = time.clock_gettime(time.CLOCK_BOOTTIME)
+        self.sessions.move(id, State.STARTED, started=datetime.now(UTC))
+        if live.stopped_by:
+            self.sandboxes.stop(id, GRACE)
+        if live.exit_seen:
+            self._examine({id})
+
+    def _make(self, id: str, session: Session, identity: Identity) -> None:
+        request, claim = session.request, session.claim or Claim()
+        assert request.image  # `plan.defaults` has filled it in
+        image = self.sandboxes.image(request.image, request.pull, lambda p: self._progress(id, p))
+        with ExitStack() as pins:
+            spec: Spec = plan.spec(
+                id, request, claim, identity, image, self._mounts(request, identity, pins),
+                capacity=self.sessions.capacity, node=self.node(), owner=self.owner, job=wire.job(session),
+            )  # fmt: skip
+            self.sandboxes.create(spec)
+            size = self.sessions.offer(id, lambda: self.sandboxes.attach(id, replay=False))
+            self.sandboxes.start(id, size if request.tty else None)
+
+    def _progress(self, id: str, progress: Progress) -> None:
+        live = self.sessions.entry(id)
+        if live and live.stopped_by:
+            raise Error("conflict", f"stopped by {live.stopped_by}")  # ends the pull
+        self.sessions.progress(id, progress)
+
+    def node(self) -> Mapping[str, str]:
+        return {"id": self.sessions.ledger.fact("node") or "", "hostname": self.sessions.inventory.hostname}
+
+    def _mounts(self, request: Request, identity: Identity, pins: ExitStack) -> list[Mount]:
+        if request.bare:
+            return []
+        mounts = [Mount(self._pinned(home(identity), pins), identity.home)]
+        for path in self.settings.mount_paths:
+            try:
+                mounts.append(Mount(self._pinned(inventory.pin(path, identity), pins), path))
+            except FileNotFoundError:
+                continue  # "`/net` when the node has it"
+            except OSError as error:
+                raise Error(
+                    "forbidden", f"{identity.name} may not enter {path}: {error.strerror}", "ask the administrator"
+                ) from error
+        return mounts
+
+    @staticmethod
+    def _pinned(descriptor: int, pins: ExitStack) -> str:
+        pins.callback(os.close, descriptor)
+        return f"/proc/{os.getpid()}/fd/{descriptor}"
+
+    # -- ending
+
+    def stop(self, id: str, actor: str) -> None:
+        """End a session, wherever it is in its life. Returns when its main process has been told to."""
+        if self.sessions.cancel(id, actor):
+            return
+        live = self.sessions.entry(id)
+        if live and live.session.state == State.STARTED:
+            self.sandboxes.stop(id, GRACE)
+
+    def logs(self, session: Session) -> bytes:
+        """The latest output of a session, live or ended.."""
+        if session.state in (State.STARTED, State.EXITED):
+            with suppress(Error):  # removed just now: what was kept is on the disk
+                return self.sandboxes.logs(session.id, OUTPUT_KEPT)
+        try:
+            return (self.output / session.id).read_bytes()
+        except FileNotFoundError:
+            return b""
+
+    def _examine(self, ids: set[str]) -> None:
+        """Look whether these sessions' main processes have ended."""
+        for found in self.sandboxes.list():
+            live = self.sessions.entry(found.id)
+            if found.id not in ids or live is None or found.status != Status.EXITED:
+                continue
+            if live.session.state == State.SCHEDULED:
+                live.exit_seen = True  # `_start` has not yet said that it ran
+                live = self.sessions.entry(found.id)
+                if live is None or live.session.state != State.STARTED:
+                    continue
+            self.sessions.ended(found.id, found.exit_code, _farewell(found, live.session))
+
+    def _clean_up(self, id: str) -> None:
+        try:
+            output = self.sandboxes.logs(id, OUTPUT_KEPT)
+            if output:
+                (self.output / id).write_bytes(output)
+        except (Error, OSError) as error:
+            log.warning("the output of session %s could not be kept: %s", id, error)
+        since = time.monotonic()
+        while True:
+            try:
+                self.sandboxes.remove(id)
+                break
+            except Error as error:
+                log.warning("session %s cannot be removed: %s", id, error)
+                if time.monotonic() - since > STUCK:
+                    self.sessions.cordon(id, f"session {id} cannot be removed: {error.message}")
+                time.sleep(2)
+        self.sessions.cordon(id, "")
+        self.sessions.release(id)
+
+    # -- watching
+
+    def _watch(self) -> None:
+        while True:
+            try:
+                for id in self.sandboxes.watch():
+                    self._examine({id}) if id else self.reconcile()
+            except Error as error:
+                log.warning("the container engine is not there: %s", error)
+            except Exception:
+                log.exception("watching failed")
+            time.sleep(0.5)
+
+    def _tick(self) -> None:
+        last = time.monotonic()
+        while True:
+            time.sleep(1)
+            try:
+                self._end_overdue()
+                if time.monotonic() - last > RECONCILE_EVERY:
+                    last = time.monotonic()
+                    self.reconcile()
+            except Error as error:
+                log.warning("cannot look after the sessions: %s", error)
+            except Exception:
+                log.exception("looking after the sessions failed")
+
+    def _end_overdue(self) -> None:
+        now = time.clock_gettime(time.CLOCK_BOOTTIME)
+        for session in self.sessions.live():
+            live, limit = self.sessions.entry(session.id), session.request.timeout
+            overdue = live and limit and live.since is not None and now - live.since > limit
+            if live and overdue and session.state == State.STARTED and not live.stopped_by:
+                live.stopped_by = f"its time limit of {limit:g} s"
+                self._spawn(session.id, lambda id: self.stop(id, "its time limit"))
+
+    def reconcile(self) -> None:
+        """Compare the ledger with what exists, and mend each difference. Safe to call at any time."""
+        known = self.sessions.live()  # before the list: what ran then must be in it
+        exists = {found.id: found for found in self.sandboxes.list()}
+        for session in known:
+            found = exists.pop(session.id, None)
+            live = self.sessions.entry(session.id)
+            if live is None or session.state == State.CREATED:
+                continue
+            if session.state == State.SCHEDULED:
+                self._resume(session.id, found)
+            elif session.state == State.STARTED and found is None:
+                self.sessions.ended(session.id, None, "its container was removed by somebody else")
+            elif session.state == State.STARTED and found and found.status == Status.EXITED:
+                self.sessions.ended(session.id, found.exit_code, _farewell(found, session))
+            elif session.state == State.STARTED and found and live.since is None:
+                live.since = _started(found.pid)
+            elif session.state == State.EXITED:
+                self._spawn(session.id, self._clean_up)
+        for found in exists.values():
+            self._adopt(found)
+        if not self.ready.is_set():
+            self.ready.set()
+            self.sessions.cordon("start", "")
+
+    def _resume(self, id: str, found: Found | None) -> None:
+        """A start that was interrupted: finish it if the main process runs, else begin again."""
+        if f"_start {id}" in self._busy:
+            return
+        if found and found.status == Status.CREATED:
+            self.sandboxes.remove(id)  # its pinned mounts died with the executor that made it
+        if found is None or found.status == Status.CREATED:
+            self._spawn(id, self._start)
+            return
+        live = self.sessions.entry(id)
+        if live:
+            if found.status == Status.RUNNING:
+                self.sandboxes.start(id, live.session.request.size if live.session.request.tty else None)
+                live.since = _started(found.pid)
+            self.sessions.move(id, State.STARTED, started=found.started or datetime.now(UTC))
+            self._examine({id})
+
+    def _adopt(self, found: Found) -> None:
+        """A sandbox that the ledger does not know: lost with it, or the remains of one that ended."""
+        if found.labels.get(LABEL_OWNER) != self.owner:
+            return
+        known = self.sessions.ledger.get(found.id)
+        if known and known[0].state == State.FINALIZED:
+            self.sandboxes.remove(found.id)
+        if known:
+            return  # made since we looked
+        try:
+            session = wire.session(json.loads(found.labels[plan.LABEL_JOB]))
+            identity = inventory.unix_user(int(found.labels[plan.LABEL_UID]), self.settings.session_home)
+        except (KeyError, ValueError, Error) as error:
+            # Whose GPUs it holds is not known, so no GPU is free for sure.
+            why = f"the container of session {found.id} has unreadable labels ({error}); remove it by hand"
+            self.sessions.cordon(found.id, why)
+            return
+        log.warning("session %s was found by its container; the ledger did not know it", found.id)
+        state = State.STARTED if found.status == Status.RUNNING else State.SCHEDULED
+        self.sessions.adopt(replace(session, state=state, started=found.started), identity)
+        if found.status == Status.CREATED:
+            self._resume(found.id, found)
+        elif found.status == Status.EXITED:
+            self.sessions.ended(found.id, found.exit_code, _farewell(found, session))
+
+
+def home(identity: Identity) -> int:
+    """The caller's home, pinned. Raises Error not_found or forbidden, which is why a create asks before it is queued."""
+    try:
+        return inventory.pin(identity.home, identity)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise Error(
+            "not_found",
+            f"the home {identity.home} of {identity.name} does not exist",
+            "ask the administrator for it, or use --bare",
+        ) from error
+    except OSError as error:
+        raise Error(
+            "forbidden", f"{identity.name} cannot enter the home {identity.home}: {error.strerror}", "or use --bare"
+        ) from error
+
+
+def _farewell(found: Found, session: Session) -> str:
+    if found.oom:
+        return "out of memory: a process of this session was killed; ask for more with --memory"
+    return session.canceled_for
+
+
+def _started(pid: int) -> float:
+    """When a process started, in seconds of CLOCK_BOOTTIME. Source: proc(5), field 22 of /proc/pid/stat."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return int(fields[19]) / os.sysconf("SC_CLK_TCK")

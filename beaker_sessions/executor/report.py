@@ -1,0 +1,176 @@
+"""The executor's side of the server: registers the node, heartbeats, reports changes once, takes what the server
+hands on.
+
+One thread, all outbound. What could not be reported is in the ledger and is reported later; the server being away
+changes nothing for the sessions of this node.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from .. import __version__, ids, wire
+from ..client import Client
+from ..errors import Error
+from ..model import Identity, Session, State
+from ..settings import ExecutorSettings
+from . import inventory, plan
+from .access import Access
+from .lifecycle import Lifecycle, home
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT = 3.0  # seconds
+BACK_OFF = 15.0  # seconds, at most, between attempts to reach a server that is away
+
+
+class Reporter:
+    """Wires itself to `lifecycle.sessions`; `run` starts its thread."""
+
+    def __init__(self, lifecycle: Lifecycle, access: Access, settings: ExecutorSettings) -> None:
+        self.lifecycle, self.access, self.settings = lifecycle, access, settings
+        self.sessions, self.ledger = lifecycle.sessions, lifecycle.sessions.ledger
+        self.instance = ids.ulid()  # of two executors that claim one node, the server heeds the younger
+        self.trouble = "the server was not asked yet"  # why it cannot be reached, "" when it can
+        self._others: list[dict[str, Any]] = []
+        self._registered = False
+        self._changed = threading.Event()
+        self.sessions.on_change = self._changed.set
+
+    def run(self) -> None:
+        threading.Thread(target=self._loop, name="report", daemon=True).start()
+
+    def nodes(self, gpus: int) -> list[str]:
+        """Hostnames of the cluster's other nodes that have so many GPUs free, as of the last heartbeat."""
+        own = self.sessions.inventory.hostname
+        return [
+            node["hostname"]
+            for node in self._others
+            if node["hostname"] != own and (node.get("free") or {}).get("gpuCount", 0) >= gpus
+        ]
+
+    def _loop(self) -> None:
+        pause, due = 1.0, 0.0
+        client: Client | None = None
+        while True:
+            try:
+                client = client or self._connect()
+                if not self._registered:
+                    self._register(client)
+                if time.monotonic() >= due:
+                    due = time.monotonic() + HEARTBEAT
+                    self._heartbeat(client)
+                self._report(client)
+                if self.trouble:
+                    log.info("the server at %s answers", self.settings.address)
+                self.trouble, pause = "", 1.0
+                self._changed.wait(max(0.0, due - time.monotonic()))
+                self._changed.clear()
+            except Error as error:
+                if str(error) != self.trouble:
+                    log.warning("cannot report: %s", error)
+                self.trouble = str(error)
+                client = None  # the token file may have changed
+                time.sleep(pause)
+                pause = min(pause * 2, BACK_OFF)
+            except Exception:
+                log.exception("reporting failed")
+                time.sleep(pause)
+                pause = min(pause * 2, BACK_OFF)
+
+    def _connect(self) -> Client:
+        path = Path(self.settings.token_path)
+        try:
+            return Client(self.settings.address, path.read_text().strip(), timeout=5)
+        except OSError as error:
+            raise Error(
+                "unavailable", f"cannot read the executor's token {path}: {os.strerror(error.errno or 0)}"
+            ) from error
+
+    def _register(self, client: Client) -> None:
+        has = self.sessions.inventory
+        body = {
+            "hostname": has.hostname,
+            "limits": wire.limits(has.gpus, has.cpus, has.memory),
+            "instance": self.instance,
+        }
+        node = client.register_node(self.settings.cluster, body)
+        self.ledger.fact("node", node["id"])
+        self._registered = True
+
+    def _heartbeat(self, client: Client) -> None:
+        waiting = sum(session.state == State.CREATED for session in self.sessions.live())
+        body = {
+            "instance": self.instance,
+            "version": __version__,
+            "free": wire.free(self._positive()),
+            "queue": waiting,
+        }
+        try:
+            answer = client.heartbeat(self.ledger.fact("node") or "", body)
+        except Error as error:
+            if error.code == "conflict":
+                self.sessions.cordon("fence", f"another executor has registered as {self.sessions.inventory.hostname}")
+            if error.code == "not_found":
+                self._registered = False  # the node was deleted, or the database is another one
+            raise
+        self.sessions.cordon("fence", "")
+        reason = answer.get("cordonReason") or "an administrator has cordoned it"
+        self.sessions.cordon("administrator", reason if answer.get("cordoned") else "")
+        self._others = answer.get("nodes", [])
+        for job in answer.get("jobs", []):
+            self._take(job)
+        for id in answer.get("cancel", []):
+            if self.sessions.entry(id):
+                threading.Thread(target=self.lifecycle.stop, args=(id, "the server"), daemon=True).start()
+
+    def _positive(self) -> Any:
+        free = self.sessions.free()
+        return replace(free, gpus=max(free.gpus, 0), cpus=max(free.cpus, 0.0), memory=max(free.memory, 0))
+
+    def _report(self, client: Client) -> None:
+        node = self.ledger.fact("node") or ""
+        while changed := self.ledger.unreported():
+            for session in changed:
+                output = self.lifecycle.output / session.id
+                if session.state == State.FINALIZED and output.exists():
+                    client.put_logs(session.id, output.read_bytes())
+                client.report_job(session.id, wire.job(session, node=node, cluster=self.settings.cluster))
+                self.ledger.reported(session.id, session.revision)
+                if session.state == State.FINALIZED:
+                    output.unlink(missing_ok=True)  # the server has it now
+
+    def _take(self, job: dict[str, Any]) -> None:
+        """Queue a session that was created at the server. One that cannot run here ends at once, saying why."""
+        session = wire.session(job)
+        if self.ledger.get(session.id):
+            return  # taken already; its report is on the way
+        name = self.access.unix_name(session.account)
+        identity = Identity(name, 65534, 65534, "/")
+        try:
+            uid = inventory.unix_name(name)
+            if uid is None:
+                raise Error("not_found", f"the account {session.account!r} has no Unix user on this node")
+            identity = inventory.unix_user(uid, self.settings.session_home)
+            if session.request.host_network and not self.settings.host_networking:
+                raise Error("forbidden", "host networking is not allowed on this node")
+            wanted = plan.defaults(session.request, self.sessions.capacity, self.settings.default_image)
+            if not wanted.bare:
+                os.close(home(identity))
+            self.sessions.create(session.account, identity, wanted, None, id=session.id)
+        except Error as error:
+            if error.code == "unavailable":
+                return  # not now; the server hands it on again
+            self.sessions.adopt(_refused(session, str(error)), identity)
+
+
+def _refused(session: Session, why: str) -> Session:
+    now = datetime.now(UTC)
+    return replace(session, state=State.FINALIZED, finalized=now, message=why, revision=session.revision + 1)

@@ -1,0 +1,350 @@
+"""The sessions of this node: their queue, their claims and who follows them. Every change of a session goes through
+here.
+
+Owns the in-memory view of the ledger: each change is committed there first, then shown. Must not call the sandbox
+driver: what takes time is done by `lifecycle`, which is told through `on_start` and `on_exit`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+
+from .. import ids
+from ..errors import Error
+from ..model import LIVE, Claim, Identity, Request, Resources, Session, State
+from ..sandbox import Progress, Terminal
+from . import claims, plan
+from .inventory import Inventory
+from .ledger import Ledger, held
+
+log = logging.getLogger(__name__)
+
+
+class Subscription:
+    """Someone who follows a session. `fd` becomes readable when there is something new in `Sessions.view`.
+
+    wants_terminal: it asks for the main process's streams, before the first byte of output if it comes early enough.
+    terminal: what it was given; whoever takes it owns its descriptor.
+    """
+
+    def __init__(self, wants_terminal: bool, size: tuple[int, int] | None) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.wants_terminal = wants_terminal
+        self.size = size
+        self.terminal: Terminal | None = None
+
+    def notify(self) -> None:
+        os.eventfd_write(self.fd, 1)
+
+    def clear(self) -> None:
+        with suppress(BlockingIOError):
+            os.eventfd_read(self.fd)
+
+    def close(self) -> None:
+        os.close(self.fd)
+        if self.terminal:
+            os.close(self.terminal.fd)
+
+
+@dataclass
+class Live:
+    """What is known of a session that is not final, beside what the ledger holds.
+
+    since: seconds of CLOCK_BOOTTIME when its main process started, which no change of the wall clock moves.
+    """
+
+    session: Session
+    identity: Identity
+    progress: Progress | None = None
+    since: float | None = None
+    exit_seen: bool = False
+    stopped_by: str = ""
+    subscribers: set[Subscription] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class View:
+    """A session as a follower is told of it. position: 1 is next, 0 is not waiting."""
+
+    session: Session
+    position: int = 0
+    reason: str = ""
+    progress: Progress | None = None
+
+
+class Sessions:
+    """on_start(id): resources are claimed, start it. on_exit(id): its main process ended, clean up."""
+
+    def __init__(self, ledger: Ledger, inventory: Inventory) -> None:
+        self.ledger, self.inventory = ledger, inventory
+        self.capacity = inventory.capacity
+        self._cordons: dict[str, str] = {}  # who keeps this node from starting anything new -> why
+        self.on_start: Callable[[str], None] = lambda _id: None
+        self.on_exit: Callable[[str], None] = lambda _id: None
+        self.on_change: Callable[[], None] = lambda: None  # there is something to report
+        self._lock = threading.RLock()
+        self._live: dict[str, Live] = {}  # in order of arrival
+        for session, identity in ledger.live():
+            self._live[session.id] = Live(session, identity)
+
+    # -- asking
+
+    def live(self) -> list[Session]:
+        """All sessions that are not final, in order of arrival."""
+        with self._lock:
+            return [live.session for live in self._live.values()]
+
+    def identity(self, id: str) -> Identity:
+        with self._lock:
+            return self._live[id].identity if id in self._live else self._final(id)[1]
+
+    def entry(self, id: str) -> Live | None:
+        """The record of a session that is not final. Only `lifecycle` may change it, and only its own fields."""
+        with self._lock:
+            return self._live.get(id)
+
+    def view(self, id: str) -> View:
+        """Raises Error not_found."""
+        with self._lock:
+            live = self._live.get(id)
+            if live is None:
+                return View(self._final(id)[0])
+            if live.session.state != State.CREATED:
+                return View(live.session, progress=live.progress)
+            waiting = [entry.session for entry in self._live.values() if entry.session.state == State.CREATED]
+            index = next(i for i, session in enumerate(waiting) if session.id == id)
+            why = self.cordoned or claims.reason([plan.amount(s.request) for s in waiting], index, self.free())
+            return View(live.session, index + 1, why)
+
+    def free(self) -> Resources:
+        """What nobody has claimed; negative amounts where the machine shrank under its sessions."""
+        with self._lock:
+            return claims.free(self.capacity, (s.claim for s in self.live() if s.claim and s.state in LIVE))
+
+    def resolve(self, reference: str | None, account: str) -> Session:
+        """The session that a user means: an id, the name of one of theirs, or None for the only one they have here.
+
+        Raises Error not_found, or conflict when several match.
+        """
+        with self._lock:
+            own = [s for s in self.live() if s.account == account]
+            if reference is None:
+                matches = [s for s in own if s.state != State.EXITED]
+                if not matches:
+                    raise Error("not_found", "you have no session on this node", "start one: beaker session create")
+            elif ids.is_ulid(reference):
+                return self.view(reference).session
+            else:
+                matches = [s for s in own if s.request.name == reference]
+                if not matches:
+                    raise Error(
+                        "not_found", f"no session {reference!r} is yours on this node", "see beaker session list"
+                    )
+            if len(matches) > 1:
+                listed = ", ".join(f"{s.id} ({s.request.name})" if s.request.name else s.id for s in matches)
+                raise Error("conflict", f"you have {len(matches)} sessions that match: {listed}", "name one by its id")
+            return matches[0]
+
+    def _final(self, id: str) -> tuple[Session, Identity]:
+        known = self.ledger.get(id)
+        if known is None:
+            raise Error("not_found", f"no session {id!r} on this node", "see beaker session list")
+        return known
+
+    # -- changing
+
+    def create(
+        self, account: str, identity: Identity, request: Request, key: str | None, id: str | None = None
+    ) -> Session:
+        """A new session in the queue, or the one that was made with this key before. Durable when it returns.
+
+        id: given when the server took the create. Raises Error invalid when the node could never satisfy the request,
+        conflict for a key that was used for another request or a name in use, unavailable on a cordoned node.
+        """
+        fingerprint = hashlib.sha256(repr(replace(request, size=(0, 0))).encode("utf-8", "surrogatepass")).hexdigest()
+        with self._lock:
+            if key and (known := self.ledger.by_key(account, key)):
+                if known[1] != fingerprint:
+                    raise Error("conflict", "this idempotency key was used for another request", "use a new key")
+                return known[0]
+            if self.cordoned:
+                raise Error(
+                    "unavailable",
+                    f"this node takes no new sessions: {self.cordoned}",
+                    "choose another: beaker node list",
+                )
+            if request.name and any(s.request.name == request.name and s.account == account for s in self.live()):
+                raise Error(
+                    "conflict",
+                    f"you have a session named {request.name!r} already",
+                    "attach to it, or choose another name",
+                )
+            now = datetime.now(UTC)
+            session = Session(
+                id or ids.ulid(), account, self.ledger.fact("node") or "", request, created=now, revision=1
+            )
+            before = {live.session.id: live.session for live in self._live.values()}
+            try:
+                with self.ledger.transaction():  # one commit for intent and claim: it is on the way to a prompt
+                    self.ledger.add(session, identity, key, fingerprint)
+                    self._live[session.id] = Live(session, identity)
+                    starting = self._claim()
+            except BaseException:
+                del self._live[session.id]
+                for other, was in before.items():
+                    self._live[other].session = was
+                raise
+            for ready in starting:
+                self.on_start(ready)
+            self.on_change()
+            return self._live[session.id].session
+
+    def adopt(self, session: Session, identity: Identity) -> None:
+        """Take up a session found by its container's labels that the ledger had lost, or a create that cannot start."""
+        with self._lock:
+            self.ledger.add(session, identity, None, "")
+            if session.state != State.FINALIZED:
+                self._live[session.id] = Live(session, identity)
+            self.on_change()
+
+    def schedule(self) -> None:
+        """Start all of the queue that may start now."""
+        with self._lock:
+            for id in self._claim():
+                self.on_start(id)
+
+    def _claim(self) -> list[str]:
+        if self.cordoned:
+            return []
+        waiting = [s for s in self.live() if s.state == State.CREATED]
+        amounts = [plan.amount(s.request) for s in waiting]
+        starting = []
+        for index in claims.startable(amounts, self.free()):
+            session, amount = waiting[index], amounts[index]
+            gpus = claims.pick(amount.gpus, self.inventory.gpus, held(self.live()))
+            claim = Claim(gpus, amount.cpus, amount.memory)
+            self.move(session.id, State.SCHEDULED, claim=claim, scheduled=datetime.now(UTC))
+            starting.append(session.id)
+        return starting
+
+    def move(self, id: str, state: State | None = None, actor: str = "executor", **changes: object) -> Session:
+        """Change a session: durable first, then visible, then told to its followers. Returns it as it is now."""
+        with self._lock:
+            live = self._live[id]
+            old = live.session
+            wanted = replace(old, state=state or old.state, **changes)  # type: ignore[arg-type]
+            live.session = self.ledger.move(old, wanted, actor)
+            if live.session.state == State.FINALIZED:
+                del self._live[id]
+            if live.session.state in (State.EXITED, State.FINALIZED) or old.state == State.CREATED:
+                self._notify_queue()
+            self._notify(live)
+            self.on_change()
+            return live.session
+
+    def ended(self, id: str, exit_code: int | None, message: str = "") -> None:
+        """The main process is gone, or never came to be (exit_code None): say so, and have it cleaned up."""
+        with self._lock:
+            live = self._live.get(id)
+            if live is None or live.session.state not in (State.SCHEDULED, State.STARTED):
+                return
+            self.move(id, State.EXITED, exited=datetime.now(UTC), exit_code=exit_code, message=message)
+            self.on_exit(id)
+
+    def release(self, id: str) -> None:
+        """Nothing is left of it: final, its claim free, the next of the queue started."""
+        with self._lock:
+            self.move(id, State.FINALIZED, finalized=datetime.now(UTC))
+            self.schedule()
+
+    def cancel(self, id: str, actor: str) -> bool:
+        """Note that `actor` ends a session. True when that was all: it was still in the queue."""
+        with self._lock:
+            live = self._live.get(id)
+            if live is None or live.session.state == State.EXITED:
+                return True
+            now = datetime.now(UTC)
+            live.stopped_by = live.stopped_by or actor
+            if live.session.state == State.CREATED:
+                why = f"given up by {actor} while waiting"
+                self.move(id, State.FINALIZED, actor, canceled=now, finalized=now, canceled_for=why, message=why)
+                self.schedule()
+                return True
+            if live.session.canceled is None:
+                self.move(id, None, actor, canceled=now, canceled_for=f"stopped by {actor}")
+            return False
+
+    @property
+    def cordoned(self) -> str:
+        """Why nothing new is started here, "" when it is."""
+        return "; ".join(self._cordons.values())
+
+    def cordon(self, source: str, reason: str) -> None:
+        """Start nothing new while any source has a reason; the queue keeps its order. "" takes a source's back."""
+        with self._lock:
+            if self._cordons.get(source, "") == reason:
+                return
+            if reason:
+                log.warning("cordoned: %s", reason)
+                self._cordons[source] = reason
+            else:
+                del self._cordons[source]
+            self._notify_queue()
+            self.schedule()
+
+    # -- following
+
+    @contextmanager
+    def follow(self, id: str, wants_terminal: bool, size: tuple[int, int] | None) -> Iterator[Subscription]:
+        subscription = Subscription(wants_terminal, size)
+        subscription.notify()
+        with self._lock:
+            live = self._live.get(id)
+            if live:
+                live.subscribers.add(subscription)
+        try:
+            yield subscription
+        finally:
+            with self._lock:
+                if live:
+                    live.subscribers.discard(subscription)
+                subscription.close()
+
+    def progress(self, id: str, progress: Progress) -> None:
+        with self._lock:
+            if live := self._live.get(id):
+                live.progress = progress
+                self._notify(live)
+
+    def offer(self, id: str, attach: Callable[[], Terminal]) -> tuple[int, int]:
+        """Give the first follower who wants it the terminal of a sandbox about to start; the size to start with."""
+        with self._lock:
+            live = self._live[id]
+            taker = next((s for s in live.subscribers if s.wants_terminal and s.terminal is None), None)
+            size = live.session.request.size
+        if taker is None:
+            return size
+        terminal = attach()
+        with self._lock:
+            if taker in live.subscribers:
+                taker.terminal = terminal
+                taker.notify()
+                return taker.size or size
+        os.close(terminal.fd)  # it left meanwhile
+        return size
+
+    def _notify(self, live: Live) -> None:
+        for subscription in live.subscribers:
+            subscription.notify()
+
+    def _notify_queue(self) -> None:
+        for live in self._live.values():
+            if live.session.state == State.CREATED:
+                self._notify(live)
