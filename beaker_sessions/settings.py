@@ -1,8 +1,8 @@
 """The settings of executor and server: one frozen object per program, flag > environment > file > default.
 
-Owns: reading `/etc/beaker/config.yml` (the executor's keys at its top level, as in the original system, the server's under
-`server`). Must not be imported by the command line's hot path. A key that is not known is an error: a misspelt limit must
-not silently be no limit.
+Owns: reading `/etc/beaker/config.yml` (the executor's keys at its top level, as in the original system, the server's
+under `server`). Must not be imported by the command line's hot path. A key that is not known is an error: a misspelt
+limit must not silently be no limit.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def load(
         elif f.metadata["key"] in flat:
             value, source = flat[f.metadata["key"]], f"{path or CONFIG}: {f.metadata['key']}"
         else:
-            value = f.default_factory() if f.default is MISSING else f.default  # type: ignore[operator,misc]
+            value = f.default_factory() if f.default is MISSING else f.default  # type: ignore[operator]
             source = ""
         if source and not _matches(value, hints[f.name]):
             raise Error(

@@ -211,7 +211,7 @@ class Door:
         caller.send({"end": True})
 
     def _own(self, request: dict, account: dict, admin: bool = False) -> Session:
-        """The session that a request means; an administrator may mean another account's, but never enter its terminal."""
+        """The session that a request means. An administrator may mean another's, but never enter its terminal."""
         reference = request.get("id")
         if reference is not None and not isinstance(reference, str):
             raise Error("invalid", f"id: {reference!r} is not a session", "give an id or a name")

@@ -288,7 +288,7 @@ class Lifecycle:
 
 
 def home(identity: Identity) -> int:
-    """The caller's home, pinned. Raises Error not_found or forbidden, which is why a create asks before it is queued."""
+    """The caller's home, pinned. Raises Error not_found or forbidden: a create asks before it is queued."""
     try:
         return inventory.pin(identity.home, identity)
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -24,7 +24,8 @@ LABEL_OWNER = "beaker.executor"
 
 @dataclass(frozen=True)
 class Image:
-    """A local image. id: the engine's content id. reference: what the user typed, normalised. env: `NAME=value` pairs."""
+    """A local image. id: the engine's content id. reference: what the user typed, normalised. env: `NAME=value` pairs.
+    """
 
     id: str
     reference: str
