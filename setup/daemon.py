@@ -1,0 +1,83 @@
+"""Programs left running in the background of a machine without systemd, known by a pid file with their start time.
+
+A pid alone may be another process's by now; with the time at which it started it is this one or none.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from . import host
+from .steps import Failed
+
+
+def start(name: str, argv: list[str]) -> int:
+    """Start a program in a session of its own, its output appended to its log: the pid."""
+    host.LOGS.mkdir(parents=True, exist_ok=True)
+    environment = {
+        "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "HOME": "/root",
+        "LANG": "C.UTF-8",
+        "PYTHONDONTWRITEBYTECODE": "1",  # root's files in the checkout of its owner
+        **{key: value for key, value in os.environ.items() if key in host.PROXIES},
+    }
+    with open(log(name), "ab") as output:
+        process = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            cwd="/",
+            env=environment,
+            start_new_session=True,
+        )
+    host.write(_file(name), f"{process.pid} {host.start_time(process.pid)}\n")
+    process.returncode = 0  # it outlives us: no warning that it does
+    return process.pid
+
+
+def pid(name: str) -> int | None:
+    """The pid of the program started by that name, None unless it runs."""
+    try:
+        number, began = _file(name).read_text().split()
+    except (OSError, ValueError):
+        return None
+    return int(number) if host.start_time(int(number)) == began else None
+
+
+def alive(number: int) -> bool:
+    return host.start_time(number) is not None
+
+
+def stop(name: str, seconds: float = 30) -> bool:
+    """End it, if it runs: whether it did. Raises Failed when it does not end; it is never killed."""
+    number = pid(name)
+    if number:
+        os.kill(number, signal.SIGTERM)
+        end = time.monotonic() + seconds
+        while alive(number):
+            if time.monotonic() > end:
+                raise Failed(f"{name} (pid {number}) does not end after {seconds:.0f} s; its log is {log(name)}")
+            time.sleep(0.05)
+    _file(name).unlink(missing_ok=True)
+    return number is not None
+
+
+def log(name: str) -> Path:
+    return host.LOGS / f"{name}.log"
+
+
+def tail(name: str, lines: int = 15) -> list[str]:
+    """The end of its log."""
+    try:
+        return log(name).read_text(errors="replace").splitlines()[-lines:]
+    except OSError:
+        return []
+
+
+def _file(name: str) -> Path:
+    return host.RUN / f"{name}.pid"

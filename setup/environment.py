@@ -1,0 +1,101 @@
+"""The Python environment `.venv`: what the lock file says, this checkout's package, and the launchers."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+import sys
+from pathlib import Path
+
+from . import host
+from .steps import Report, Step, command
+
+_LAUNCHERS = {"beaker-server": "beaker_sessions.server.main", "beaker-executor": "beaker_sessions.executor.main"}
+
+
+def step(dev: bool = False) -> Step:
+    name = "Python environment for tests" if dev else "Python environment"
+    lock = host.ROOT / ("requirements-dev.txt" if dev else "requirements.txt")
+    stamp = host.VENV / f".{lock.stem}"
+
+    def missing() -> bool:
+        return not stamp.exists() or stamp.read_text() != _key(lock) or not (host.VENV / "bin/python").exists()
+
+    def do(report: Report) -> str:
+        _create(report)
+        python = str(host.VENV / "bin/python")
+        pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
+        command([*pip, "--require-hashes", "--no-deps", "-r", str(lock)], report, cwd=host.ROOT)
+        _install_package(report)
+        host.write(stamp, _key(lock))
+        return "installed"
+
+    return Step(name, missing, do, as_owner=True)
+
+
+def launcher(directory: str, interpreter: str) -> str:
+    """The `beaker` script: isolated from the user's environment and without `site`, which halves its start-up.
+
+    It can be, because the command line needs the standard library alone. directory: the parent of `beaker_sessions`.
+    The interpreter is the system's, not the environment's link to it: its path is short and has no spaces, whatever the
+    checkout's, and a first line `#!` allows neither.
+    """
+    return (
+        f"#!{interpreter} -IS\n"
+        "import sys\n"
+        f"sys.path.insert(0, {directory!r})\n"
+        "from beaker_sessions.cli.main import main\n"
+        "sys.exit(main())\n"
+    )
+
+
+def _program(module: str) -> str:
+    """A script for the environment's interpreter at any path: to sh its second line is an exec, to Python a string."""
+    python = shlex.quote(str(host.VENV / "bin/python"))
+    return f"""#!/bin/sh
+'''exec' {python} -P "$0" "$@"
+' '''
+import sys
+from {module} import main
+sys.exit(main())
+"""
+
+
+def lock(report: Report) -> str:
+    """Write both lock files anew from pyproject.toml, with pip-tools in an environment of its own."""
+    tools = host.ROOT / "build/lock"
+    command([sys.executable, "-m", "venv", str(tools)], report)
+    command([str(tools / "bin/pip"), "install", "--disable-pip-version-check", "pip-tools"], report)
+    options = "--generate-hashes --allow-unsafe --strip-extras --no-header --no-annotate --no-emit-options"
+    options += " --no-emit-index-url --no-emit-trusted-host --no-emit-find-links"
+    base = [str(tools / "bin/pip-compile"), "--quiet", *options.split(), "--upgrade", "pyproject.toml"]
+    command([*base, "-o", "requirements.txt"], report, cwd=host.ROOT)
+    development = [*base, "--extra", "dev", "-c", "requirements.txt", "-o", "requirements-dev.txt"]
+    command(development, report, cwd=host.ROOT)
+    return "written"
+
+
+def _key(lock: Path) -> str:
+    """What an environment depends on. Another checkout's path, or Python, makes another environment."""
+    parts = (lock.read_bytes(), str(host.ROOT).encode(), sys.executable.encode(), str(sys.version_info[:2]).encode())
+    return hashlib.sha256(b"\0".join(parts) + Path(__file__).read_bytes()).hexdigest()
+
+
+def _create(report: Report) -> None:
+    version = host.VENV / ".python"
+    wanted = f"{sys.executable} {sys.version_info[0]}.{sys.version_info[1]} {host.ROOT}"
+    if not version.exists() or version.read_text() != wanted or not (host.VENV / "bin/python").exists():
+        report("creating")
+        command([sys.executable, "-m", "venv", "--clear", str(host.VENV)], report)
+        host.write(version, wanted)
+
+
+def _install_package(report: Report) -> None:
+    """Put the checkout on the environment's path by site.py's `.pth`: nothing is built, and edits take effect at once."""
+    (packages,) = (host.VENV / "lib").glob("python3*/site-packages")
+    host.write(packages / "beaker_sessions.pth", f"{host.ROOT}\n")
+    host.write(host.VENV / "bin/beaker", launcher(str(host.ROOT), sys.executable), 0o755)
+    for name, module in _LAUNCHERS.items():
+        host.write(host.VENV / "bin" / name, _program(module), 0o755)
+    report("compiling")
+    command([sys.executable, "-m", "compileall", "-q", str(host.ROOT / "beaker_sessions")], report)
