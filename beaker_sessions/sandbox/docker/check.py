@@ -1,0 +1,91 @@
+"""What `executor doctor` says about Docker Engine. Reads only; one finding for each question, good or bad."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ...errors import Error
+from .. import Finding
+from ..cdi import Registry
+from .engine import Engine
+from .files import BUSYBOX
+
+PT_INTERP = 3  # elf(5)
+DAEMON_JSON = "/etc/docker/daemon.json"
+
+
+def check(engine: Engine, registry: Registry) -> list[Finding]:
+    try:
+        version, info = engine.version, engine.call("GET", "/info")
+    except Error as error:
+        return [Finding("error", error.message, error.hint), _busybox(), *registry.findings]
+    return [*_engine(version, info), _busybox(), *_devices(info, registry), *registry.findings]
+
+
+def _engine(version: dict[str, Any], info: dict[str, Any]) -> Iterator[Finding]:
+    yield Finding("ok", f"Docker Engine {version['Version']}, API {version['ApiVersion']}, storage {info['Driver']}")
+    yield Finding("ok", f"cgroup version {info['CgroupVersion']}, driver {info['CgroupDriver']}")
+    for what, has in (("memory", info["MemoryLimit"]), ("pids", info["PidsLimit"]), ("CPU", info["CPUShares"])):
+        if not has:
+            yield Finding("error", f"this kernel has no {what} limits for containers", "enable the cgroup controller")
+    if info["LiveRestoreEnabled"]:
+        yield Finding("ok", "live-restore is on: sessions survive a restart of Docker Engine")
+    else:
+        mend = f'set "live-restore": true in {DAEMON_JSON}, then systemctl reload docker'
+        yield Finding("warning", "live-restore is off: a restart of Docker Engine ends all sessions", mend)
+    components = {component["Name"] for component in version.get("Components") or ()}
+    if info.get("InitBinary") and "docker-init" in components:
+        yield Finding("ok", f"init binary {info['InitBinary']}")
+    else:
+        yield Finding("error", "Docker Engine has no init binary to reap processes", "apt-get install tini")
+    if "bridge" not in info["Plugins"]["Network"] or not info["IPv4Forwarding"]:
+        yield Finding(
+            "error", "sessions have no network: no bridge or no forwarding", "sysctl -w net.ipv4.ip_forward=1"
+        )
+    if any("seccomp" in option for option in info.get("SecurityOptions") or ()):
+        yield Finding("ok", "seccomp is on")
+    else:
+        yield Finding("error", "Docker Engine runs containers without seccomp", "use a kernel with CONFIG_SECCOMP")
+
+
+def _busybox() -> Finding:
+    mend = "apt-get install busybox-static"
+    try:
+        static = is_static(Path(BUSYBOX).read_bytes())
+    except OSError as error:
+        return Finding("error", f"{BUSYBOX}: {error.strerror}", mend)
+    except (ValueError, struct.error):
+        return Finding("error", f"{BUSYBOX} is no program for this machine", mend)
+    if static:
+        return Finding("ok", f"{BUSYBOX} is static")
+    return Finding("error", f"{BUSYBOX} is not static, so that it cannot start in any image", mend)
+
+
+def _devices(info: dict[str, Any], registry: Registry) -> Iterator[Finding]:
+    if info.get("CDISpecDirs"):
+        yield Finding("ok", f"Docker Engine applies CDI specs of {', '.join(info['CDISpecDirs'])}")
+        return
+    yield Finding("ok", "CDI specs are applied for Docker Engine, which does not itself")
+    hooked = [d.name for d in registry.devices.values() if d.own.hooks or d.common.hooks]
+    if hooked:
+        mend = f'install Docker Engine 25 or newer and set "features": {{"cdi": true}} in {DAEMON_JSON}'
+        yield Finding("error", f"these devices need hooks, which Docker Engine cannot run: {', '.join(hooked)}", mend)
+    for device in registry.devices.values():
+        for node in (*device.common.nodes, *device.own.nodes):
+            if not os.path.exists(node.host_path):
+                yield Finding("error", f"{device.name}: there is no {node.host_path}", "load the device's driver")
+
+
+def is_static(program: bytes) -> bool:
+    """Whether an ELF program needs no dynamic linker, that is, has no PT_INTERP header (elf(5))."""
+    if program[:4] != b"\x7fELF":
+        raise ValueError("not ELF")
+    order = "<" if program[5] == 1 else ">"
+    wide = program[4] == 2
+    offset = struct.unpack_from(order + ("Q" if wide else "L"), program, 32 if wide else 28)[0]
+    size, count = struct.unpack_from(order + "HH", program, 54 if wide else 42)
+    return all(struct.unpack_from(order + "L", program, offset + size * n)[0] != PT_INTERP for n in range(count))

@@ -1,0 +1,262 @@
+"""The driver for Docker Engine.
+
+Owns: containers named and labelled for sessions, and the translation between `Sandboxes` and the Engine API. Must not
+decide policy, nor keep anything in memory that a new instance could not find again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ...errors import Error
+from ...model import Identity, Pull
+from .. import LABEL, LABEL_OWNER, Finding, Found, Framing, Image, Progress, Spec, Status, Terminal, cdi
+from .. import identity as accounts
+from . import config, images
+from .check import check
+from .engine import Engine
+from .files import Files
+from .replay import LIMIT, Frame, delivered, frames, join
+
+STATUSES = {
+    "created": Status.CREATED,
+    "running": Status.RUNNING,
+    "paused": Status.RUNNING,
+    "restarting": Status.RUNNING,
+}
+EXEC_PATIENCE = 10.0  # seconds between the end of an exec's streams and its exit code
+EVENTS = ["start", "die", "oom", "destroy"]
+
+
+class DockerSandboxes:
+    """`Sandboxes` on a Docker Engine.
+
+    socket: the engine's. state: a directory of the driver's own. owner: labels its containers, so that executors with
+    different states can share an engine. cdi_paths: directories of CDI specs.
+    """
+
+    name = "docker"
+
+    def __init__(self, socket: str, state: Path, owner: str, cdi_paths: Iterable[str | os.PathLike[str]] = ()) -> None:
+        self.engine = Engine(socket)
+        self.files = Files(state)
+        self.owner = owner
+        self.cdi_paths = list(cdi_paths)
+
+    @cached_property
+    def _engine_cdi(self) -> bool:
+        return bool(self.engine.call("GET", "/info").get("CDISpecDirs"))
+
+    def image(self, reference: str, pull: Pull, progress: Callable[[Progress], None]) -> Image:
+        return images.get(self.engine, reference, pull, progress)
+
+    def create(self, spec: Spec) -> None:
+        edits = cdi.load(self.cdi_paths).edits(spec.gpus) if spec.gpus else cdi.Edits()
+        facts = images.accounts(self.engine, self.files, spec.image.id, self.owner)
+        passwd = accounts.passwd(facts.passwd, spec.identity, facts.shell)
+        group = accounts.group(facts.group, spec.identity)
+        try:
+            mounts = self.files.create(spec.id, passwd, group, spec.mounts)
+        except FileExistsError as error:
+            if self.engine.exists(f"/containers/{config.name(spec.id)}/json"):
+                raise Error("conflict", f"the sandbox {spec.id} exists already") from error
+            self.files.remove(spec.id)
+            mounts = self.files.create(spec.id, passwd, group, spec.mounts)
+        try:
+            body = config.container(
+                spec, self.files.directory(spec.id), mounts, edits, engine_cdi=bool(spec.gpus) and self._engine_cdi
+            )
+            body["Labels"][LABEL_OWNER] = self.owner
+            self.engine.call("POST", "/containers/create", {"name": config.name(spec.id)}, body)
+        except BaseException:
+            self.files.remove(spec.id)
+            raise
+
+    def attach(self, id: str, *, replay: bool) -> Terminal:
+        query = {"stream": 1, "stdin": 1, "stdout": 1, "stderr": 1, "detachKeys": config.DETACH_KEYS}
+        sock = self.engine.hijack(f"{_path(id)}/attach", query)
+        try:
+            container = self._inspect(id)
+            framing = Framing.RAW if container["Config"]["Tty"] else Framing.MULTIPLEXED
+            if container["State"]["Status"] in ("exited", "dead"):
+                # The engine would hold the stream open for a next start, which never comes.
+                sock.close()
+                sock, other = socket.socketpair()
+                other.close()
+                return Terminal(sock.detach(), framing, self.logs(id, LIMIT) if replay else b"")
+            if not replay or container["State"]["Status"] == "created":
+                return Terminal(sock.detach(), framing)
+            return Terminal(sock.detach(), framing, self._replay(id, sock, framing is Framing.RAW))
+        except BaseException:
+            sock.close()
+            raise
+
+    def start(self, id: str, size: tuple[int, int] | None) -> None:
+        if self._inspect(id)["State"]["Status"] == "created":
+            self.engine.call("POST", f"{_path(id)}/start")
+        if size:
+            self.resize(id, size)
+        self.files.open_gate(id, config.GATE)
+        self.files.release(id)
+
+    def resize(self, id: str, size: tuple[int, int], process: str = "") -> None:
+        if process:
+            self._exec(id, process)
+        path = f"/exec/{process}" if process else _path(id)
+        try:
+            self.engine.call("POST", f"{path}/resize", {"h": size[0], "w": size[1]})
+        except Error:
+            running = self._exec(id, process)["Running"] if process else self._inspect(id)["State"]["Running"]
+            if running:
+                raise
+
+    def exec(
+        self,
+        id: str,
+        command: tuple[str, ...],
+        *,
+        env: Mapping[str, str],
+        identity: Identity,
+        workdir: str,
+        size: tuple[int, int] | None,
+        stdin: bool,
+    ) -> tuple[str, Terminal]:
+        gate = f"{config.GATE}-{secrets.token_hex(8)}" if size else ""
+        body = config.process(command, env, identity, workdir, gate, tty=size is not None, stdin=stdin)
+        handle: str = self.engine.call("POST", f"{_path(id)}/exec", body=body)["Id"]
+        sock = self.engine.hijack(f"/exec/{handle}/start", body={"Detach": False, "Tty": size is not None})
+        try:
+            if size:
+                self.resize(id, size, handle)
+                self.files.open_gate(id, gate)
+        except BaseException:
+            sock.close()
+            raise
+        return handle, Terminal(sock.detach(), Framing.RAW if size else Framing.MULTIPLEXED)
+
+    def exec_exit(self, id: str, handle: str) -> int:
+        deadline, pause = time.monotonic() + EXEC_PATIENCE, 0.002
+        while (process := self._exec(id, handle))["Running"]:
+            if time.monotonic() > deadline:
+                raise Error("conflict", f"the process {handle} of {id} runs on without its streams")
+            time.sleep(pause)
+            pause = min(pause * 2, 0.2)
+        gate = process["ProcessConfig"]["arguments"][len(config.ENTRY) - 1]
+        if gate:
+            self.files.close_gate(id, os.path.basename(gate))
+        return int(process["ExitCode"])
+
+    def signal(self, id: str, signal: int) -> None:
+        try:
+            self.engine.call("POST", f"{_path(id)}/kill", {"signal": signal})
+        except Error as error:
+            if error.code != "conflict":  # it does not run
+                raise
+
+    def stop(self, id: str, grace: float) -> None:
+        seconds = math.ceil(grace)
+        self.engine.call("POST", f"{_path(id)}/stop", {"t": seconds}, timeout=seconds + 60)
+
+    def remove(self, id: str) -> None:
+        with _absent_is_fine():
+            self.engine.call("DELETE", _path(id), {"force": 1, "v": 1})
+        self.files.remove(id)
+
+    def watch(self) -> Iterator[str]:
+        filters = {"type": ["container"], "event": EVENTS, "label": [LABEL, f"{LABEL_OWNER}={self.owner}"]}
+        for event in self.engine.stream("GET", "/events", {"filters": filters}, timeout=None):
+            yield event["Actor"]["Attributes"].get(LABEL, "") if event else ""
+
+    def logs(self, id: str, limit: int) -> bytes:
+        tty = self._inspect(id)["Config"]["Tty"]
+        return b"".join(data for _, data in self._tail(id, limit, tty))[-limit:]
+
+    def check(self) -> list[Finding]:
+        return check(self.engine, cdi.load(self.cdi_paths))
+
+    def _inspect(self, id: str) -> Any:
+        return self.engine.call("GET", f"{_path(id)}/json")
+
+    def _exec(self, id: str, handle: str) -> Any:
+        """An exec's state. Raises Error not_found when it is of another container."""
+        process = self.engine.call("GET", f"/exec/{handle}/json")
+        if process["ContainerID"] != self._inspect(id)["Id"]:
+            raise Error("not_found", f"the session {id} has no process {handle}")
+        return process
+
+    def _tail(self, id: str, limit: int, tty: bool) -> list[Frame]:
+        """The last frames of the log, `limit` bytes or more if there are so many; the API can only count lines."""
+        result: list[Frame] = []
+        for lines in (limit // 128, limit):
+            data = self.engine.read(f"{_path(id)}/logs", {"stdout": 1, "stderr": 1, "tail": lines})
+            result = [(1, data)] if tty else frames(data)[0]
+            if sum(len(data) for _, data in result) >= limit or data.count(b"\n") < lines:
+                break
+        return result
+
+    def _replay(self, id: str, sock: socket.socket, tty: bool) -> bytes:
+        arrived: list[Frame] = []
+        for _ in range(5):
+            log = self._tail(id, LIMIT, tty)
+            arrived += delivered(sock, tty)
+            joined, met = join(log, arrived)
+            if met:
+                break
+        return joined
+
+    def list(self) -> list[Found]:  # last: its name hides the type from what follows
+        filters = {"label": [f"{LABEL_OWNER}={self.owner}"]}
+        found = []
+        for item in self.engine.call("GET", "/containers/json", {"all": 1, "filters": filters}):
+            with _absent_is_fine():
+                if LABEL in item["Labels"]:
+                    found.append(_found(self.engine.call("GET", f"/containers/{item['Id']}/json")))
+                else:
+                    images.forget(self.engine, item)
+        return found
+
+
+def _path(id: str) -> str:
+    return f"/containers/{config.name(id)}"
+
+
+def _found(container: Mapping[str, Any]) -> Found:
+    state = container["State"]
+    status = STATUSES.get(state["Status"], Status.EXITED)
+    return Found(
+        id=container["Config"]["Labels"][LABEL],
+        labels=container["Config"]["Labels"],
+        status=status,
+        pid=state["Pid"] if status is Status.RUNNING else 0,
+        exit_code=state["ExitCode"] if status is Status.EXITED else None,
+        oom=state["OOMKilled"],
+        started=_time(state["StartedAt"]),
+        finished=_time(state["FinishedAt"]) if status is Status.EXITED else None,
+    )
+
+
+def _time(text: str) -> datetime | None:
+    """RFC 3339 with nanoseconds; Go's zero time is no time."""
+    if text.startswith("0001-"):
+        return None
+    seconds, _, fraction = text.rstrip("Z").partition(".")
+    return datetime.fromisoformat(f"{seconds}.{fraction[:6]:0<6}+00:00")
+
+
+@contextlib.contextmanager
+def _absent_is_fine() -> Iterator[None]:
+    try:
+        yield
+    except Error as error:
+        if error.code != "not_found":
+            raise

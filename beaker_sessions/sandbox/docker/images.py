@@ -1,0 +1,162 @@
+"""Images: found on this machine, pulled from a registry, and what their account files say.
+
+Owns: references as Docker understands them, the progress of a pull, and the short-lived container through which an
+image's files are read. Must not choose an image.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import Error
+from ...model import Pull
+from .. import LABEL_OWNER, Image, Progress
+from .engine import Engine
+from .files import Files
+
+SILENCE = 300.0  # seconds without a word after which a pull is given up
+PAUSE = 0.1  # seconds between two reports of progress
+STALE = 300  # seconds after which a reading container is a leftover
+FULL = 256 << 20  # bytes of free space below which a failure is one of space
+SHELLS = ("/bin/bash", "/usr/bin/bash", "/usr/local/bin/bash", "/bin/sh")
+FINISHED = {"Already exists", "Pull complete"}
+
+
+def get(engine: Engine, reference: str, pull: Pull, progress: Callable[[Progress], None]) -> Image:
+    """As `Sandboxes.image`. Registry credentials, when there are any, will be the header X-Registry-Auth of `_pull`."""
+    reference = normalise(reference)
+    local = None if pull is Pull.ALWAYS else _local(engine, reference)
+    if local:
+        return local
+    if pull is Pull.NEVER:
+        raise Error("not_found", f"the image {reference} is not on this machine, and --pull is never", "--pull missing")
+    _pull(engine, reference, progress)
+    if found := _local(engine, reference):
+        return found
+    raise Error("not_found", f"the image {reference} was pulled and is gone again", "try again")
+
+
+def normalise(reference: str) -> str:
+    """`NAME:TAG` or `NAME@DIGEST`, without a scheme."""
+    for scheme in ("docker://", "beaker://"):
+        reference = reference.removeprefix(scheme)
+    return reference if "@" in reference or ":" in reference.rpartition("/")[2] else reference + ":latest"
+
+
+@dataclass(frozen=True)
+class Accounts:
+    """An image's passwd and group (None where it has none), and the path of its best shell."""
+
+    passwd: str | None
+    group: str | None
+    shell: str
+
+
+def accounts(engine: Engine, files: Files, id: str, owner: str) -> Accounts:
+    """The account files of the image with this id, read out of it once."""
+    facts = files.image(id)
+    if facts is None:
+        body = {"Image": id, "Cmd": ["none"], "Labels": {LABEL_OWNER: owner}, "HostConfig": {"NetworkMode": "none"}}
+        path = f"/containers/{engine.call('POST', '/containers/create', body=body)['Id']}"
+        try:
+            facts = {
+                "passwd": _read(engine, path, "/etc/passwd"),
+                "group": _read(engine, path, "/etc/group"),
+                "shell": next((s for s in SHELLS if engine.exists(f"{path}/archive", {"path": s})), "/bin/sh"),
+            }
+        finally:
+            engine.call("DELETE", path, {"force": 1, "v": 1})
+        files.keep_image(id, facts)
+    return Accounts(**facts)
+
+
+def forget(engine: Engine, container: Mapping[str, Any]) -> None:
+    """Remove a reading container, as listed by the engine, whose executor was killed before it could."""
+    if time.time() - container["Created"] > STALE:
+        engine.call("DELETE", f"/containers/{container['Id']}", {"force": 1, "v": 1})
+
+
+def _local(engine: Engine, reference: str) -> Image | None:
+    try:
+        found = engine.call("GET", f"/images/{reference}/json")
+    except Error as error:
+        if error.code == "not_found":
+            return None
+        raise
+    return Image(found["Id"], reference, tuple(found["Config"].get("Env") or ()), found["Size"])
+
+
+def _read(engine: Engine, container: str, path: str) -> str | None:
+    try:
+        archive = engine.read(f"{container}/archive", {"path": path})
+    except Error as error:
+        if error.code == "not_found":
+            return None
+        raise
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        content = next((tar.extractfile(member) for member in tar if member.isreg()), None)
+        return content.read().decode("utf-8", "surrogateescape") if content else None
+
+
+def _pull(engine: Engine, reference: str, progress: Callable[[Progress], None]) -> None:
+    name, separator, tag = reference.partition("@")
+    if not separator:
+        name, _, tag = reference.rpartition(":")
+    layers: dict[str, dict[str, Any]] = {}
+    reported = 0.0
+    try:
+        for event in engine.stream("POST", "/images/create", {"fromImage": name, "tag": tag}, timeout=SILENCE):
+            if event and "errorDetail" in event:
+                raise Error("unavailable", str(event["errorDetail"].get("message")))
+            if event and _layer(layers, event) and time.monotonic() - reported > PAUSE:
+                reported = time.monotonic()
+                progress(_progress(layers))
+    except Error as error:
+        raise _failure(engine, reference, error) from error
+    if layers:
+        progress(_progress(layers))
+
+
+def _layer(layers: dict[str, dict[str, Any]], event: Mapping[str, Any]) -> bool:
+    """Take one message of a pull into account; whether it was about a layer."""
+    status, detail = event.get("status"), event.get("progressDetail")
+    if detail is None or "id" not in event:
+        return False
+    layer = layers.setdefault(event["id"], {"done": 0, "total": 0, "finished": False})
+    if detail.get("total"):
+        # Downloading and extracting both count to the compressed size; the latter starts again from 0.
+        layer |= {"done": max(layer["done"], detail["current"]), "total": detail["total"]}
+    if status in FINISHED:
+        layer |= {"done": layer["total"], "finished": True}
+    return True
+
+
+def _progress(layers: Mapping[str, Mapping[str, Any]]) -> Progress:
+    values = layers.values()
+    return Progress(
+        sum(layer["done"] for layer in values),
+        sum(layer["total"] for layer in values),
+        (sum(layer["finished"] for layer in values), len(values)),
+    )
+
+
+def _failure(engine: Engine, reference: str, error: Error) -> Error:
+    name = reference.partition("@")[0]
+    first = name.split("/")[0]
+    registry = first if "/" in name and ("." in first or ":" in first or first == "localhost") else "docker.io"
+    tried = f"the image {reference} is not on this machine, and pulling it from {registry} failed: {error.message}"
+    if error.code == "not_found":
+        return Error("not_found", tried, "check the name; a private image needs a login to its registry")
+    if error.code != "internal":
+        return Error(error.code, tried, error.hint)
+    root = engine.call("GET", "/info")["DockerRootDir"]
+    if os.path.isdir(root) and (disk := os.statvfs(root)).f_bavail * disk.f_frsize < FULL:
+        return Error("storage_full", tried, f"free space on the disk of {root}: docker system prune")
+    # The engine has no status of its own for a registry that it cannot reach.
+    return Error("unavailable", tried, f"check the way to {registry}, or use an image that is here")
