@@ -1,0 +1,5 @@
+"""`python -m beaker_sessions.cli`."""
+
+from .main import main
+
+main()

@@ -1,0 +1,156 @@
+"""`~/.beaker/config.yml`: the user's address, token and defaults, with the environment above it.
+
+Owns reading and writing that file. Its grammar is the flat part of YAML, `key: value` a line; other lines belong to
+keys that are not ours and are kept as they are. The file holds a token: mode 0600, replaced atomically.
+"""
+
+from __future__ import annotations
+
+import os
+
+from ..errors import Error
+from . import output
+
+KEYS = {
+    "agent_address": "address of the server",
+    "user_token": "your token",
+    "default_workspace": "workspace of new sessions",
+    "default_image": "image of new sessions",
+    "default_org": "organization to look in",
+}
+ENVIRONMENT = {"agent_address": "BEAKER_ADDR", "user_token": "BEAKER_TOKEN"}
+ADDRESS = "http://127.0.0.1:8420"
+
+
+class Config:
+    """The configuration as read from `path`, which is None when there is no home directory to look in."""
+
+    def __init__(self, path: str | None, lines: list[str]) -> None:
+        self.path, self.lines = path, lines
+        self.values: dict[str, str] = {}
+        for number, text in enumerate(lines, 1):
+            key, colon, rest = text.partition(":")
+            if key in KEYS and colon:
+                self.values[key] = _parse(rest.strip(), f"{path}: line {number}: {key}")
+
+    def get(self, key: str) -> str:
+        """The value in force, or ""."""
+        return os.environ.get(ENVIRONMENT.get(key, ""), "") or self.values.get(key, "")
+
+    def source(self, key: str) -> str:
+        """Where the value in force comes from: a variable's name, the file's path, or ""."""
+        variable = ENVIRONMENT.get(key, "")
+        return variable if os.environ.get(variable) else (self.path or "") if key in self.values else ""
+
+    @property
+    def address(self) -> str:
+        return (self.get("agent_address") or ADDRESS).rstrip("/")
+
+    @property
+    def token(self) -> str:
+        return self.get("user_token")
+
+    def set(self, key: str, value: str | None) -> None:
+        """Change one value, None removes it, and write the file. Raises Error invalid or storage_full."""
+        if value is not None and not value.isprintable():
+            raise Error("invalid", f"{key}: the value has control characters", "give it without them")
+        lines = [text for text in self.lines if text.partition(":")[0] != key]
+        if value is not None:
+            place = next((at for at, text in enumerate(self.lines) if text.partition(":")[0] == key), len(lines))
+            lines.insert(place, f"{key}: {_format(value)}")
+        _write(self._where(), "".join(text + "\n" for text in lines))
+        self.lines = lines
+        self.values.pop(key, None)
+        if value is not None:
+            self.values[key] = value
+
+    def _where(self) -> str:
+        if self.path is None:
+            raise Error("invalid", "there is no home directory to keep a configuration in", "set HOME or BEAKER_CONFIG")
+        return os.path.realpath(self.path)  # a link stays a link
+
+
+def load() -> Config:
+    """The user's configuration; a file that is missing is an empty one. Raises Error invalid for one that is broken."""
+    path = os.environ.get("BEAKER_CONFIG") or os.path.expanduser("~/.beaker/config.yml")
+    if path.startswith("~"):
+        return Config(None, [])
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return Config(path, [])
+    except OSError as error:
+        raise Error(
+            "invalid", f"cannot read {path}: {error.strerror}", "mend its permissions, or set BEAKER_CONFIG"
+        ) from None
+    with open(fd, encoding="utf-8", errors="surrogateescape") as file:
+        try:
+            config = Config(path, file.read().splitlines())
+        except OSError as error:
+            raise Error("invalid", f"cannot read {path}: {error.strerror}", "it must be a file") from None
+        mode = os.fstat(fd).st_mode
+        if mode & 0o077 and "user_token" in config.values:
+            _close_to_others(fd, path)
+    return config
+
+
+def _close_to_others(fd: int, path: str) -> None:
+    try:
+        os.fchmod(fd, 0o600)
+        output.say(f"beaker: warning: other users could read the token in {path}; its mode is now 0600")
+    except OSError:
+        output.say(f"beaker: warning: other users can read the token in {path}; run: chmod 600 {path}")
+
+
+def _parse(text: str, where: str) -> str:
+    """A YAML scalar on one line. Raises Error invalid for anything else."""
+    quote = text[:1]
+    if quote in ("'", '"') and quote:
+        end = 1
+        while end < len(text) and text[end] != quote:
+            end += 2 if quote == '"' and text[end] == "\\" else 1
+            if quote == "'" and text[end : end + 2] == "''":
+                end += 2
+        rest = text[end + 1 :].strip()
+        if end < len(text) and (not rest or rest.startswith("#")):
+            inner = text[1:end]
+            return inner.replace("''", "'") if quote == "'" else inner.replace('\\"', '"').replace("\\\\", "\\")
+    elif not text or text[0] not in "[]{}>|*&!%@`,":
+        plain = text.split(" #")[0].strip()
+        return "" if plain in ("~", "null") or plain.startswith("#") else plain
+    raise Error("invalid", f"{where}: {text!r} is not a plain or quoted value", "correct this line of the file")
+
+
+def _format(value: str) -> str:
+    plain = value and all(char.isalnum() or char in "_-./@+" for char in value) and value.isascii()
+    if value.startswith(("http://", "https://")) and " " not in value and "#" not in value:
+        plain = True
+    if plain and value[0] not in "-.@" and not value.replace(".", "").isdigit() and value.lower() not in _WORDS:
+        return value
+    return "'" + value.replace("'", "''") + "'"
+
+
+_WORDS = ("true", "false", "null", "yes", "no", "on", "off")  # what YAML reads as something else than text
+
+
+def _write(path: str, text: str) -> None:
+    folder = os.path.dirname(path)
+    temporary = f"{path}.{os.getpid()}"
+    try:
+        if not os.path.isdir(folder):
+            os.makedirs(folder, 0o700)
+        before = os.stat(path) if os.path.exists(path) else None
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with open(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
+                if before and before.st_uid != os.geteuid() == 0:  # root mending a user's file must not take it
+                    os.fchown(fd, before.st_uid, before.st_gid)
+                file.write(text)
+                file.flush()
+                os.fsync(fd)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise Error("storage_full", f"cannot write {path}: {error.strerror}", "mend that, and try again") from None

@@ -1,0 +1,155 @@
+"""The executor's door as a client: a SOCK_SEQPACKET connection whose packets are JSON objects, some with a descriptor.
+
+Owns connecting, framing and turning what the kernel reports into `errors.Error`. The frames themselves are described in
+docs/architecture.md, "The door". Uses `_socket`, because `socket` costs milliseconds and adds nothing needed here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from _socket import (
+    AF_UNIX,
+    CMSG_SPACE,
+    MSG_CMSG_CLOEXEC,
+    MSG_DONTWAIT,
+    MSG_NOSIGNAL,
+    SCM_RIGHTS,
+    SOCK_SEQPACKET,
+    SOL_SOCKET,
+    socket,
+)
+
+from ..errors import Error
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+SOCKET = "/run/beaker/executor.sock"
+FRAME = 128 << 10  # bytes
+ANSWER = 30.0  # seconds that a question about the present may take
+
+
+class Away(Exception):
+    """The executor closed the connection, or is not there to be connected to: it may be restarting."""
+
+
+def path() -> str:
+    return os.environ.get("BEAKER_SOCKET") or SOCKET
+
+
+class Door:
+    """A connection to the executor of this machine. Raises Error unavailable when none answers."""
+
+    def __init__(self, patience: float = ANSWER) -> None:
+        self._socket = socket(AF_UNIX, SOCK_SEQPACKET)
+        self._socket.settimeout(patience)
+        try:
+            self._socket.connect(path())
+        except FileNotFoundError:
+            self.close()
+            raise Error(
+                "unavailable", f"no executor answers at {path()}", "run this on a node: see beaker node list"
+            ) from None
+        except PermissionError:
+            self.close()
+            raise Error(
+                "forbidden", f"no permission to connect to {path()}", "mend it with: beaker executor doctor"
+            ) from None
+        except (OSError, TimeoutError):  # on Python 3.9 socket.timeout is only the former
+            self.close()
+            hint = "ask for it to be started, or see: beaker executor doctor"
+            raise Error("unavailable", f"no executor answers at {path()}", hint) from None
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def send(self, frame: dict[str, Any]) -> None:
+        """Send one frame. Raises Away, or Error invalid when it is too long."""
+        data = json.dumps(frame, separators=(",", ":")).encode()
+        if len(data) > FRAME:
+            raise Error("invalid", f"the command and its environment are too long ({len(data)} bytes)", "use a script")
+        try:
+            self._socket.sendmsg([data], [], MSG_NOSIGNAL)
+        except OSError:
+            raise Away from None
+
+    def try_send(self, frame: dict[str, Any]) -> bool:
+        """Send a frame without waiting; False when the executor takes none now."""
+        try:
+            self._socket.sendmsg([json.dumps(frame).encode()], [], MSG_NOSIGNAL | MSG_DONTWAIT)
+        except OSError:
+            return False
+        return True
+
+    def receive(self, timeout: float | None = ANSWER) -> tuple[dict[str, Any], int]:
+        """The next frame and its descriptor, -1 for none. timeout: seconds, None for as long as it takes.
+
+        Raises Away at the end, the Error that the frame holds, or Error unavailable when nothing comes in time.
+        """
+        self._socket.settimeout(timeout)
+        try:
+            data, ancillary, _, _ = self._socket.recvmsg(FRAME, CMSG_SPACE(4), MSG_CMSG_CLOEXEC)
+        except ConnectionError:
+            raise Away from None
+        except OSError:
+            raise Error("unavailable", f"the executor did not answer within {timeout:g} s", "try again") from None
+        fd = -1
+        for level, kind, content in ancillary:
+            if (level, kind) == (SOL_SOCKET, SCM_RIGHTS) and len(content) >= 4:
+                fd = int.from_bytes(content[:4], _BYTE_ORDER)
+        if not data:
+            raise Away
+        frame: dict[str, Any] = json.loads(data)
+        if "error" in frame:
+            raise Error.from_dict(frame["error"])
+        return frame, fd
+
+
+_BYTE_ORDER = __import__("sys").byteorder
+
+
+def request(op: str, token: str, **fields: Any) -> dict[str, Any]:
+    """The first frame of a connection."""
+    return {"v": 1, "op": op, "token": token, **fields}
+
+
+def ask(op: str, token: str, timeout: float = ANSWER, **fields: Any) -> dict[str, Any]:
+    """One question with one answer."""
+    return next(ask_all(op, token, timeout, **fields))
+
+
+def ask_all(op: str, token: str, timeout: float = ANSWER, **fields: Any) -> Iterator[dict[str, Any]]:
+    """One question with many answers, until `{"end": true}`."""
+    connection = Door()
+    try:
+        connection.send(request(op, token, **fields))
+        while True:
+            frame, _ = connection.receive(timeout)
+            if frame.get("end"):
+                return
+            yield frame
+    except Away:
+        raise Error("unavailable", "the executor went away before it answered", "try again") from None
+    finally:
+        connection.close()
+
+
+def ask_descriptor(op: str, token: str, **fields: Any) -> int:
+    """One question whose answer is a descriptor to read."""
+    connection = Door()
+    try:
+        connection.send(request(op, token, **fields))
+        _, fd = connection.receive()
+    except Away:
+        raise Error("unavailable", "the executor went away before it answered", "try again") from None
+    finally:
+        connection.close()
+    if fd < 0:
+        raise Error("internal", "the executor's answer lacks its descriptor", "report this")
+    return fd

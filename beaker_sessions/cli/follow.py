@@ -1,0 +1,436 @@
+"""Following a session, or a process in it, to its end: one loop over door, stream, standard streams and signals.
+
+Owns what the user experiences between the first frame and the exit code: waiting, cancelling, copying, detaching, and
+an executor that goes away and comes back. Nothing here waits for anything but `poll`: a stuck terminal, a stuck session
+or a dead executor never takes the detach key away.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from select import POLLERR, POLLHUP, POLLIN, POLLNVAL, POLLOUT, poll
+from time import monotonic
+
+from ..errors import CODES, Error
+from . import output
+from .door import Away, Door
+from .stream import CHUNK, STDOUT, Stream
+from .terminal import DetachKey, Output, Signals, Terminal, size
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from .progress import Progress
+
+PATIENCE = 60.0  # seconds to wait for an executor that went away, when nothing else is left to do
+CANCEL = 20.0  # seconds for a cancelled session to be gone
+DRAIN = 2.0  # seconds without a byte, after the end was announced, until the stream counts as finished
+HINT = 3.0  # seconds between the end of the stream and saying that the session itself has not ended
+READABLE = POLLIN | POLLHUP | POLLERR | POLLNVAL
+
+
+class Follow:
+    """One followed session. `run` returns the exit code, or raises the Error that the executor answered.
+
+    request: the first frame, of op create, attach or exec. tty: the session's terminal is shown on the user's.
+    """
+
+    def __init__(self, request: dict[str, Any], *, tty: bool, progress: Progress, id: str = "") -> None:
+        self._request, self._tty, self._progress = request, tty, progress
+        self._op: str = request["op"]
+        self.id = id or request.get("id") or ""
+        self._door: Door | None = None
+        self._stream: Stream | None = None
+        self._streamed = False  # there was a stream: what it carried must not come again
+        self._handle = ""
+        self._ended: dict[str, Any] | None = None
+        self._result: int | None = None
+        self._canceled_by = 0
+        self._signals_sent = 0
+        self._pause = 0.05
+        self._terminal, self._keys = Terminal(), DetachKey()
+        self._typed = b""  # read from standard input, not yet taken by the session
+        self._input = tty or not os.isatty(0) or os.tcgetpgrp(0) == os.getpgrp()  # a background job must not read it
+        self._shown: list[tuple[int, memoryview]] = []  # received, not yet taken by the standard streams
+        self._muted = False
+        self._returning = False  # the executor went away, and has not said anything since
+        self._failure: Error | None = None
+        self._timers: dict[str, tuple[float, Callable[[], None]]] = {}
+        self._poll = poll()
+        self._interest: dict[int, int] = {}
+
+    def run(self) -> int:
+        self._signals: Signals = Signals()
+        self._output: Output = Output()
+        try:
+            self._door = Door()
+            try:
+                self._door.send(self._request)
+            except Away:
+                self._lost()
+            while self._result is None:
+                self._turn()
+            return self._result
+        except Away:
+            raise Error("unavailable", "the executor went away before it answered", "try again") from None
+        finally:
+            self._close()
+
+    def _turn(self) -> None:
+        stream, door, showing = self._stream, self._door, self._shown
+        self._watch(self._signals.fd, POLLIN)
+        if door:
+            self._watch(door.fileno(), POLLIN)
+        if showing:
+            self._watch(self._output.fd(showing[0][0]), POLLOUT)
+        if stream:
+            self._watch(stream.fileno(), (0 if showing else POLLIN) | (POLLOUT if self._typed else 0))
+            if self._input:
+                self._watch(0, 0 if self._typed else POLLIN)
+        ready = dict(self._poll.poll(self._timeout()))
+        if self._signals.fd in ready:
+            self._on_signals()
+        if door and door.fileno() in ready and self._result is None:
+            self._on_door(door)
+        if showing and ready.get(self._output.fd(showing[0][0]), 0):
+            self._flush()
+        if stream and stream is self._stream and (events := ready.get(stream.fileno(), 0)):
+            if events & POLLOUT:
+                self._feed()
+            if events & READABLE and not self._shown:
+                self._on_stream(stream)
+        if stream and self._input and ready.get(0, 0) & READABLE and not self._typed:
+            self._on_input()
+        self._on_timers()
+
+    # -- poll and timers
+
+    def _watch(self, fd: int, events: int) -> None:
+        if not events:  # poll reports a hang-up even to those who ask for nothing
+            self._forget(fd)
+        elif self._interest.get(fd) != events:
+            self._poll.register(fd, events)
+            self._interest[fd] = events
+
+    def _forget(self, fd: int) -> None:
+        if self._interest.pop(fd, None) is not None:
+            self._poll.unregister(fd)
+
+    def _after(self, seconds: float, name: str, act: Callable[[], None]) -> None:
+        self._timers[name] = (monotonic() + seconds, act)
+
+    def _timeout(self) -> float | None:
+        if not self._timers:
+            return None
+        return max(0.0, (min(when for when, _ in self._timers.values()) - monotonic()) * 1000 + 1)
+
+    def _on_timers(self) -> None:
+        if not self._timers:
+            return
+        now = monotonic()
+        for name, (when, act) in list(self._timers.items()):
+            if when <= now and self._timers.get(name, (0, None))[1] is act:
+                del self._timers[name]
+                act()
+
+    # -- the executor
+
+    def _on_door(self, door: Door) -> None:
+        try:
+            frame, fd = door.receive()
+        except Away:
+            self._lost()
+            return
+        except Error as error:
+            if error.code == "unavailable" and (self._streamed or self._returning):
+                self._lost()
+            elif self._stream and error.code not in ("unauthorized", "forbidden"):
+                self._failure = error  # the exit code is lost, but not the open terminal
+                self._drop_door()
+            else:
+                raise
+            return
+        self._returning, self._pause = False, 0.05
+        event = frame.get("event")
+        if event == "created":
+            self.id = frame["job"]["id"]
+            self._progress.created(frame["job"])
+            if self._canceled_by:
+                door.try_send({"cancel": True})
+        elif event == "terminal":
+            self._begin(frame, fd)
+        elif event == "ended":
+            self._end(frame)
+        elif self._streamed:
+            pass  # what was to be said came before the terminal
+        elif event == "queued":
+            self._progress.queued(frame)
+        elif event == "pull":
+            self._progress.pull(frame)
+        elif event == "reserved":
+            self._progress.reserved(frame)
+
+    def _lost(self) -> None:
+        """The executor closed the connection before the end: come back to it, while the terminal goes on."""
+        self._drop_door()
+        if self._request.get("detach") and self.id:
+            self._result = 0
+            return
+        if self._op == "exec" and not self._handle:
+            raise Away  # whether the process was started is not known, and it must not be started twice
+        self._returning = True
+        if not self._stream and "give up" not in self._timers:
+            self._after(1.0, "away", lambda: self._progress.say("The executor went away; waiting for it to come back."))
+            self._after(PATIENCE, "give up", self._give_up)
+        self._after(self._pause, "again", self._again)
+        self._pause = min(self._pause * 2, 2.0)
+
+    def _again(self) -> None:
+        try:
+            self._door = Door(patience=0.2)
+            self._door.send(self._resumption())
+        except (Error, Away):
+            self._lost()
+            return
+        for name in ("away", "give up"):
+            self._timers.pop(name, None)
+        if self._tty:
+            self._resize()
+
+    def _resumption(self) -> dict[str, Any]:
+        frame = {"v": 1, "token": self._request["token"], "id": self.id or None}
+        if self._op == "exec":
+            return {**frame, "op": "exec_exit", "handle": self._handle}
+        if not self.id:
+            return self._request  # the same idempotency key: no second session
+        return {**frame, "op": "attach", "size": size(), "replay": True, "stream": not self._streamed}
+
+    def _give_up(self) -> None:
+        name = f"session {self.id}" if self.id else "the session"
+        hint = f"{name} goes on; come back with: beaker session attach {self.id}".rstrip()
+        raise Error("unavailable", f"the executor has not answered for {PATIENCE:g} s", hint)
+
+    def _drop_door(self) -> None:
+        if self._door:
+            self._forget(self._door.fileno())
+            self._door.close()
+            self._door = None
+
+    # -- begin and end
+
+    def _begin(self, frame: dict[str, Any], fd: int) -> None:
+        if self._canceled_by or self._stream:
+            os.close(fd)
+            return
+        self._stream, self._streamed = Stream(fd, frame["framing"]), True
+        self._handle = frame.get("handle") or ""
+        self._progress.finish()
+        if self._tty:
+            self._terminal.raw()
+            self._resize()
+        if frame.get("replay"):
+            from base64 import b64decode
+
+            self._show([(STDOUT, b64decode(frame["replay"]))])
+        if not self._input:
+            self._stream.half_close()
+
+    def _end(self, frame: dict[str, Any]) -> None:
+        self._ended = frame
+        self._drop_door()
+        self._timers.clear()
+        if self._stream or self._shown:
+            self._after(DRAIN, "drain", self._finish)
+        else:
+            self._finish()
+
+    def _finish(self) -> None:
+        assert self._ended is not None
+        if self._shown:  # a pager that takes its time must not lose the end
+            self._after(DRAIN, "drain", self._finish)
+        else:
+            self._result = self._conclude(self._ended)
+
+    def _conclude(self, frame: dict[str, Any]) -> int:
+        """The exit code for the end that was announced, saying what needs to be said."""
+        self._restore()
+        code, message = frame.get("exitCode"), frame.get("message") or ""
+        if self._muted:
+            return 128 + signal.SIGPIPE
+        if self._canceled_by:
+            self._progress.say(f"Canceled: session {self.id} has given up its place.")
+            return 128 + self._canceled_by
+        if code is None:
+            failure = Error(frame["code"] if frame.get("code") in CODES else "internal", message or "it did not start")
+            status = (frame.get("job") or {}).get("status") or {}
+            output.say(f"beaker: session {self.id} did not run: {failure.message}")
+            return 128 + signal.SIGTERM if status.get("canceled") else failure.exit_code
+        if message:
+            output.say(f"beaker: session {self.id} ended: {message}")
+        return int(code)
+
+    def _leave(self, code: int) -> None:
+        """Detach: the session goes on, and the user is told how to come back."""
+        self._restore()
+        if self._tty and self._streamed:
+            output.say("")  # the cursor is where the session left it
+        if self.id and self._op != "exec":
+            self._progress.say(f"Detached: session {self.id} goes on. Come back with: beaker session attach {self.id}")
+        self._result = code
+
+    def _restore(self) -> None:
+        leftovers = self._terminal.leftovers()
+        if leftovers and self._tty:
+            try:
+                self._output.write(STDOUT, memoryview(leftovers))
+            except OSError:
+                pass
+        self._terminal.restore()
+
+    def _close(self) -> None:
+        self._restore()
+        self._drop_door()
+        if self._stream:
+            self._stream.close()
+        self._progress.finish()
+        self._output.close()
+        self._signals.close()
+
+    # -- bytes
+
+    def _on_stream(self, stream: Stream) -> None:
+        pieces = stream.receive()
+        if pieces is None:
+            self._forget(stream.fileno())
+            self._forget(0)
+            stream.close()
+            self._stream, self._typed = None, b""
+            if not self._shown:
+                self._drained()
+        elif pieces:
+            if self._ended:
+                self._after(DRAIN, "drain", self._finish)
+            self._show(pieces)
+
+    def _drained(self) -> None:
+        """The stream is at its end and all of it was written."""
+        if self._ended:
+            self._finish()
+            return
+        if self._failure:
+            raise self._failure
+        self._restore()  # Ctrl-C works again
+        self._after(HINT, "hint", self._say_waiting)
+        if not self._door:
+            self._after(PATIENCE, "give up", self._give_up)
+
+    def _say_waiting(self) -> None:
+        self._progress.say("Its output has ended; waiting for it to end. (Press Ctrl+C to leave it running)")
+
+    def _show(self, pieces: list[tuple[int, bytes]]) -> None:
+        if self._muted:
+            return
+        if self._tty:
+            for _, data in pieces:
+                self._terminal.watch(data)
+        self._shown += [(stream, memoryview(data)) for stream, data in pieces]
+        self._flush()
+
+    def _flush(self) -> None:
+        while self._shown:
+            stream, data = self._shown[0]
+            try:
+                written = self._output.write(stream, data)
+            except OSError as error:
+                self._unreadable(stream, error)
+                return
+            if written < len(data):
+                self._shown[0] = (stream, data[written:])
+                return
+            self._forget(self._output.fd(stream))
+            del self._shown[0]
+        if not self._stream and self._result is None and self._streamed:
+            self._drained()
+
+    def _unreadable(self, stream: int, error: OSError) -> None:
+        """Nobody reads standard output any more, as after `| head -1`, or it cannot be written."""
+        for written in (1, 2):
+            self._forget(self._output.fd(written))
+        self._shown.clear()
+        if self._tty:
+            self._leave(128 + signal.SIGHUP)
+        elif error.errno != errno.EPIPE:
+            raise Error("storage_full", f"cannot write the session's output: {error.strerror}", "the session goes on")
+        elif stream == STDOUT and self._op == "create" and self._door:
+            self._muted = True  # the session gets what a program in a shell's pipeline would get
+            self._door.try_send({"signal": int(signal.SIGPIPE)})
+            self._after(DRAIN, "drain", lambda: self._leave(128 + signal.SIGPIPE))
+        elif stream == STDOUT:
+            self._result = 128 + signal.SIGPIPE
+
+    def _on_input(self) -> None:
+        assert self._stream
+        try:
+            data = os.read(0, CHUNK)
+        except OSError:
+            data = b""
+        if not data:
+            if self._tty:  # the terminal has hung up
+                self._leave(128 + signal.SIGHUP)
+                return
+            self._input = False
+            self._forget(0)
+            self._stream.half_close()
+            return
+        if self._tty:
+            data, detached = self._keys.feed(data)
+            if detached:
+                self._stream.send(data)
+                self._leave(0)
+                return
+        self._typed = data
+        self._feed()
+
+    def _feed(self) -> None:
+        assert self._stream
+        self._typed = self._typed[self._stream.send(self._typed) :]
+
+    # -- signals
+
+    def _on_signals(self) -> None:
+        numbers = self._signals.read()
+        if self._tty and self._stream:
+            if signal.SIGCONT in numbers:
+                self._terminal.raw()  # the shell may have changed it meanwhile
+            if numbers & {signal.SIGWINCH, signal.SIGCONT}:
+                self._resize()
+        if signal.SIGHUP in numbers:
+            self._leave(128 + signal.SIGHUP)
+        for number in sorted(numbers & {signal.SIGINT, signal.SIGQUIT, signal.SIGTERM}):
+            if self._result is None:
+                self._interrupted(int(number))
+
+    def _interrupted(self, number: int) -> None:
+        if self._op == "create" and not self._streamed:
+            if self._canceled_by or not self._door:
+                self._result = 128 + number
+                return
+            self._canceled_by = number
+            self._progress.finish()
+            self._door.try_send({"cancel": True})
+            self._after(CANCEL, "cancel", lambda: self._leave(128 + number))
+            return
+        self._signals_sent += 1
+        forwards = self._stream and not self._tty and self._op != "exec" and self._signals_sent < 3
+        if not (forwards and self._door and self._door.try_send({"signal": number})):
+            self._leave(128 + number)
+
+    def _resize(self) -> None:
+        """Tell the size; an executor that takes nothing now is told a little later."""
+        now = size()
+        if now and self._door and not self._door.try_send({"resize": now}):
+            self._after(0.5, "resize", self._resize)

@@ -1,0 +1,215 @@
+"""`session list`, `get`, `describe`, `stop` and `logs`: what is said about sessions without entering them.
+
+Owns where each question goes: to the executor of this machine if there is one and it knows, else to the server.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from calendar import timegm
+
+from ..errors import Error
+from . import config, door, output
+from .args import ANY, Flag, Options, command
+from .session import SESSION, require_token, target
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, TypeVar
+
+    from ..client import Client
+
+    T = TypeVar("T")
+
+STOPPING = 180.0  # seconds: a process that will not die takes an executor up to 90
+HEADING = ("ID", "NAME", "AUTHOR", "NODE", "GPUS", "STATUS", "DURATION")
+
+
+@command(
+    "",
+    Flag("all", "switch", "everyone's on this node, not only yours"),
+    Flag("cluster", "text", "those of a cluster", value="CLUSTER"),
+    Flag("node", "text", "those of another node", value="NODE"),
+    Flag("author", "text", "those of this account", value="ACCOUNT"),
+    Flag("finalized", "switch", "those that have ended"),
+)
+def list_jobs(options: Options) -> int:
+    settings = config.load()
+    token = require_token(settings)
+    filters = {key: options[key] for key in ("cluster", "node", "author") if options[key]}
+    if filters or not os.path.exists(door.path()):
+        jobs = _from_server(settings, filters, options)
+    else:
+        frames = door.ask_all("list", token, all=options["all"], finalized=options["finalized"])
+        jobs = [frame["job"] for frame in frames]
+    return _print(options, jobs)
+
+
+def _from_server(settings: config.Config, filters: dict[str, str], options: Options) -> list[dict[str, Any]]:
+    from . import rest
+
+    server = rest.client(settings)
+    if not filters and not options["all"]:
+        filters = {"author": server.whoami()["name"]}
+    if "node" in filters:
+        filters["node"] = server.get_node(filters["node"])["id"]
+    return list(server.jobs(kind="session", finalized=bool(options["finalized"]), **filters))
+
+
+@command("ID...", words=(1, ANY))
+def get(options: Options) -> int:
+    return _print(options, [_job(id) for id in options.words])
+
+
+@command("[ID]", SESSION, words=(0, 1))
+def describe(options: Options) -> int:
+    job = _job(target(options))
+    if options.json:
+        output.json(job)
+        return 0
+    status, session, requests = job.get("status", {}), job.get("session", {}), job.get("requests", {})
+    limits, author = job.get("limits") or {}, job.get("author") or {}
+    output.fields(
+        [
+            ("ID", job["id"]),
+            ("Name", job.get("name")),
+            ("Status", word(job)),
+            ("Author", author.get("name")),
+            ("Workspace", job.get("workspace")),
+            ("Cluster", job.get("cluster")),
+            ("Node", job.get("hostname") or job.get("node")),
+            ("Place in the queue", job.get("queuePosition")),
+            ("Reason", job.get("reason")),
+            ("Image", "".join((session.get("image") or {}).values())),
+            ("Command", " ".join(session.get("command") or [])),
+            ("GPUs", ", ".join(limits.get("gpus") or []) or requests.get("gpuCount")),
+            ("CPUs", limits.get("cpuCount") or requests.get("cpuCount")),
+            ("Memory", limits.get("memory") or requests.get("memory")),
+            *(
+                (name.capitalize(), status.get(name))
+                for name in ("created", "scheduled", "started", "exited", "finalized")
+            ),
+            ("Canceled", status.get("canceledFor") or status.get("canceled")),
+            ("Duration", _duration(status)),
+            ("Exit code", status.get("exitCode")),
+            ("Message", status.get("message")),
+        ]
+    )
+    return 0
+
+
+@command("[ID]", SESSION, words=(0, 1))
+def stop(options: Options) -> int:
+    settings, id = config.load(), target(options)
+    token = require_token(settings)
+
+    def through_server(server: Client, id: str) -> dict[str, Any]:
+        return server.update_job(id, {"status": {"canceled": True, "canceledFor": "stopped by its user"}})
+
+    job = _here_or_elsewhere(settings, id, lambda: door.ask("stop", token, STOPPING, id=id)["job"], through_server)
+    if options.json:
+        output.json(job)
+    elif options.quiet:
+        output.line(job["id"])
+    else:
+        done = "Stopped" if job.get("status", {}).get("finalized") else "Stopping"
+        output.line(f"{done} session {job['id']}")
+    return 0
+
+
+@command("[ID]", SESSION, words=(0, 1))
+def logs(options: Options) -> int:
+    settings, id = config.load(), target(options)
+    token = require_token(settings)
+
+    def here() -> bytes:
+        with open(door.ask_descriptor("logs", token, id=id), "rb") as source:
+            return source.read()
+
+    with open(1, "wb", closefd=False) as out:  # bytes as they came: this is the session's terminal
+        out.write(_here_or_elsewhere(settings, id, here, lambda server, id: server.get_logs(id)))
+    return 0
+
+
+def _job(id: str | None) -> dict[str, Any]:
+    settings = config.load()
+    token = require_token(settings)
+    return _here_or_elsewhere(
+        settings, id, lambda: door.ask("get", token, id=id)["job"], lambda server, id: server.get_job(id)
+    )
+
+
+def _here_or_elsewhere(
+    settings: config.Config, id: str | None, here: Callable[[], T], elsewhere: Callable[[Client, str], T]
+) -> T:
+    """Ask the executor of this machine; about a session that it does not know, or when there is none, the server.
+
+    Raises the executor's Error when the server does not know better.
+    """
+    first = Error("not_found", "there is no executor on this machine", "name the session")
+    if os.path.exists(door.path()):
+        try:
+            return here()
+        except Error as error:
+            if id is None or error.code not in ("not_found", "unavailable"):
+                raise
+            first = error
+    if id is None:
+        raise first
+    from . import rest
+
+    server = rest.client(settings)
+    try:
+        return elsewhere(server, id)
+    except Error as error:
+        known = error.code != "unavailable" or first.code == "unavailable"
+        raise (error if known and not os.path.exists(door.path()) else first) from None
+
+
+def _print(options: Options, jobs: list[dict[str, Any]]) -> int:
+    if options.json:
+        output.json(jobs)
+    elif options.quiet:
+        for job in jobs:
+            output.line(job["id"])
+    else:
+        output.table(HEADING, [_row(job) for job in jobs])
+    return 0
+
+
+def _row(job: dict[str, Any]) -> tuple[Any, ...]:
+    return (
+        job["id"],
+        job.get("name"),
+        (job.get("author") or {}).get("name"),
+        job.get("hostname") or job.get("node"),
+        (job.get("requests") or {}).get("gpuCount"),
+        word(job),
+        _duration(job.get("status", {})),
+    )
+
+
+def word(job: dict[str, Any]) -> str:
+    """A session's state in one word for people, as in the original system."""
+    status = job.get("status", {})
+    if status.get("finalized"):
+        return "succeeded" if status.get("exitCode") == 0 else "failed"
+    for name, shown in (("exited", "uploading"), ("started", "running"), ("scheduled", "starting")):
+        if status.get(name):
+            return shown
+    return "pending"
+
+
+def _duration(status: dict[str, Any]) -> str | None:
+    """HH:MM:SS from its start to its end or to now; None before the start."""
+    if not status.get("started"):
+        return None
+    end = status.get("exited") or status.get("finalized")
+    return output.duration((_seconds(end) if end else time.time()) - _seconds(status["started"]))
+
+
+def _seconds(moment: str) -> float:
+    """Since the epoch, of RFC 3339 in UTC, to the second."""
+    return timegm(time.strptime(moment[:19], "%Y-%m-%dT%H:%M:%S"))
