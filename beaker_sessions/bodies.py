@@ -175,7 +175,7 @@ class Limits(Report):
     def resources(self) -> model.Resources:
         return model.Resources(self.gpu_count or len(self.gpu_ids or ()), self.cpu_count or 0.0, self.memory or 0)
 
-    def json(self) -> dict[str, Any]:  # type: ignore[override]
+    def as_json(self) -> dict[str, Any]:
         memory = None if self.memory is None else grammar.exact_size(self.memory)
         return self.model_dump(by_alias=True, exclude_none=True) | ({"memory": memory} if memory else {})
 

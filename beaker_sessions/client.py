@@ -183,7 +183,7 @@ class Client:
                 connection.request(method, self._base + path, body, headers)
                 response = connection.getresponse()
                 answer = response.read()
-            except (OSError, http.client.HTTPException) as error:
+            except (OSError, UnicodeError, http.client.HTTPException) as error:
                 connection.close()
                 # A connection that was kept may have been closed meanwhile, which says nothing about the server.
                 if not fresh and not isinstance(error, TimeoutError):

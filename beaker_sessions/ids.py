@@ -7,6 +7,7 @@ lets secret scanners find one in a repository, the checksum tells a mistyped one
 from __future__ import annotations
 
 import hashlib
+import hmac
 import os
 import re
 import secrets
@@ -37,9 +38,14 @@ def is_ulid(text: str) -> bool:
     return _ULID.fullmatch(text) is not None
 
 
-def mint_token() -> str:
-    """A new secret token. Only its `hash_token` is ever stored."""
-    body = _digits(secrets.randbits(256), BASE62, 43)
+def mint_token(secret: str = "", key: str = "") -> str:
+    """A new secret token. Only its `hash_token` is ever stored.
+
+    With a key, the token is a function of it and of `secret`, another token: so a repeated request can be answered
+    again although nobody kept the first answer.
+    """
+    bits = hmac.digest(secret.encode(), b"token " + key.encode(), "sha256") if key else os.urandom(32)
+    body = _digits(int.from_bytes(bits, "big"), BASE62, 43)
     return PREFIX + body + _checksum(body)
 
 

@@ -1,0 +1,132 @@
+"""`beaker-server`: settings, wiring, and the process. Owns nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from .. import __version__, ids
+from ..errors import Error
+from ..model import Scope
+from ..settings import ServerSettings, load
+from .service import Service
+from .store import Store, sqlite_url
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit status: 0, or that of the `Error` which is printed."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    names = ("storage_path", "host", "port", "database")
+    try:
+        settings = load(ServerSettings, options.config, flags={name: getattr(options, name, None) for name in names})
+        service = _service(settings)
+        try:
+            if options.command == "init":
+                initialize(service, options.account, options.token_file, options.executor_token_file)
+            else:
+                serve(service, settings)
+        finally:
+            service.store.close()
+    except Error as error:
+        print(f"beaker-server: {error.message}" + (f"\n{error.hint}" if error.hint else ""), file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def serve(service: Service, settings: ServerSettings) -> None:
+    """Serve until SIGTERM or SIGINT. Port 0 takes a free one, which the log names."""
+    import uvicorn  # here, because `init` needs no web server
+
+    from .routes import api
+
+    config = uvicorn.Config(
+        api(service),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        timeout_keep_alive=60,
+        timeout_graceful_shutdown=5,
+        server_header=False,
+    )
+    uvicorn.Server(config).run()
+
+
+def initialize(service: Service, account: str, token_file: Path, executor_token_file: Path) -> None:
+    """The first organization, cluster and administrator. What is there already stays, tokens that work included."""
+    for path, scope in ((token_file, Scope.ADMIN), (executor_token_file, Scope.EXECUTOR)):
+        token = _read(path)
+        if token is None:
+            token = _write(path, ids.mint_token())
+        service.initialize(account, {scope: token})
+        try:
+            service.authenticate(token)
+        except Error:  # revoked or expired: what the file is for needs one that works
+            service.initialize(account, {scope: _write(path, ids.mint_token())})
+
+
+def _service(settings: ServerSettings) -> Service:
+    url = settings.database
+    if not url:
+        path = Path(settings.storage_path)
+        try:
+            path.mkdir(mode=0o755, parents=True, exist_ok=True)
+            file = path / "server.db"
+            os.close(os.open(file, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        except OSError as error:
+            hint = "run it as a user who may write there, or set --storage-path"
+            raise Error("unavailable", f"cannot keep the database in {path}: {error.strerror}", hint) from error
+        url = sqlite_url(file)
+    return Service(Store(url))
+
+
+def _read(path: Path) -> str | None:
+    try:
+        token = path.read_text().strip()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Error("invalid", f"cannot read {path}: {error}", "correct or remove the file") from error
+    return token if ids.looks_like_token(token) else None
+
+
+def _write(path: Path, token: str) -> str:
+    """Replace the file in one step, never readable by others."""
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as file:
+            file.write(token + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise Error("storage_full", f"cannot write {path}: {error.strerror}", "mend that") from error
+    return token
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="beaker-server", description="The server of Beaker Sessions.")
+    parser.add_argument("--version", action="version", version=f"beaker-server {__version__}")
+    parser.add_argument("--config", metavar="FILE", help="settings, under `server` (default /etc/beaker/config.yml)")
+    parser.add_argument("--storage-path", metavar="DIR", help="where the SQLite database is (default /var/lib/beaker)")
+    parser.add_argument("--database", metavar="URL", help="a SQLAlchemy URL instead")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("serve", help="serve the REST API")
+    command.add_argument("--host", help="address to listen on (default 127.0.0.1)")
+    command.add_argument("--port", type=int, help="default 8420")
+    command = commands.add_parser("init", help="create the organization, its cluster and the first administrator")
+    command.add_argument("--account", required=True, metavar="NAME")
+    command.add_argument("--token-file", required=True, type=Path, metavar="FILE", help="where to write its token")
+    command.add_argument("--executor-token-file", required=True, type=Path, metavar="FILE", help="and an executor's")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

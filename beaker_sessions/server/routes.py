@@ -1,0 +1,214 @@
+"""HTTP for the service: paths, statuses, headers. Owns no rule; that every path needs a token is `Guard`'s.
+
+`api` makes the FastAPI application; OpenAPI is at /openapi.json. Routes have the names of the service's methods.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Body, Depends, FastAPI, Request, Response
+from fastapi.security import HTTPBearer
+
+from .. import __version__, ids
+from .. import bodies as b
+from .guard import Ascii, Guard, handlers
+from .rules import JSON, Caller
+from .service import Service
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+def _caller(request: Request) -> Caller:
+    caller: Caller = request.state.caller
+    return caller
+
+
+Does = Annotated[Service, Depends(_service)]
+Who = Annotated[Caller, Depends(_caller)]
+router = APIRouter(prefix="/api/v3", dependencies=[Depends(HTTPBearer(auto_error=False))])
+
+
+def api(service: Service) -> FastAPI:
+    """The application. The pages that FastAPI would serve for people load scripts from elsewhere, so there are none."""
+    app = FastAPI(
+        title="Beaker Sessions",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        default_response_class=Ascii,
+        exception_handlers=handlers(),
+        generate_unique_id_function=lambda route: route.name,
+    )
+    app.state.service = service
+    app.include_router(router)
+    app.add_api_route("/healthz", healthy, response_model=None)
+    app.add_middleware(Guard, service=service)
+    return app
+
+
+def healthy(does: Does) -> JSON:
+    does.healthy()
+    return {"status": "ok", "version": __version__}
+
+
+@router.get("/user")
+def whoami(does: Does, who: Who) -> JSON:
+    return does.whoami(who)
+
+
+@router.get("/user/orgs")
+def list_organizations(does: Does, who: Who) -> JSON:
+    return does.list_organizations(who)
+
+
+@router.get("/orgs/{org}")
+def get_organization(does: Does, who: Who, org: str) -> JSON:
+    return does.get_organization(who, org)
+
+
+@router.get("/orgs/{org}/members")
+def list_members(does: Does, who: Who, org: str) -> JSON:
+    return does.list_members(who, org)
+
+
+@router.get("/auth/tokens")
+def list_tokens(does: Does, who: Who) -> JSON:
+    return does.list_tokens(who)
+
+
+@router.post("/auth/tokens", status_code=201)
+def create_token(does: Does, who: Who, response: Response, body: b.TokenBody | None = None) -> JSON:
+    answer = does.create_token(who, body)
+    response.set_cookie("User-Token", answer["token"], path="/", httponly=True, samesite="strict")
+    return answer
+
+
+@router.delete("/auth/tokens/{id}", status_code=204)
+def revoke_token(does: Does, who: Who, id: str) -> None:
+    does.revoke_token(who, id)
+
+
+@router.get("/users/{account}")
+def get_account(does: Does, who: Who, account: str) -> JSON:
+    return does.get_account(who, account)
+
+
+@router.get("/admin/users")
+def list_accounts(does: Does, who: Who) -> JSON:
+    return does.list_accounts(who)
+
+
+@router.post("/admin/users", status_code=201)
+def create_account(does: Does, who: Who, body: b.AccountBody) -> JSON:
+    return does.create_account(who, body)
+
+
+@router.get("/clusters/{org}")
+def list_clusters(does: Does, who: Who, org: str) -> JSON:
+    """The clusters of an organization; with the id of a cluster, that cluster."""
+    if ids.is_ulid(org) and does.is_cluster(org):
+        return does.get_cluster(who, org)
+    return does.list_clusters(who, org)
+
+
+@router.post("/clusters/{org}", status_code=201)
+def create_cluster(does: Does, who: Who, org: str, body: b.ClusterBody) -> JSON:
+    return does.create_cluster(who, org, body)
+
+
+@router.get("/clusters/{org}/{name}")
+def get_cluster(does: Does, who: Who, org: str, name: str) -> JSON:
+    return does.get_cluster(who, f"{org}/{name}")
+
+
+@router.patch("/clusters/{org}/{name}")
+def update_cluster(does: Does, who: Who, org: str, name: str, body: b.ClusterPatch) -> JSON:
+    return does.update_cluster(who, f"{org}/{name}", body)
+
+
+@router.delete("/clusters/{org}/{name}", status_code=204)
+def delete_cluster(does: Does, who: Who, org: str, name: str) -> None:
+    does.delete_cluster(who, f"{org}/{name}")
+
+
+@router.get("/clusters/{org}/{name}/nodes")
+def list_nodes(does: Does, who: Who, org: str, name: str) -> JSON:
+    return does.list_nodes(who, f"{org}/{name}")
+
+
+@router.post("/clusters/{org}/{name}/nodes", status_code=201)
+def register_node(does: Does, who: Who, org: str, name: str, body: b.NodeBody) -> JSON:
+    return does.register_node(who, f"{org}/{name}", body)
+
+
+@router.get("/nodes/{node}")
+def get_node(does: Does, who: Who, node: str) -> JSON:
+    return does.get_node(who, node)
+
+
+@router.patch("/nodes/{node}")
+def update_node(does: Does, who: Who, node: str, body: b.NodePatch) -> JSON:
+    return does.update_node(who, node, body)
+
+
+@router.delete("/nodes/{node}", status_code=204)
+def delete_node(does: Does, who: Who, node: str) -> None:
+    does.delete_node(who, node)
+
+
+@router.post("/nodes/{node}/heartbeat")
+def heartbeat(does: Does, who: Who, node: str, body: b.Heartbeat) -> JSON:
+    return does.heartbeat(who, node, body)
+
+
+@router.get("/jobs")
+def list_jobs(
+    does: Does,
+    who: Who,
+    kind: str | None = None,
+    node: str | None = None,
+    cluster: str | None = None,
+    author: str | None = None,
+    finalized: bool | None = None,
+    scheduled: bool | None = None,
+    cursor: str | None = None,
+    limit: int = 100,
+) -> JSON:
+    filters = {"kind": kind, "node": node, "cluster": cluster, "author": author, "cursor": cursor}
+    return does.list_jobs(who, **filters, finalized=finalized, scheduled=scheduled, limit=limit)
+
+
+@router.post("/jobs", status_code=201)
+def create_job(does: Does, who: Who, body: b.JobBody) -> JSON:
+    return does.create_job(who, body)
+
+
+@router.get("/jobs/{id}")
+def get_job(does: Does, who: Who, id: str) -> JSON:
+    return does.get_job(who, id)
+
+
+@router.patch("/jobs/{id}")
+def update_job(does: Does, who: Who, id: str, body: b.JobPatch) -> JSON:
+    return does.update_job(who, id, body)
+
+
+@router.put("/jobs/{id}")
+def report_job(does: Does, who: Who, id: str, body: JSON) -> JSON:
+    return does.report_job(who, id, body)
+
+
+@router.get("/jobs/{id}/logs", response_class=Response)
+def get_logs(does: Does, who: Who, id: str) -> Response:
+    return Response(does.get_logs(who, id), media_type="application/octet-stream")
+
+
+@router.put("/jobs/{id}/logs", status_code=204)
+def put_logs(
+    does: Does, who: Who, id: str, output: Annotated[bytes, Body(media_type="application/octet-stream")]
+) -> None:
+    does.put_logs(who, id, output)

@@ -1,0 +1,206 @@
+"""The database: transactions, and every query there is. Only `_sqlite` is SQLite's alone.
+
+Owns SQL and the translation of database failures into `errors.Error`; must not know rules or permissions. A transaction
+has one clock, `now`. `write` commits before it returns: what was acknowledged is on the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from .. import ids
+from ..errors import Error
+from ..model import State
+from . import migrations, tables
+from .tables import accounts, answers, audit, clusters, jobs, nodes, organizations, tokens
+
+Row = sa.Row[Any]
+KEPT = timedelta(days=7)  # how long an idempotency key is remembered
+log = logging.getLogger(__name__)
+
+
+class Rows:
+    """One transaction. Rows are SQLAlchemy's; `one` is None where nothing matches."""
+
+    def __init__(self, connection: sa.Connection) -> None:
+        self.connection = connection
+        self.now = datetime.now(UTC)
+
+    # any table
+
+    def one(self, table: sa.Table, **where: Any) -> Row | None:
+        return self.connection.execute(sa.select(table).filter_by(**where)).one_or_none()
+
+    def all(self, table: sa.Table, **where: Any) -> Sequence[Row]:
+        order = next(iter(table.primary_key))
+        return self.connection.execute(sa.select(table).filter_by(**where).order_by(order)).all()
+
+    def insert(self, table: sa.Table, **values: Any) -> None:
+        self.connection.execute(sa.insert(table).values(**values))
+
+    def update(self, table: sa.Table, id: str, **values: Any) -> None:
+        self.connection.execute(sa.update(table).where(table.c.id == id).values(**values))
+
+    def record(self, account: str, token: str, action: str, object: str, **details: Any) -> None:
+        """The audit row of a change, in the change's own transaction."""
+        values = {"account_id": account, "token_id": token, "action": action, "object": object}
+        self.insert(audit, id=ids.ulid(), at=self.now, details=json.dumps(details), **values)
+
+    # accounts
+
+    def token(self, hash: str) -> Row | None:
+        """A token with its account's `name` and `role`."""
+        query = sa.select(tokens, accounts.c.name.label("account"), accounts.c.role).join(accounts)
+        return self.connection.execute(query.where(tokens.c.hash == hash)).one_or_none()
+
+    def account(self, ref: str) -> Row | None:
+        """By id or name."""
+        return self.one(accounts, **{"id" if ids.is_ulid(ref) else "name": ref})
+
+    def organization(self, ref: str) -> Row | None:
+        return self.one(organizations, **{"id" if ids.is_ulid(ref) else "name": ref})
+
+    def organizations_of(self, account: str) -> Sequence[Row]:
+        query = sa.select(organizations).join(tables.members).where(tables.members.c.account_id == account)
+        return self.connection.execute(query.order_by(organizations.c.name)).all()
+
+    def members(self, organization: str) -> Sequence[Row]:
+        query = sa.select(accounts).join(tables.members).where(tables.members.c.organization_id == organization)
+        return self.connection.execute(query.order_by(accounts.c.name)).all()
+
+    def revoke_tokens_of_node(self, node: str) -> None:
+        self.connection.execute(
+            sa.update(tokens).where(tokens.c.node_id == node, tokens.c.revoked.is_(None)).values(revoked=self.now)
+        )
+
+    # clusters and nodes
+
+    def clusters(self, **where: Any) -> Sequence[Row]:
+        """Clusters with their `organization`'s name. where: columns, or `full_name`."""
+        full_name = where.pop("full_name", None)
+        query = sa.select(clusters, organizations.c.name.label("organization")).join(organizations)
+        query = query.where(*(clusters.c[name] == value for name, value in where.items()))
+        if full_name is not None:
+            org, _, name = full_name.partition("/")
+            query = query.where(organizations.c.name == org, clusters.c.name == name, clusters.c.deleted.is_(None))
+        return self.connection.execute(query.order_by(clusters.c.name)).all()
+
+    def nodes(self, **where: Any) -> Sequence[Row]:
+        """Nodes that are not deleted, with their cluster's `cluster` and `organization` names."""
+        named = (clusters.c.name.label("cluster"), organizations.c.name.label("organization"))
+        query = sa.select(nodes, *named).join(clusters, nodes.c.cluster_id == clusters.c.id).join(organizations)
+        query = query.where(nodes.c.deleted.is_(None), *(nodes.c[name] == value for name, value in where.items()))
+        return self.connection.execute(query.order_by(nodes.c.hostname)).all()
+
+    # jobs
+
+    def jobs(
+        self, *, before: str | None = None, final: bool | None = None, limit: int | None = None, **where: Any
+    ) -> Sequence[Row]:
+        """Jobs, newest first, with the names of their account, node and cluster."""
+        query = (
+            sa.select(
+                jobs,
+                accounts.c.name.label("author"),
+                accounts.c.display_name.label("author_display_name"),
+                nodes.c.hostname,
+                clusters.c.name.label("cluster"),
+                organizations.c.name.label("organization"),
+            )
+            .join(accounts, jobs.c.account_id == accounts.c.id)
+            .join(nodes, jobs.c.node_id == nodes.c.id)
+            .join(clusters, jobs.c.cluster_id == clusters.c.id)
+            .join(organizations)
+            .where(*(jobs.c[name] == value for name, value in where.items() if name != "scheduled"))
+        )
+        if before is not None:
+            query = query.where(jobs.c.id < before)
+        if final is not None:
+            query = query.where((jobs.c.state == State.FINALIZED) == final)
+        if "scheduled" in where:
+            query = query.where((jobs.c.state != State.CREATED) == where["scheduled"])
+        return self.connection.execute(query.order_by(jobs.c.id.desc()).limit(limit)).all()
+
+    def waiting(self, node: str) -> Sequence[Row]:
+        """Jobs that the node has not reported yet, oldest first."""
+        return list(reversed(self.jobs(node_id=node, taken=None, final=False)))
+
+    def to_cancel(self, node: str) -> Sequence[str]:
+        query = sa.select(jobs.c.id).where(jobs.c.node_id == node, jobs.c.state != State.FINALIZED)
+        return self.connection.execute(query.where(jobs.c.cancel_asked.is_not(None))).scalars().all()
+
+    def keep_logs(self, job: str, output: bytes) -> None:
+        self.connection.execute(sa.delete(tables.logs).where(tables.logs.c.job_id == job))
+        self.insert(tables.logs, job_id=job, output=output)
+
+    # idempotency
+
+    def keep_answer(self, account: str, key: str, fingerprint: str, answer: dict[str, Any]) -> None:
+        self.connection.execute(sa.delete(answers).where(answers.c.created < self.now - KEPT))
+        values = {"account_id": account, "key": key, "fingerprint": fingerprint, "created": self.now}
+        self.insert(answers, answer=json.dumps(answer), **values)
+
+
+class Store:
+    """The database at `url`, a SQLAlchemy URL, migrated to the newest version."""
+
+    def __init__(self, url: str) -> None:
+        self.engine = sa.create_engine(url, pool_size=8, max_overflow=32, pool_timeout=10)
+        if self.engine.dialect.name == "sqlite":
+            _sqlite(self.engine)
+        with self._translated():
+            migrations.upgrade(self.engine)
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+    @contextmanager
+    def read(self) -> Iterator[Rows]:
+        with self._translated(), self.engine.connect().execution_options(beaker_read=True) as connection:
+            yield Rows(connection)
+
+    @contextmanager
+    def write(self) -> Iterator[Rows]:
+        """A transaction that is committed at the end of the block, and rolled back by any exception."""
+        with self._translated(), self.engine.begin() as connection:
+            yield Rows(connection)
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except sa.exc.IntegrityError as error:
+            raise Error("conflict", "somebody else just made the same thing", "look at it, then try again") from error
+        except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
+            cause = getattr(error, "orig", None) or error
+            reason = getattr(cause, "sqlite_errorname", None) or getattr(cause, "sqlstate", None) or str(cause)
+            log.error("database: %s: %s", reason, cause)
+            hint = "nothing was changed; try again, and if it stays so, see the server's log"
+            raise Error("unavailable", f"the server's database does not answer: {reason}", hint) from error
+
+
+def sqlite_url(path: Path) -> str:
+    return sa.URL.create("sqlite", database=str(path)).render_as_string()
+
+
+def _sqlite(engine: sa.Engine) -> None:
+    """Full durability, foreign keys, and writers that wait for each other instead of failing half-way."""
+
+    @sa.event.listens_for(engine, "connect")
+    def connect(connection: Any, _: Any) -> None:
+        connection.isolation_level = None  # so that the BEGIN below is the only one
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=5000"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @sa.event.listens_for(engine, "begin")
+    def begin(connection: sa.Connection) -> None:
+        reading = connection.get_execution_options().get("beaker_read")
+        connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
