@@ -1,39 +1,107 @@
-"""`python3 -m setup VERB`: what the Makefile's targets do."""
+"""`python3 -m setup VERB [ARGUMENT…]`: what the Makefile's targets do."""
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+from collections.abc import Callable
 
-from . import engine, environment, image, packages
-from .steps import Failed, Step, run
+from . import account, engine, environment, host, image, packages, removal, services, testing
+from .steps import Failed, Step, as_user, run
+
+SESSION = [
+    packages.step(packages.SESSION),
+    environment.step(),
+    engine.step,
+    image.step(),
+    services.settings,
+    account.step,
+    services.SERVER.step(),
+    services.EXECUTOR.step(),
+]
+TESTS = [packages.step(packages.SESSION | packages.TESTS), environment.step(dev=True)]
 
 
-def session(arguments: list[str]) -> int:
-    """Everything that is missing, then `beaker session create ARGUMENTS` in place of this process."""
+def session(*arguments: str) -> None:
+    """Everything that is missing, then `beaker session create ARGUMENTS` in place of this process, as the caller."""
     run(SESSION)
-    return 0
+    caller = host.caller()
+    program = str(host.VENV / "bin/beaker")
+    environment = {key: value for key, value in host.home_environment(caller).items() if not key.startswith("MAKE")}
+    if os.geteuid() != caller.pw_uid:
+        os.initgroups(caller.pw_name, caller.pw_gid)
+        os.setgid(caller.pw_gid)
+        os.setuid(caller.pw_uid)
+    os.execve(program, [program, "session", "create", *arguments], environment)
 
 
-SESSION = [packages.step(packages.SESSION), environment.step(), engine.step, image.step()]
-TESTS = [packages.step(packages.TESTS), environment.step(dev=True)]
+def step(name: str) -> None:
+    """One step: how a step that needs another user is run as that user."""
+    run(one for one in [*SESSION, *TESTS] if one.name == name)
 
 
-def main(arguments: list[str]) -> int:
-    verb, *rest = arguments
+def develop() -> None:
+    run([TESTS[1]])
+
+
+def build(base: str, name: str) -> None:
+    """An image by the default image's recipe on another base, under a name of its own."""
+    _as_root()
+    run([SESSION[0], SESSION[2], image.step(base, name)] if base else [SESSION[0], SESSION[2], SESSION[3]])
+
+
+def lock() -> None:
+    run([Step("lock files", lambda: True, environment.lock, as_owner=True)])
+
+
+def test(*arguments: str) -> None:
+    run(TESTS)
+    _as_root()
+    raise SystemExit(testing.run(list(arguments)))
+
+
+def bench(*arguments: str) -> None:
+    run(TESTS)
+    _as_root()
+    raise SystemExit(testing.bench(list(arguments)))
+
+
+def down() -> None:
+    _as_root()
+    removal.down()
+
+
+def clean() -> None:
+    _as_root()
+    removal.clean()
+
+
+VERBS: dict[str, Callable[..., None]] = {
+    verb.__name__: verb for verb in (session, step, develop, build, lock, test, bench, down, clean)
+}
+
+
+def _as_root() -> None:
+    """Start again as root, unless this is."""
+    if os.geteuid() != 0:
+        again = as_user(0, [sys.executable, "-B", "-m", "setup", *sys.argv[1:]])
+        raise SystemExit(subprocess.run(**again, cwd=host.ROOT).returncode)
+
+
+def main() -> int:
+    os.umask(0o022)
+    verb, *arguments = sys.argv[1:]
     try:
-        if verb == "session":
-            return session(rest)
-        if verb == "step":
-            run(step for step in [*SESSION, *TESTS] if step.name == rest[0])
-            return 0
-        raise SystemExit(f"unknown verb {verb!r}")
+        VERBS[verb](*arguments)
     except Failed as error:
         print(error, *(f"  {line}" for line in error.lines), sep="\n", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

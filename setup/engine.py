@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
-import signal
 import socket
-import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,7 @@ from .steps import Failed, Report, Step, command, wait
 SOCKET = "/var/run/docker.sock"
 PIDFILE = Path("/var/run/docker.pid")
 SETTINGS = Path("/etc/docker/daemon.json")
-LABEL = "beaker.session"  # every session's container has it
+LABEL = f"beaker.executor={host.STATE}"  # the containers of this executor's sessions
 
 
 class _Connection(http.client.HTTPConnection):
@@ -98,11 +95,11 @@ def stop() -> str | None:
     """Stop the engine if set-up started it, its sessions' containers before it: what was stopped, or None."""
     if not daemon.pid("dockerd"):
         return None
-    names = containers() if running() else []
-    for name in names:
-        call("POST", f"/containers/{name}/stop?t=10")
+    sessions = containers() if running() else []
+    for container in sessions:
+        call("POST", f"/containers/{container}/stop?t=10")
     daemon.stop("dockerd")
-    return f"Docker Engine{f', and with it {len(names)} running sessions' if names else ''}"
+    return f"Docker Engine{f', and with it {len(sessions)} running sessions' if sessions else ''}"
 
 
 def containers(stopped: bool = False) -> list[str]:

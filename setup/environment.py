@@ -91,7 +91,7 @@ def _create(report: Report) -> None:
 
 
 def _install_package(report: Report) -> None:
-    """Put the checkout on the environment's path by site.py's `.pth`: nothing is built, and edits take effect at once."""
+    """Put the checkout on the environment's path by a `.pth` file: nothing is built, and edits take effect at once."""
     (packages,) = (host.VENV / "lib").glob("python3*/site-packages")
     host.write(packages / "beaker_sessions.pth", f"{host.ROOT}\n")
     host.write(host.VENV / "bin/beaker", launcher(str(host.ROOT), sys.executable), 0o755)

@@ -15,6 +15,7 @@ ETC = Path("/etc/beaker")
 LOGS = Path("/var/log/beaker")
 SYSTEMD = Path("/run/systemd/system").is_dir()  # sd_booted(3)
 PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+KEPT = ("BEAKER_CONFIG", *PROXIES)  # what a step under another user sees of this user's environment
 
 
 def owner() -> pwd.struct_passwd:

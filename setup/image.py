@@ -1,7 +1,7 @@
 """The default image, from the recipe in `images/`: keyed by its content, so that it is built once.
 
-Without a base image, the base is made here of Debian (Ubuntu) packages with mmdebstrap, since a registry cannot be counted
-on. On top of either goes `images/Dockerfile`. The key is the image's label `beaker.recipe`.
+Without a base image, the base is made here of Debian (Ubuntu) packages with mmdebstrap, since a registry cannot be
+counted on. On top of either goes `images/Dockerfile`. The key is the image's label `beaker.recipe`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import tarfile
 import threading
 from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
 from urllib.parse import urlencode
 
 from . import engine, host

@@ -1,4 +1,4 @@
-"""System packages. A package counts as there when what we need of it is, whoever installed it: docker-ce is an engine too."""
+"""System packages. A package is there when what we need of it is, whoever installed it: docker-ce is an engine too."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ Owns: the display, and running each step as the user it needs: root's through su
 from __future__ import annotations
 
 import os
+import pwd
 import shlex
 import shutil
 import subprocess
@@ -44,7 +45,7 @@ class Step:
 
 
 def run(steps: Iterable[Step]) -> None:
-    """Do what is missing, in order. Raises Failed, or SystemExit if a step under another user has told of its failure."""
+    """Do what is missing, in order. Raises Failed, or SystemExit if another user's step has told of its failure."""
     for step in steps:
         if not step.missing():
             continue
@@ -61,7 +62,7 @@ def run(steps: Iterable[Step]) -> None:
 def as_user(uid: int, argv: list[str]) -> dict[str, Any]:
     """The arguments of `subprocess.run` that run a command as another user."""
     if os.geteuid() == 0:
-        user = host.pwd.getpwuid(uid)
+        user = pwd.getpwuid(uid)
         groups = os.getgrouplist(user.pw_name, user.pw_gid)
         return {
             "args": argv,
@@ -72,14 +73,15 @@ def as_user(uid: int, argv: list[str]) -> dict[str, Any]:
         }
     if not host.which("sudo"):
         raise Failed(f"{shlex.join(argv)} needs another user's rights, and there is no sudo: run make as root")
-    return {"args": ["sudo", "-u", f"#{uid}", *argv]}
+    kept = ",".join(name for name in host.KEPT if name in os.environ)
+    return {"args": ["sudo", "-u", f"#{uid}", *([f"--preserve-env={kept}"] if kept else []), *argv]}
 
 
 def command(argv: list[str], report: Report, **options: Any) -> None:
     """Run a command to its end, reporting each line that it prints. Raises Failed with the last of them."""
     lines: deque[str] = deque(maxlen=20)
-    pipe = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with subprocess.Popen(argv, **pipe, text=True, errors="replace", **options) as process:
+    options |= {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(argv, text=True, errors="replace", **options) as process:
         assert process.stdout
         for line in process.stdout:
             if line.strip():

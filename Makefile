@@ -1,0 +1,35 @@
+# Everything that a target needs it installs itself; what each does is in setup/.
+
+PYTHON ?= /usr/bin/python3
+setup := $(PYTHON) -B -m setup
+MAKEFLAGS += --no-print-directory
+
+.PHONY: session down clean test check bench lock image
+
+session: ## set up what is missing, then a session; ARGS are those of `beaker session create`
+	@$(setup) session $(value ARGS)
+
+down: ## stop what `make session` started; sessions run on unless Docker Engine is stopped
+	@$(setup) down
+
+clean: ## down, and remove its state
+	@$(setup) clean
+
+test: ## everything, real parts included; ARGS are pytest's
+	@$(setup) test $(value ARGS)
+
+check: ## the quick part: lint, types, import directions, unit tests
+	@$(setup) develop
+	@.venv/bin/ruff check
+	@.venv/bin/ruff format --check
+	@.venv/bin/mypy
+	@.venv/bin/python -m pytest -q tests/unit
+
+bench: ## compare with docker, write bench/README.md
+	@$(setup) bench
+
+lock: ## write requirements*.txt anew
+	@$(setup) lock
+
+image: ## the default image; with BASE=nvidia/cuda:… one on that base, named NAME
+	@$(setup) build "$(BASE)" "$(or $(NAME),beaker-sessions/cuda)"

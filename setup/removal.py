@@ -1,0 +1,61 @@
+"""`make down` and `make clean`: stop what set-up started, and remove the state that it made. Never anything else."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+from . import engine, host, services
+
+
+def down() -> None:
+    """Stop executor, server, and Docker Engine if set-up started it; only the last ends sessions."""
+    running = engine.containers() if engine.running() else []
+    for service in (services.EXECUTOR, services.SERVER):
+        if service.stop(_say):
+            _say(f"stopped the {service.description}")
+    stopped = engine.stop()
+    if stopped:
+        _say(f"stopped {stopped}")
+    elif running:
+        _say(f"{len(running)} sessions run on, for Docker Engine is not ours to stop; `make session` finds them again")
+
+
+def clean() -> None:
+    """Stop everything, and remove sessions' containers, state, logs, tokens, units, and the checkout's built parts."""
+    for service in (services.EXECUTOR, services.SERVER):  # first, so that nothing is made anew
+        service.stop(_say)
+    if engine.running():
+        for container in engine.containers(stopped=True):
+            engine.call("DELETE", f"/containers/{container}?force=1&v=1")
+            _say(f"removed container {container[:12]}")
+    down()
+    if services.SETTINGS.exists() and services.SETTINGS.read_bytes() == services.EXAMPLE.read_bytes():
+        _remove(services.SETTINGS)
+    for file in (*host.ETC.glob("*.token"), *(service.unit for service in (services.SERVER, services.EXECUTOR))):
+        _remove(file)
+    for directory in (host.STATE, host.RUN, host.LOGS, host.VENV, host.ROOT / "build"):
+        _remove(directory)
+    if host.ETC.is_dir() and not any(host.ETC.iterdir()):
+        host.ETC.rmdir()
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a directory, but never through a mount: below may be somebody's home."""
+    if not path.exists() and not path.is_symlink():
+        return
+    mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]  # proc(5)
+    inside = [mount for mount in mounts if Path(mount).is_relative_to(path)]
+    if inside:
+        _say(f"{path} stays: {', '.join(inside)} is mounted there")
+    elif path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+        _say(f"removed {path}")
+    else:
+        path.unlink()
+        _say(f"removed {path}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
