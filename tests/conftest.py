@@ -1,0 +1,72 @@
+"""What contract and end-to-end tests share: a Docker Engine of their own, and images."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from beaker_sessions.errors import Error
+from beaker_sessions.sandbox.docker.engine import Engine
+from tests import images
+
+
+@pytest.fixture(scope="session")
+def debian() -> Path:
+    """The tar of a small Debian root file system."""
+    if reason := images.missing_for_debian():
+        pytest.skip(reason)
+    return images.debian()
+
+
+@pytest.fixture(scope="session")
+def dockerd() -> Iterator[str]:
+    """The socket of a Docker Engine for these tests alone, without bridge; BEAKER_TEST_DOCKER names one that runs."""
+    if given := os.environ.get("BEAKER_TEST_DOCKER"):
+        yield given
+        return
+    if os.geteuid() != 0:
+        pytest.skip("needs root to start a Docker Engine")
+    if not shutil.which("dockerd"):
+        pytest.skip("needs Docker Engine (dockerd)")
+    with tempfile.TemporaryDirectory(prefix="beaker-docker-") as root:
+        socket = f"{root}/docker.sock"
+        command = [
+            "dockerd", "--data-root", f"{root}/data", "--exec-root", f"{root}/exec", "--pidfile", f"{root}/pid",
+            "--host", f"unix://{socket}", "--bridge", "none", "--iptables=false", "--live-restore",
+        ]  # fmt: skip
+        with open(f"{root}/log", "wb") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            _wait(socket, process, Path(root, "log"))
+            yield socket
+        finally:
+            process.terminate()
+            process.wait(60)
+            _unmount(root)
+
+
+def _unmount(root: str) -> None:
+    """Docker Engine leaves the mounts of its networks behind."""
+    mounted = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    for target in reversed(mounted):
+        if target.startswith(root + "/"):
+            subprocess.run(["umount", "--lazy", target], check=True)
+
+
+def _wait(socket: str, process: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            Engine(socket).version  # noqa: B018
+            return
+        except Error:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(log.read_text()[-2000:]) from None
+            time.sleep(0.05)

@@ -1,0 +1,240 @@
+"""Each driver with images of its own: what the contract is tested against."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import secrets
+import select
+import struct
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+from beaker_sessions.model import Identity, Pull
+from beaker_sessions.sandbox import LABEL, LABEL_OWNER, Found, Framing, Image, Mount, Sandboxes, Spec, Status, Terminal
+from beaker_sessions.sandbox.docker.driver import DockerSandboxes
+from beaker_sessions.sandbox.docker.engine import Engine
+from beaker_sessions.sandbox.fake import FakeSandboxes
+from tests import images
+
+ADA = Identity("ada", 1500, 1500, "/home/ada", {1500: "ada", 27: "sudo", 4711: "project"})
+SECONDS = 60.0  # after which a test gives up on something that must happen
+
+
+class Lab(Protocol):
+    """A driver under test. images: by name, `scratch`, `alpine`, `debian` and `greedy` (asks for all GPUs)."""
+
+    sandboxes: Sandboxes
+    state: Path
+
+    def image(self, name: str) -> Image: ...
+
+    def again(self) -> Sandboxes:
+        """Another instance, as after a restart of the executor."""
+
+
+class DockerLab:
+    def __init__(self, socket: str, root: Path, debian: Path | None) -> None:
+        self.engine, self.state, self.cdi = Engine(socket), root / "state", root / "cdi"
+        self.socket, self.debian, self.owner = socket, debian, secrets.token_hex(4)
+        self.cdi.mkdir()
+        self.tag = f"test-{self.owner}"
+        self.known: dict[str, Image] = {}
+        self.sandboxes = self.again()
+
+    def again(self) -> DockerSandboxes:
+        return DockerSandboxes(self.socket, self.state, self.owner, [self.cdi])
+
+    def image(self, name: str) -> Image:
+        if name not in self.known:
+            if name == "debian" and not self.debian:
+                pytest.skip(images.missing_for_debian())
+            tar = self.debian.read_bytes() if name == "debian" and self.debian else BUILDERS[name]()
+            query: dict[str, Any] = {"fromSrc": "-", "repo": name, "tag": self.tag}
+            if name == "greedy":
+                query["changes"] = "ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=all GREEDY=yes"
+            self.engine.call("POST", "/images/create", query, tar, timeout=SECONDS)
+            self.known[name] = self.sandboxes.image(f"{name}:{self.tag}", Pull.NEVER, print)
+        return self.known[name]
+
+    def close(self) -> None:
+        for image in self.known.values():
+            self.engine.call("DELETE", f"/images/{image.reference}", {"force": 1})
+
+
+class FakeLab:
+    def __init__(self, root: Path) -> None:
+        self.sandboxes, self.state = FakeSandboxes(tuple(BUILDERS)), root
+
+    def again(self) -> FakeSandboxes:
+        return self.sandboxes
+
+    def image(self, name: str) -> Image:
+        return self.sandboxes.image(name, Pull.NEVER, print)
+
+
+BUILDERS: dict[str, Callable[[], bytes]] = {
+    "scratch": images.scratch, "alpine": images.alpine, "greedy": images.alpine, "debian": bytes,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def docker_lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DockerLab]:
+    socket = request.getfixturevalue("dockerd")
+    debian = None if images.missing_for_debian() else images.debian()
+    lab = DockerLab(socket, tmp_path_factory.mktemp("docker"), debian)
+    yield lab
+    lab.close()
+
+
+@pytest.fixture(scope="session")
+def fake_lab(tmp_path_factory: pytest.TempPathFactory) -> FakeLab:
+    return FakeLab(tmp_path_factory.mktemp("fake"))
+
+
+@pytest.fixture(params=["docker"])
+def lab(request: pytest.FixtureRequest) -> Lab:
+    """Each driver that runs real processes."""
+    result: Lab = request.getfixturevalue(f"{request.param}_lab")
+    return result
+
+
+@pytest.fixture(params=["docker", "fake"])
+def any_lab(request: pytest.FixtureRequest) -> Lab:
+    """Each driver."""
+    result: Lab = request.getfixturevalue(f"{request.param}_lab")
+    return result
+
+
+@contextlib.contextmanager
+def pinned(path: Path, target: str, read_only: bool = False) -> Iterator[Mount]:
+    """A mount of a directory by its descriptor, as the executor makes them."""
+    descriptor = os.open(path, os.O_PATH)
+    try:
+        yield Mount(f"/proc/{os.getpid()}/fd/{descriptor}", target, read_only)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass
+class Stream:
+    """The reading end of a terminal: what has come so far, by stream (1 output, 2 errors)."""
+
+    terminal: Terminal
+    data: dict[int, bytes] = field(default_factory=lambda: {1: b"", 2: b""})
+    rest: bytes = b""
+    ended: bool = False
+
+    @property
+    def out(self) -> bytes:
+        return self.data[1]
+
+    @property
+    def err(self) -> bytes:
+        return self.data[2]
+
+    def write(self, data: bytes) -> None:
+        while data:
+            data = data[os.write(self.terminal.fd, data) :]
+
+    def read(self, until: bytes | None = None) -> bytes:
+        """Standard output up to its end, or until it holds something."""
+        deadline = time.monotonic() + SECONDS
+        while not self.ended and (until is None or until not in self.out):
+            ready = select.select([self.terminal.fd], [], [], max(0.0, deadline - time.monotonic()))[0]
+            assert ready, f"waited for {until!r} after {self.out[-200:]!r}"
+            chunk = os.read(self.terminal.fd, 1 << 17)
+            self.ended = not chunk
+            self._take(chunk)
+        assert until is None or until in self.out, f"ended without {until!r}: {self.out[-200:]!r}"
+        return self.out
+
+    def close(self) -> None:
+        if self.terminal.fd >= 0:
+            os.close(self.terminal.fd)
+            self.terminal = replace(self.terminal, fd=-1)
+
+    def _take(self, chunk: bytes) -> None:
+        if self.terminal.framing is Framing.RAW:
+            self.data[1] += chunk
+        elif self.terminal.framing is Framing.CONMON and chunk:
+            self.data[1 if chunk[0] == 2 else 2] += chunk[1:]
+        else:
+            self.rest += chunk
+            while len(self.rest) >= 8 and len(self.rest) >= 8 + (length := struct.unpack_from(">L", self.rest, 4)[0]):
+                self.data[self.rest[0]] += self.rest[8 : 8 + length]
+                self.rest = self.rest[8 + length :]
+
+
+class Maker:
+    """Makes sandboxes of one lab, and removes them when the test is over."""
+
+    numbers = itertools.count()
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab, self.ids, self.streams = lab, [], []  # type: ignore[var-annotated]
+
+    def spec(self, *command: str, image: str = "alpine", **more: Any) -> Spec:
+        id = f"TEST{os.getpid()}N{next(self.numbers)}"
+        self.ids.append(id)
+        labels = {LABEL: id} | ({LABEL_OWNER: self.lab.owner} if isinstance(self.lab, DockerLab) else {})
+        defaults: dict[str, Any] = {
+            "identity": ADA, "tty": False, "host_network": True, "env": {"HOME": "/home/ada", "USER": "ada"}
+        }  # fmt: skip
+        return Spec(id=id, labels=labels, image=self.lab.image(image), command=command, **(defaults | more))
+
+    def start(self, spec: Spec, size: tuple[int, int] = (24, 80)) -> Stream:
+        self.lab.sandboxes.create(spec)
+        stream = self.stream(self.lab.sandboxes.attach(spec.id, replay=False))
+        self.lab.sandboxes.start(spec.id, size if spec.tty else None)
+        return stream
+
+    def run(self, *command: str, **more: Any) -> tuple[int, bytes, bytes]:
+        """The exit code, output and errors of a command without a terminal or standard input."""
+        spec = self.spec(*command, **({"stdin": False} | more))
+        stream = self.start(spec)
+        stream.read()
+        return self.exit_code(spec.id), stream.out, stream.err
+
+    def stream(self, terminal: Terminal) -> Stream:
+        stream = Stream(terminal)
+        self.streams.append(stream)
+        return stream
+
+    def exit_code(self, id: str) -> int:
+        found = self.wait(id, Status.EXITED)
+        assert found.exit_code is not None
+        return found.exit_code
+
+    def wait(self, id: str, status: Status) -> Found:
+        deadline = time.monotonic() + SECONDS
+        while (found := next(f for f in self.lab.sandboxes.list() if f.id == id)).status is not status:
+            assert time.monotonic() < deadline, f"{id} is {found.status}, not {status}"
+            time.sleep(0.02)
+        return found
+
+    def close(self) -> None:
+        for stream in self.streams:
+            stream.close()
+        for id in self.ids:
+            self.lab.sandboxes.remove(id)
+
+
+@pytest.fixture
+def make(lab: Lab) -> Iterator[Maker]:
+    maker = Maker(lab)
+    yield maker
+    maker.close()
+
+
+@pytest.fixture
+def make_any(any_lab: Lab) -> Iterator[Maker]:
+    maker = Maker(any_lab)
+    yield maker
+    maker.close()

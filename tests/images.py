@@ -1,0 +1,67 @@
+"""Images that the tests make themselves, without a registry: root file systems as tars.
+
+`scratch` holds one static busybox and nothing else; `alpine` is built like Alpine Linux (busybox for everything,
+account files with other names for our ids); `debian` is a small Debian. The first two take milliseconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+
+BUSYBOX = Path("/bin/busybox")
+BUILD = Path(__file__).resolve().parents[1] / "build/images"
+PACKAGES = "bash,procps,python3,sudo"
+APPLETS = "cat date echo env false grep head id ls printf pwd seq sh sleep stty test touch true usleep wc whoami yes"
+ALPINE_PASSWD = "root:x:0:0:root:/root:/bin/ash\nguest:x:1500:1500:guest:/var/empty:/bin/ash\n"
+ALPINE_GROUP = "root:x:0:root\nguest:x:1500:guest\nstaff:x:44:guest\nvideo:x:27:root\n"
+
+
+def scratch() -> bytes:
+    return _tar({"busybox": BUSYBOX.read_bytes()})
+
+
+def alpine() -> bytes:
+    files: dict[str, bytes | str] = {f"bin/{name}": "busybox" for name in APPLETS.split()}
+    files |= {"bin/busybox": BUSYBOX.read_bytes(), "etc/passwd": ALPINE_PASSWD.encode()}
+    files |= {"etc/group": ALPINE_GROUP.encode(), "etc/not-a-program": b"text\n"}
+    return _tar(files)
+
+
+def debian() -> Path:
+    """The tar of a Debian with PACKAGES, kept in the build directory. Raises CalledProcessError without a mirror."""
+    path = BUILD / f"debian-{hashlib.sha256(PACKAGES.encode()).hexdigest()[:12]}.tar"
+    if not path.exists():
+        BUILD.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{os.getpid()}-{path.name}")
+        command = ["mmdebstrap", "--variant=minbase", f"--include={PACKAGES}", "stable", str(partial)]
+        subprocess.run(command, check=True, capture_output=True)
+        partial.replace(path)
+    return path
+
+
+def missing_for_debian() -> str:
+    """What this machine lacks to build `debian`, "" for nothing."""
+    if any(BUILD.glob("debian-*.tar")) or shutil.which("mmdebstrap"):
+        return ""
+    return "needs mmdebstrap to build a Debian image"
+
+
+def _tar(files: dict[str, bytes | str]) -> bytes:
+    """A tar of programs (bytes) and symbolic links (the target as str)."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as tar:
+        for name, what in files.items():
+            member = tarfile.TarInfo(name)
+            if isinstance(what, str):
+                member.type, member.linkname = tarfile.SYMTYPE, what
+                tar.addfile(member)
+            else:
+                member.size, member.mode = len(what), 0o644 if name.startswith("etc/") else 0o755
+                tar.addfile(member, io.BytesIO(what))
+    return content.getvalue()
