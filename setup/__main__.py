@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 from . import account, engine, environment, host, image, packages, removal, services, testing
-from .steps import Failed, Step, as_user, run
+from .steps import Failed, Step, as_user, do, run
 
 SESSION = [
     packages.step(packages.SESSION),
@@ -37,8 +37,8 @@ def session(*arguments: str) -> None:
 
 
 def step(name: str) -> None:
-    """One step: how a step that needs another user is run as that user."""
-    run(one for one in [*SESSION, *TESTS] if one.name == name)
+    """One step that is missing: how one that needs another user is run as that user."""
+    do(next(one for one in [*SESSION, *TESTS] if one.name == name))
 
 
 def develop() -> None:

@@ -92,8 +92,7 @@ class Service:
 
     def start(self, report: Report) -> str:
         program = [str(host.VENV / "bin" / self.name), *self.arguments]
-        host.STATE.mkdir(mode=0o700, parents=True, exist_ok=True)
-        host.RUN.mkdir(mode=0o755, parents=True, exist_ok=True)
+        host.STATE.mkdir(parents=True, exist_ok=True)
         host.write(self._stamp, "")
         if host.SYSTEMD:
             report("starting")

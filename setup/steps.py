@@ -51,7 +51,7 @@ def run(steps: Iterable[Step]) -> None:
             continue
         uid = host.owner().pw_uid if step.as_owner else 0
         if uid == os.geteuid():
-            _do(step)
+            do(step)
         else:
             again = [sys.executable, "-B", "-m", "setup", "step", step.name]
             status = subprocess.run(**as_user(uid, again), cwd=host.ROOT).returncode
@@ -102,7 +102,8 @@ def wait(what: str, ready: Callable[[], bool], alive: Callable[[], bool], second
         time.sleep(0.05)
 
 
-def _do(step: Step) -> None:
+def do(step: Step) -> None:
+    """Do one step and show it."""
     began = time.monotonic()
     terminal = sys.stderr.isatty()
 
