@@ -21,7 +21,8 @@ def test_every_byte_passes_unchanged_both_ways(make: Maker) -> None:
     stream.write(sent[:100_000])
     stream.read(sent[:100_000][-1000:])
     stream.write(sent[100_000:])
-    socket.socket(fileno=os.dup(stream.terminal.fd)).shutdown(socket.SHUT_WR)
+    with socket.socket(fileno=os.dup(stream.terminal.fd)) as other:
+        other.shutdown(socket.SHUT_WR)
     assert stream.read() == sent
     assert stream.err == b""
 
@@ -110,8 +111,8 @@ def test_resize(make: Maker) -> None:
 
 def test_every_key_goes_to_the_program_at_once(make: Maker) -> None:
     """Docker's own detach keys start with Ctrl-P, which Bash needs."""
-    script = "import os, tty; tty.setraw(0)\nfor key in [b'ready', *[0] * 3]: print(key or os.read(0, 1), flush=True)"
-    stream = make.start(make.spec("python3", "-c", script, image="debian", tty=True))
+    script = "import os\nfor key in [b'ready', *[0] * 3]: print(key or os.read(0, 1), flush=True)"
+    stream = make.start(make.spec("sh", "-c", f'stty raw -echo; python3 -c "{script}"', image="debian", tty=True))
     stream.read(b"ready")
     for key, seen in ((b"\x10", b"b'\\x10'"), (b"\x11", b"b'\\x11'"), (b"\x00", b"b'\\x00'")):
         stream.write(key)

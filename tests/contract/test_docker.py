@@ -1,0 +1,160 @@
+"""What only the Docker driver has: pulls from a registry, engines that are away, what its doctor says."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from beaker_sessions.errors import Error
+from beaker_sessions.model import Pull
+from beaker_sessions.sandbox import Progress
+from beaker_sessions.sandbox.docker.driver import DockerSandboxes
+
+from .conftest import SECONDS, DockerLab, Maker
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[str]:
+    """The address of an empty registry on loopback, to which Docker Engine speaks plain HTTP."""
+    program = shutil.which("docker-registry")
+    if not program:
+        pytest.skip("needs docker-registry")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    settings = {"version": 0.1, "storage": {"filesystem": {"rootdirectory": str(tmp_path / "images")}}}
+    (tmp_path / "registry.yml").write_text(yaml.safe_dump(settings | {"http": {"addr": address}}))
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen([program, "serve", str(tmp_path / "registry.yml")], stdout=log, stderr=log)
+    try:
+        host, port = address.split(":")
+        deadline = time.monotonic() + SECONDS
+        while True:
+            try:
+                socket.create_connection((host, int(port))).close()
+                break
+            except ConnectionRefusedError:
+                assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+                time.sleep(0.02)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def test_pull(docker_lab: DockerLab, registry: str) -> None:
+    reference = f"{registry}/lab/tool:1"
+    docker_lab.image("alpine")
+    _push(docker_lab, registry)
+    seen: list[Progress] = []
+    with pytest.raises(Error) as error:
+        docker_lab.sandboxes.image(reference, Pull.NEVER, seen.append)
+    assert error.value.code == "not_found"
+    image = docker_lab.sandboxes.image(f"docker://{reference}", Pull.MISSING, seen.append)
+    docker_lab.known[reference] = image
+    assert (image.reference, seen[-1].layers) == (reference, (1, 1))
+    assert seen[-1].done == seen[-1].total > 100_000
+    count = len(seen)
+    assert docker_lab.sandboxes.image(reference, Pull.MISSING, seen.append) == image
+    assert len(seen) == count
+    assert docker_lab.sandboxes.image(reference, Pull.ALWAYS, seen.append) == image
+    assert len(seen) > count
+
+
+def test_image_that_the_registry_does_not_have(docker_lab: DockerLab, registry: str) -> None:
+    for pull in (Pull.MISSING, Pull.ALWAYS):
+        with pytest.raises(Error) as error:
+            docker_lab.sandboxes.image(f"{registry}/no/such", pull, print)
+        assert error.value.code == "not_found"
+        assert f"{registry}/no/such:latest" in error.value.message
+
+
+def test_registry_that_is_away(docker_lab: DockerLab) -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))  # not listening, and nobody else can
+        with pytest.raises(Error) as error:
+            docker_lab.sandboxes.image(f"127.0.0.1:{held.getsockname()[1]}/a/b:1", Pull.MISSING, print)
+    assert error.value.code == "unavailable"
+    assert "/a/b:1" in error.value.message
+
+
+def test_reference_that_is_none(docker_lab: DockerLab) -> None:
+    with pytest.raises(Error) as error:
+        docker_lab.sandboxes.image("UPPER CASE", Pull.MISSING, print)
+    assert error.value.code == "invalid"
+
+
+def test_engine_that_is_away(tmp_path: Path) -> None:
+    sandboxes = DockerSandboxes(str(tmp_path / "no.sock"), tmp_path / "state", "nobody")
+    with pytest.raises(Error) as error:
+        sandboxes.list()
+    assert (error.value.code, "systemctl start docker" in error.value.hint) == ("unavailable", True)
+    assert sandboxes.check()[0].level == "error"
+
+
+def test_watch_ends_with_the_engine(tmp_path: Path) -> None:
+    """A stand-in that agrees and goes away; the tests' own engine is still needed."""
+    path = str(tmp_path / "engine.sock")
+    answers = [b'{"ApiVersion": "1.41", "MinAPIVersion": "1.12"}', b""]
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+        server.listen()
+        watch = DockerSandboxes(path, tmp_path, "nobody").watch()
+
+        def serve() -> None:
+            for answer in answers:
+                connection, _ = server.accept()
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + answer)
+                connection.close()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        assert list(watch) == [""]
+        thread.join(SECONDS)
+
+
+def test_check_says_what_it_found(docker_lab: DockerLab) -> None:
+    (docker_lab.cdi / "broken.json").write_text("{")
+    hooked = {
+        "cdiVersion": "0.5.0",
+        "kind": "example.com/gpu",
+        "devices": [
+            {"name": "hooked", "containerEdits": {
+                "deviceNodes": [{"path": "/dev/null"}], "hooks": [{"hookName": "createContainer", "path": "/bin/true"}],
+            }}
+        ],
+    }  # fmt: skip
+    (docker_lab.cdi / "hooked.yaml").write_text(yaml.safe_dump(hooked))
+    try:
+        findings = docker_lab.sandboxes.check()
+        assert [finding.level for finding in findings if "broken.json" in finding.what] == ["error"]
+        assert [finding.level for finding in findings if "live-restore" in finding.what] == ["ok"]
+        if not docker_lab.engine.call("GET", "/info").get("CDISpecDirs"):
+            assert [finding.level for finding in findings if "example.com/gpu=hooked" in finding.what] == ["error"]
+            maker = Maker(docker_lab)
+            with pytest.raises(Error) as error:
+                docker_lab.sandboxes.create(maker.spec("true", gpus=("example.com/gpu=hooked",)))
+            assert error.value.code == "unavailable"
+            maker.close()
+    finally:
+        for path in docker_lab.cdi.iterdir():
+            path.unlink()
+
+
+def _push(lab: DockerLab, registry: str) -> None:
+    """Put the image `alpine` into the registry as lab/tool:1, and forget it here."""
+    name = f"{registry}/lab/tool"
+    lab.engine.call("POST", f"/images/alpine:{lab.tag}/tag", {"repo": name, "tag": "1"})
+    subprocess.run(["docker", "--host", f"unix://{lab.socket}", "push", f"{name}:1"], check=True, capture_output=True)
+    lab.engine.call("DELETE", f"/images/{name}:1")
+    lab.engine.call("DELETE", f"/images/alpine:{lab.tag}")
+    del lab.known["alpine"]
