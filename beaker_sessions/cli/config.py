@@ -72,7 +72,7 @@ class Config:
 
 def load() -> Config:
     """The user's configuration; a file that is missing is an empty one. Raises Error invalid for one that is broken."""
-    path = os.environ.get("BEAKER_CONFIG") or os.path.expanduser("~/.beaker/config.yml")
+    path = os.path.expanduser(os.environ.get("BEAKER_CONFIG") or "~/.beaker/config.yml")
     if path.startswith("~"):
         return Config(None, [])
     try:
@@ -104,32 +104,43 @@ def _close_to_others(fd: int, path: str) -> None:
 
 def _parse(text: str, where: str) -> str:
     """A YAML scalar on one line. Raises Error invalid for anything else."""
-    quote = text[:1]
-    if quote in ("'", '"') and quote:
-        end = 1
-        while end < len(text) and text[end] != quote:
-            end += 2 if quote == '"' and text[end] == "\\" else 1
-            if quote == "'" and text[end : end + 2] == "''":
-                end += 2
-        rest = text[end + 1 :].strip()
-        if end < len(text) and (not rest or rest.startswith("#")):
-            inner = text[1:end]
-            return inner.replace("''", "'") if quote == "'" else inner.replace('\\"', '"').replace("\\\\", "\\")
-    elif not text or text[0] not in "[]{}>|*&!%@`,":
+    if text[:1] in ("'", '"'):
+        value, rest = _unquote(text)
+        if not rest or rest.startswith("#"):
+            return value
+    elif text[:1] not in _INDICATORS or not text:
         plain = text.split(" #")[0].strip()
         return "" if plain in ("~", "null") or plain.startswith("#") else plain
     raise Error("invalid", f"{where}: {text!r} is not a plain or quoted value", "correct this line of the file")
 
 
+def _unquote(text: str) -> tuple[str, str]:
+    """The quoted value that `text` starts with, and what follows; all of `text` follows when it is not understood."""
+    quote, value, at = text[0], "", 1
+    while at < len(text):
+        char, pair = text[at], text[at : at + 2]
+        if pair == "''" == quote * 2 or (quote == '"' and pair in ('\\"', "\\\\")):
+            value += pair[1]
+            at += 2
+        elif char == quote:
+            return value, text[at + 1 :].strip()
+        elif char == "\\" and quote == '"':
+            break
+        else:
+            value += char
+            at += 1
+    return "", text
+
+
 def _format(value: str) -> str:
-    plain = value and all(char.isalnum() or char in "_-./@+" for char in value) and value.isascii()
-    if value.startswith(("http://", "https://")) and " " not in value and "#" not in value:
-        plain = True
-    if plain and value[0] not in "-.@" and not value.replace(".", "").isdigit() and value.lower() not in _WORDS:
+    """`value` as it is where YAML reads that as the same text, else in single quotes."""
+    safe = value.isascii() and all(char.isalnum() or char in "_-./@+:" for char in value)
+    if safe and (value[:1].isalpha() or value[:1] == "/") and value[-1] != ":" and value.lower() not in _WORDS:
         return value
     return "'" + value.replace("'", "''") + "'"
 
 
+_INDICATORS = "[]{}>|*&!%@`,"  # what starts anything but a plain value
 _WORDS = ("true", "false", "null", "yes", "no", "on", "off")  # what YAML reads as something else than text
 
 

@@ -94,7 +94,11 @@ class Door:
         """
         self._socket.settimeout(timeout)
         try:
-            data, ancillary, _, _ = self._socket.recvmsg(FRAME, CMSG_SPACE(4), MSG_CMSG_CLOEXEC)
+            try:
+                data, ancillary, _, _ = self._socket.recvmsg(FRAME, CMSG_SPACE(4), MSG_CMSG_CLOEXEC)
+            except ConnectionResetError:
+                # It closed without reading all that we said, which the kernel tells before its last words.
+                data, ancillary, _, _ = self._socket.recvmsg(FRAME, CMSG_SPACE(4), MSG_CMSG_CLOEXEC)
         except ConnectionError:
             raise Away from None
         except OSError:

@@ -146,9 +146,9 @@ def _here_or_elsewhere(
 ) -> T:
     """Ask the executor of this machine; about a session that it does not know, or when there is none, the server.
 
-    Raises the executor's Error when the server does not know better.
+    Raises the executor's Error when the server cannot be asked.
     """
-    first = Error("not_found", "there is no executor on this machine", "name the session")
+    first = None
     if os.path.exists(door.path()):
         try:
             return here()
@@ -157,15 +157,13 @@ def _here_or_elsewhere(
                 raise
             first = error
     if id is None:
-        raise first
+        raise Error("unavailable", f"no executor answers at {door.path()}", "name the session")
     from . import rest
 
-    server = rest.client(settings)
     try:
-        return elsewhere(server, id)
+        return elsewhere(rest.client(settings), id)
     except Error as error:
-        known = error.code != "unavailable" or first.code == "unavailable"
-        raise (error if known and not os.path.exists(door.path()) else first) from None
+        raise (first if first and error.code in ("unavailable", "unauthorized") else error) from None
 
 
 def _print(options: Options, jobs: list[dict[str, Any]]) -> int:

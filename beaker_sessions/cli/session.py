@@ -140,8 +140,10 @@ def environment(pairs: list[str], tty: bool) -> list[dict[str, str]]:
     variables = {name: os.environ[name] for name in ("TERM", "COLORTERM") if tty and os.environ.get(name)}
     for pair in pairs:
         name, equals, value = pair.partition("=")
+        if not name:
+            raise Error("invalid", f"--env: {pair!r} has no name", "for example --env NAME=value")
         if not equals and name not in os.environ:
-            raise Error("invalid", f"--env: {name!r} is not set here", f"for example --env {name or 'NAME'}=value")
+            raise Error("invalid", f"--env: {name!r} is not set here", f"for example --env {name}=value")
         variables[name] = value if equals else os.environ[name]
     return [{"name": name, "value": value} for name, value in variables.items()]
 
@@ -157,9 +159,10 @@ def require_token(settings: config.Config) -> str:
 def log_in(settings: config.Config) -> str:
     """Ask for a token until the executor accepts it, then save it. Raises Error unauthorized without a terminal."""
     door.Door().close()  # without an executor there is nothing to log in for
-    output.say(f"You are not logged in. Your token is at {settings.address}/user")
+    prompt = f"You are not logged in. Your token is at {output.escape(settings.address)}/user\nToken: "
     while True:
-        token = terminal.ask_secret("Token: ")
+        token = terminal.ask_secret(prompt)
+        prompt = "Token: "
         if token is None:
             return require_token(settings)  # which raises
         if not token:

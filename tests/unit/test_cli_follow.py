@@ -1,0 +1,640 @@
+"""Sessions as a user sees them: the real command on a real pseudo-terminal, with a small real door behind it."""
+
+from __future__ import annotations
+
+import array
+import base64
+import json
+import os
+import pty
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Callable, Iterator
+from fcntl import ioctl
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PYTHON = [sys.executable, "-IS", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'beaker'"]
+PYTHON[-1] += "; from beaker_sessions.cli.main import main; main()"
+ID = "01HW8DZJFR6QEAFAABCTCR2BY2"
+PATIENCE = 20.0
+JOB = {"id": ID, "requests": {"gpuCount": 2}, "session": {"tty": True}, "status": {}}
+
+
+class Call:
+    """One connection to the door, in the test's hands."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.sockets = [connection]
+        connection.settimeout(PATIENCE)
+
+    def receive(self) -> Any:
+        data = self.connection.recv(1 << 17)
+        return json.loads(data) if data else None
+
+    def send(self, *descriptors: int, **frame: Any) -> None:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+        self.connection.sendmsg([json.dumps(frame).encode()], rights)
+
+    def terminal(self, framing: str = "raw", **more: Any) -> socket.socket:
+        """Hand over the terminal; returns the session's end."""
+        kind = socket.SOCK_SEQPACKET if framing == "conmon" else socket.SOCK_STREAM
+        ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
+        ours.settimeout(PATIENCE)
+        self.send(theirs.fileno(), event="terminal", framing=framing, **{"handle": "", "replay": "", **more})
+        theirs.close()
+        self.sockets.append(ours)
+        return ours
+
+    def end(self, exit_code: int | None = 0, message: str = "", **more: Any) -> None:
+        self.send(event="ended", exitCode=exit_code, message=message, job=JOB, **more)
+        self.connection.close()
+
+
+class FakeDoor:
+    """Listens where an executor would; `call()` is the next connection."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._calls: list[Call] = []
+        self.listen()
+
+    def listen(self) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.settimeout(PATIENCE)
+        Path(self.path).unlink(missing_ok=True)
+        self.socket.bind(self.path)
+        self.socket.listen()
+
+    def call(self) -> tuple[Call, Any]:
+        connection, _ = self.socket.accept()
+        self._calls.append(Call(connection))
+        return self._calls[-1], self._calls[-1].receive()
+
+    def die(self) -> None:
+        """As after `kill -9`: the socket's file stays, and nobody answers there."""
+        self.socket.close()
+        for call in self._calls:
+            call.connection.close()
+
+    def close(self) -> None:
+        self.die()
+        for call in self._calls:
+            for each in call.sockets:
+                each.close()
+
+
+class Shell:
+    """`beaker …` on a pseudo-terminal of its own, as a login shell would run it."""
+
+    def __init__(
+        self, environ: dict[str, str], *arguments: str, rows: int = 40, columns: int = 100, **streams: Any
+    ) -> None:
+        self.master, self.slave = pty.openpty()
+        self.resize(rows, columns)
+        self.before = termios.tcgetattr(self.slave)
+        self.seen = b""
+
+        def own_terminal() -> None:
+            os.setsid()
+            ioctl(self.slave, termios.TIOCSCTTY, 0)
+
+        streams = {"stdin": self.slave, "stdout": self.slave, "stderr": self.slave, **streams}
+        self.process = subprocess.Popen([*PYTHON, *arguments], env=environ, preexec_fn=own_terminal, **streams)
+
+    def resize(self, rows: int, columns: int) -> None:
+        ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def type(self, data: bytes) -> None:
+        os.write(self.master, data)
+
+    def expect(self, text: bytes) -> bytes:
+        """Read until `text` was shown; returns everything up to it, which is then forgotten."""
+        deadline = time.monotonic() + PATIENCE
+        while text not in self.seen:
+            assert select.select([self.master], [], [], max(0, deadline - time.monotonic()))[0], (text, self.seen)
+            self.seen += os.read(self.master, 65536)
+        before, _, self.seen = self.seen.partition(text)
+        return before
+
+    def is_raw(self) -> bool:
+        return not termios.tcgetattr(self.slave)[3] & (termios.ICANON | termios.ECHO)
+
+    def wait(self) -> int:
+        """The exit code; the terminal must be as it was found."""
+        code = self.process.wait(PATIENCE)
+        assert termios.tcgetattr(self.slave) == self.before
+        while select.select([self.master], [], [], 0)[0]:
+            self.seen += os.read(self.master, 65536)
+        return code
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+        os.close(self.slave)
+
+
+@pytest.fixture
+def environ(tmp_path: Path) -> dict[str, str]:
+    return {
+        "HOME": str(tmp_path),
+        "PATH": os.environ["PATH"],
+        "TERM": "xterm-test",
+        "BEAKER_TOKEN": "secret",
+        "BEAKER_SOCKET": str(tmp_path / "door"),
+        "BEAKER_ADDR": "http://127.0.0.1:1",
+    }
+
+
+@pytest.fixture
+def door(environ: dict[str, str]) -> Iterator[FakeDoor]:
+    door = FakeDoor(environ["BEAKER_SOCKET"])
+    yield door
+    door.close()
+
+
+@pytest.fixture
+def shell(environ: dict[str, str]) -> Iterator[Callable[..., Shell]]:
+    shells = []
+
+    def start(*arguments: str, **options: Any) -> Shell:
+        shells.append(Shell(environ, *arguments, **options))
+        return shells[-1]
+
+    yield start
+    for each in shells:
+        each.close()
+
+
+@pytest.fixture
+def pipe(environ: dict[str, str]) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    processes = []
+
+    def start(*arguments: str) -> subprocess.Popen[bytes]:
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        processes.append(subprocess.Popen([*PYTHON, *arguments], env=environ, start_new_session=True, **streams))
+        return processes[-1]
+
+    yield start
+    for each in processes:
+        if each.poll() is None:
+            each.kill()
+        each.wait()
+        for stream in (each.stdin, each.stdout, each.stderr):
+            if stream and not stream.closed:
+                stream.close()
+
+
+def started(door: FakeDoor, shell: Shell) -> tuple[Call, socket.socket]:
+    """A session at its prompt."""
+    call, request = door.call()
+    assert request["op"] == "create"
+    call.send(event="created", job=JOB)
+    session = call.terminal()
+    assert call.receive() == {"resize": [40, 100]}
+    session.send(b"$ ")
+    shell.expect(b"$ ")
+    assert shell.is_raw()
+    return call, session
+
+
+def read(session: socket.socket, length: int) -> bytes:
+    data = b""
+    while len(data) < length and (more := session.recv(65536)):
+        data += more
+    return data
+
+
+# -- the request and what is said
+
+
+def test_create_sends_what_was_asked_and_shows_the_session(door: FakeDoor, shell: Callable[..., Shell]) -> None:
+    it = shell(
+        "session", "create", "--gpus", "2", "-n", "demo", "-i", "debian:12", "--memory", "6.5GiB", "--env", "A=b=c"
+    )
+    call, request = door.call()
+    assert (request["v"], request["op"], request["token"]) == (1, "create", "secret")
+    assert (request["tty"], request["stdin"], request["detach"], request["size"]) == (True, True, False, [40, 100])
+    assert len(request["key"]) == 32
+    assert request["session"] == {
+        "name": "demo",
+        "requests": {"gpuCount": 2, "memory": "6.5GiB"},
+        "image": {"docker": "debian:12"},
+        "envVars": [{"name": "TERM", "value": "xterm-test"}, {"name": "A", "value": "b=c"}],
+    }
+    call.send(event="created", job=JOB)
+    it.expect(b"Starting session " + ID.encode() + b" with at least 2 GPUs... (Press Ctrl+C to cancel)\r\n")
+    call.send(event="queued", position=2, reason="needs 2 GPUs, 1 free", nodes=["gpu-3.lab"])
+    it.expect(
+        b"This session is unlikely to start soon because there are not enough available GPUs.\r\n"
+        b"You may continue waiting to hold your place in the queue.\r\n"
+    )
+    it.expect(b"2 (needs 2 GPUs, 1 free)\r\n")
+    it.expect(b"You could also try one of the following available nodes:\r\n    gpu-3.lab\r\n")
+    call.send(event="pull", done=1 << 20, total=4 << 20, layers=[1, 4])
+    it.expect(b"1MiB of 4MiB, 1 of 4 layers")
+    call.send(event="reserved", gpus=["a=0", "a=1"], cpus=31.0, memory=2 << 30)
+    it.expect(b"Reserved 2 GPUs, 31 CPUs, 2GiB of memory\r\n")
+    session = call.terminal()
+    session.send(b"hello\r\n")
+    it.expect(b"hello\r\n")
+    it.type(b"exit\r")
+    assert read(session, 5) == b"exit\r"
+    session.close()
+    call.end(3)
+    assert it.wait() == 3
+
+
+def test_a_node_without_gpus_says_that_the_session_gets_none(door: FakeDoor, shell: Callable[..., Shell]) -> None:
+    it = shell("session", "create")
+    call, _ = door.call()
+    call.send(event="created", job={**JOB, "requests": {"gpuCount": 0}})
+    it.expect(b"This node has no GPUs, so this session gets none.\r\nStarting session " + ID.encode() + b"... (Press")
+    call.end(0)
+    assert it.wait() == 0
+
+
+def test_names_from_elsewhere_are_escaped(door: FakeDoor, shell: Callable[..., Shell]) -> None:
+    it = shell("session", "create")
+    call, _ = door.call()
+    call.send(event="created", job=JOB)
+    call.send(event="queued", position=1, reason="\x1b]0;owned\x07", nodes=["\u202enode"])
+    call.end(1, "a\nb\x9b")
+    assert it.wait() == 1
+    assert b"\\x1b]0;owned\\x07" in it.seen
+    assert b"\\u202enode" in it.seen
+    assert b"a\\nb\\x9b" in it.seen
+    assert b"\x1b]0" not in it.seen
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "more", "expected"),
+    [(137, "out of memory", {}, 137), (127, "", {}, 127), (None, "no image is called 'x'", {"code": "not_found"}, 66)],
+)
+def test_the_end_is_told_and_becomes_the_exit_code(
+    door: FakeDoor, shell: Callable[..., Shell], code: int | None, message: str, more: Any, expected: int
+) -> None:
+    it = shell("session", "create")
+    call, _ = door.call()
+    call.send(event="created", job=JOB)
+    call.end(code, message, **more)
+    assert it.wait() == expected
+    assert message.encode() in it.seen
+
+
+# -- the terminal
+
+
+def test_the_window_size_follows_the_terminal(door: FakeDoor, shell: Callable[..., Shell]) -> None:
+    it = shell("session", "create")
+    call, _ = started(door, it)
+    it.resize(24, 132)
+    assert call.receive() == {"resize": [24, 132]}
+
+
+@pytest.mark.parametrize("keys", [[b"\x1ed"], [b"\x1e", b"d"], [b"ls\x1e", b"d"]], ids=["together", "apart", "after"])
+def test_the_detach_key_leaves_the_session_running(
+    door: FakeDoor, shell: Callable[..., Shell], keys: list[bytes]
+) -> None:
+    it = shell("session", "create")
+    call, session = started(door, it)
+    for key in keys:
+        it.type(key)
+        time.sleep(0.05)  # so that they are read apart, where they are sent apart
+    assert it.wait() == 0
+    assert f"beaker session attach {ID}".encode() in it.seen
+    assert read(session, 100) == keys[0].rstrip(b"\x1ed")
+    assert call.receive() is None
+
+
+def test_the_first_key_twice_is_sent_once_and_others_pass(door: FakeDoor, shell: Callable[..., Shell]) -> None:
+    it = shell("session", "create")
+    _, session = started(door, it)
+    typed = b"\x1e\x1e" + b"\x1ex" + b"\x03\x04\x11\x13\x16\x1a\x1c\x7f\xff\r\n"
+    it.type(typed)
+    assert read(session, len(typed) - 1) == typed[1:]
+
+
+def test_detaching_works_while_output_floods_a_stuck_terminal(door: FakeDoor, shell: Callable[..., Shell]) -> None:
+    it = shell("session", "create")
+    _, session = started(door, it)
+    session.settimeout(0.5)
+    with pytest.raises(TimeoutError):  # nobody reads the terminal, so at some point nothing more is taken
+        session.sendall(b"flood\r\n" * 1_000_000)
+    it.type(b"\x1ed")
+    deadline = time.monotonic() + PATIENCE
+    while it.is_raw():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT], ids=lambda n: n.name)
+def test_signals_restore_the_terminal_and_leave_the_session(
+    door: FakeDoor, shell: Callable[..., Shell], number: signal.Signals
+) -> None:
+    it = shell("session", "create")
+    call, _ = started(door, it)
+    it.process.send_signal(number)
+    assert it.wait() == 128 + number
+    assert call.receive() is None
+
+
+def test_an_error_in_the_middle_restores_the_terminal(door: FakeDoor, shell: Callable[..., Shell]) -> None:
+    it = shell("session", "create")
+    call, _ = started(door, it)
+    call.send(error={"code": 401, "error": "unauthorized", "message": "this token was revoked", "hint": "get another"})
+    assert it.wait() == 77
+    assert b"beaker: this token was revoked; get another" in it.seen
+
+
+def test_modes_that_a_killed_program_left_on_are_undone(door: FakeDoor, shell: Callable[..., Shell]) -> None:
+    it = shell("session", "create")
+    call, session = started(door, it)
+    session.send(b"\x1b[?1049h\x1b[?1006;1000h\x1b[?2004h\x1b[?25l and \x1b[?2004l")
+    it.expect(b"\x1b[?2004l")
+    session.close()
+    call.end(137)
+    assert it.wait() == 137
+    for undone in (b"\x1b[?1049l", b"\x1b[?1000l", b"\x1b[?1006l", b"\x1b[?25h"):
+        assert undone in it.seen
+    assert b"2004" not in it.seen
+
+
+def test_attach_shows_what_was_said_before(door: FakeDoor, shell: Callable[..., Shell]) -> None:
+    it = shell("session", "attach")
+    call, request = door.call()
+    assert (request["op"], request["id"]) == ("get", None)
+    call.send(job=JOB)
+    call, request = door.call()
+    assert (request["op"], request["id"], request["replay"], request["stream"]) == ("attach", ID, True, True)
+    session = call.terminal(replay=base64.b64encode(b"earlier\r\n").decode())
+    session.send(b"now")
+    assert it.expect(b"now").endswith(b"earlier\r\n")
+    session.close()
+    call.end(0)
+    assert it.wait() == 0
+
+
+def test_exec_opens_a_terminal_and_returns_its_exit_code(door: FakeDoor, shell: Callable[..., Shell]) -> None:
+    it = shell("session", "exec", "demo", "ls", "-l", "--all")
+    call, request = door.call()
+    assert (request["op"], request["id"], request["command"]) == ("exec", "demo", ["ls", "-l", "--all"])
+    assert (request["size"], request["env"]) == ([40, 100], [{"name": "TERM", "value": "xterm-test"}])
+    session = call.terminal(handle="h1")
+    session.send(b"total 0\r\n")
+    it.expect(b"total 0\r\n")
+    session.close()
+    call.end(5)
+    assert it.wait() == 5
+
+
+# -- waiting and cancelling
+
+
+def test_control_c_gives_the_place_up_and_says_so(door: FakeDoor, shell: Callable[..., Shell]) -> None:
+    it = shell("session", "create")
+    call, _ = door.call()
+    call.send(event="created", job=JOB)
+    call.send(event="queued", position=1, reason="", nodes=[])
+    it.expect(b"Place in the queue: 1")
+    it.type(b"\x03")
+    assert call.receive() == {"cancel": True}
+    call.end(None, "given up")
+    assert it.wait() == 130
+    assert b"has given up its place" in it.seen
+
+
+def test_an_interruption_before_the_session_exists_cancels_it_when_it_does(
+    door: FakeDoor, pipe: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    it = pipe("session", "create")
+    call, _ = door.call()
+    it.send_signal(signal.SIGINT)
+    assert call.receive() == {"cancel": True}  # the executor ignores what it cannot do yet
+    call.send(event="created", job=JOB)
+    assert call.receive() == {"cancel": True}
+    call.end(None)
+    assert it.wait(PATIENCE) == 130
+
+
+# -- an executor that goes away
+
+
+def test_a_killed_executor_does_not_interrupt_the_terminal(door: FakeDoor, shell: Callable[..., Shell]) -> None:
+    it = shell("session", "create")
+    call, session = started(door, it)
+    door.die()
+    session.send(b"still here")
+    it.expect(b"still here")
+    it.type(b"typed")
+    assert read(session, 5) == b"typed"
+    door.listen()
+    call, request = door.call()
+    assert (request["op"], request["id"], request["stream"]) == ("attach", ID, False)
+    it.resize(30, 90)
+    while call.receive() != {"resize": [30, 90]}:
+        pass
+    session.close()
+    call.end(7)
+    assert it.wait() == 7
+
+
+def test_an_end_while_the_executor_is_away_is_learned_later(door: FakeDoor, shell: Callable[..., Shell]) -> None:
+    it = shell("session", "exec", "--session", "demo", "--", "make")
+    call, _ = door.call()
+    session = call.terminal(handle="h1")
+    door.die()
+    session.close()
+    door.listen()
+    call, request = door.call()
+    assert (request["op"], request["id"], request["handle"]) == ("exec_exit", "demo", "h1")
+    call.send(event="ended", exitCode=9, message="")
+    assert it.wait() == 9
+
+
+def test_a_create_that_was_not_acknowledged_is_sent_again_with_its_key(
+    door: FakeDoor, pipe: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    it = pipe("session", "create", "--", "true")
+    call, first = door.call()
+    call.connection.close()
+    call, second = door.call()
+    assert second == first
+    call.send(event="created", job=JOB)
+    call.end(0)
+    assert it.wait(PATIENCE) == 0
+
+
+def test_a_queued_session_keeps_waiting_for_a_restarted_executor(door: FakeDoor, shell: Callable[..., Shell]) -> None:
+    it = shell("session", "create")
+    call, _ = door.call()
+    call.send(event="created", job=JOB)
+    call.send(event="queued", position=1, reason="", nodes=[])
+    it.expect(b"queue: 1")
+    call.connection.close()
+    call, request = door.call()
+    assert (request["op"], request["id"], request["stream"], request["replay"]) == ("attach", ID, True, True)
+    session = call.terminal()
+    session.send(b"$ ")
+    it.expect(b"$ ")
+    session.close()
+    call.end(0)
+    assert it.wait() == 0
+
+
+# -- without a terminal
+
+
+def test_pipes_carry_every_byte_both_ways(door: FakeDoor, pipe: Callable[..., subprocess.Popen[bytes]]) -> None:
+    it = pipe("session", "create", "--", "cat")
+    call, request = door.call()
+    assert (request["tty"], request["size"], request["session"]["command"]) == (False, None, ["cat"])
+    assert "envVars" not in request["session"]
+    call.send(event="created", job=JOB)
+    session = call.terminal("multiplexed")
+    data = bytes(range(256)) * 8192  # 2 MiB, so that every buffer on the way is filled
+
+    def copy() -> None:
+        while received := session.recv(50_001):
+            session.sendall(struct.pack(">BxxxL", 1, len(received)) + received)
+        session.sendall(struct.pack(">BxxxL", 2, 4) + b"done")
+        session.close()
+        call.end(0)
+
+    copying = threading.Thread(target=copy)
+    copying.start()
+    out, errors = it.communicate(data, PATIENCE)
+    copying.join()
+    assert it.returncode == 0
+    assert out == data
+    assert errors.endswith(b"done")
+
+
+def test_conmon_packets_are_told_apart(door: FakeDoor, pipe: Callable[..., subprocess.Popen[bytes]]) -> None:
+    it = pipe("session", "create", "-q", "--", "x")
+    call, _ = door.call()
+    call.send(event="created", job=JOB)
+    session = call.terminal("conmon")
+    session.send(b"\x02out")
+    session.send(b"\x03err")
+    session.close()
+    call.end(0)
+    assert it.communicate(timeout=PATIENCE) == (b"out", b"err")
+
+
+def test_signals_go_to_the_session(door: FakeDoor, pipe: Callable[..., subprocess.Popen[bytes]]) -> None:
+    it = pipe("session", "create", "--", "x")
+    call, _ = door.call()
+    call.send(event="created", job=JOB)
+    session = call.terminal("multiplexed")
+    session.sendall(struct.pack(">BxxxL", 1, 2) + b"up")
+    assert it.stdout
+    assert it.stdout.read(2) == b"up"
+    for number in (signal.SIGINT, signal.SIGTERM):
+        it.send_signal(number)
+        assert call.receive() == {"signal": number}
+    session.close()
+    call.end(143)
+    assert it.wait(PATIENCE) == 143
+
+
+def test_a_reader_that_leaves_ends_quietly(door: FakeDoor, pipe: Callable[..., subprocess.Popen[bytes]]) -> None:
+    it = pipe("session", "create", "-q", "--", "yes")
+    call, _ = door.call()
+    call.send(event="created", job=JOB)
+    session = call.terminal("multiplexed")
+    session.sendall(struct.pack(">BxxxL", 1, 2) + b"y\n")
+    assert it.stdout
+    assert it.stderr
+    assert it.stdout.read(2) == b"y\n"
+    it.stdout.close()
+    session.sendall(struct.pack(">BxxxL", 1, 2) + b"y\n")
+    assert call.receive() == {"signal": signal.SIGPIPE}
+    session.close()
+    call.end(141)
+    assert it.wait(PATIENCE) == 141
+    assert it.stderr.read() == b""
+
+
+def test_a_slow_reader_gets_everything_after_the_end(
+    door: FakeDoor, pipe: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    it = pipe("session", "create", "-q", "--", "x")
+    call, _ = door.call()
+    call.send(event="created", job=JOB)
+    session = call.terminal("multiplexed")
+    data = b"x" * 150_000
+    session.sendall(struct.pack(">BxxxL", 1, len(data)) + data)
+    session.close()
+    call.end(0)
+    assert it.stdin
+    it.stdin.close()
+    time.sleep(2.5)  # longer than the stream may be silent after the end
+    assert it.stdout
+    assert it.stdout.read() == data
+    assert it.wait(PATIENCE) == 0
+
+
+def test_detached_prints_the_id(door: FakeDoor, pipe: Callable[..., subprocess.Popen[bytes]]) -> None:
+    it = pipe("session", "create", "--detach", "-q", "--", "train")
+    call, request = door.call()
+    assert (request["detach"], request["tty"], request["stdin"]) == (True, False, False)
+    call.send(event="created", job=JOB)
+    call.connection.close()
+    out, errors = it.communicate(timeout=PATIENCE)
+    assert (it.returncode, out, errors) == (0, ID.encode() + b"\n", b"")
+
+
+# -- logging in
+
+
+def test_login_asks_without_echo_until_the_token_is_right(
+    door: FakeDoor, shell: Callable[..., Shell], environ: dict[str, str], tmp_path: Path
+) -> None:
+    del environ["BEAKER_TOKEN"]
+    it = shell("session", "create")
+    door.call()  # whether an executor answers at all
+    it.expect(b"http://127.0.0.1:1/user")
+    it.expect(b"Token: ")
+    it.type(b"wrong\n")
+    call, request = door.call()
+    assert (request["op"], request["token"]) == ("list", "wrong")
+    call.send(error={"code": 401, "error": "unauthorized", "message": "no account has this token", "hint": ""})
+    it.expect(b"no account has this token. Try again")
+    it.expect(b"Token: ")
+    it.type(b"right\n")
+    call, _ = door.call()
+    call.send(end=True)
+    call, request = door.call()
+    assert (request["op"], request["token"]) == ("create", "right")
+    call.end(0)
+    assert it.wait() == 0
+    file = tmp_path / ".beaker/config.yml"
+    assert file.read_text() == "user_token: right\n"
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert b"right\r" not in it.seen
+    assert b"wrong" not in it.seen
+
+
+def test_leaving_the_question_for_the_token_restores_the_echo(
+    door: FakeDoor, shell: Callable[..., Shell], environ: dict[str, str]
+) -> None:
+    del environ["BEAKER_TOKEN"]
+    it = shell("session", "create")
+    door.call()
+    it.expect(b"Token: ")
+    it.process.send_signal(signal.SIGTERM)
+    assert it.wait() == 130
