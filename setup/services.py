@@ -34,35 +34,36 @@ Restart=always
 RestartSec=1
 # What the executor has started are sessions, or parts of them.
 KillMode=process
-Delegate=yes
 Environment=LANG=C.UTF-8 PYTHONDONTWRITEBYTECODE=1
 LimitNOFILE=1048576
 OOMScoreAdjust=-900
-UMask=0077
 RuntimeDirectory=beaker
 RuntimeDirectoryMode=0755
 RuntimeDirectoryPreserve=yes
-ProtectClock=yes
-ProtectKernelModules=yes
-RestrictRealtime=yes
-LockPersonality=yes
-{hardening}
+{options}
 [Install]
 WantedBy=multi-user.target
 """
-# The server needs its database and the network, nothing else. The executor's trade is homes, mounts and devices.
-_SERVER = """NoNewPrivileges=yes
+# Nothing that gives the executor a mount namespace of its own: its mounts are the sessions', and it serves whoever is
+# in its namespaces. Its children are sessions too, so no filters of system calls either.
+_EXECUTOR = "Delegate=yes\n"
+# The server needs its database and the network, nothing else.
+_SERVER = """UMask=0077
+NoNewPrivileges=yes
 ProtectSystem=strict
 ReadWritePaths=/var/lib/beaker
 ProtectHome=read-only
-PrivateTmp=yes
 PrivateDevices=yes
+ProtectClock=yes
+ProtectKernelModules=yes
 ProtectKernelTunables=yes
 ProtectKernelLogs=yes
 ProtectControlGroups=yes
 ProtectHostname=yes
 RestrictNamespaces=yes
+RestrictRealtime=yes
 RestrictSUIDSGID=yes
+LockPersonality=yes
 RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
 """
 
@@ -73,7 +74,7 @@ class Service:
     description: str
     arguments: tuple[str, ...]
     answers: Callable[[], bool]
-    hardening: str = ""
+    options: str
 
     @property
     def unit(self) -> Path:
@@ -96,9 +97,7 @@ class Service:
         host.write(self._stamp, "")
         if host.SYSTEMD:
             report("starting")
-            quoted = " ".join(f'"{word}"'.replace("%", "%%").replace("$", "$$") for word in program)
-            text = _UNIT.format(description=self.description, command=quoted, hardening=self.hardening)
-            host.write(self.unit, text)
+            host.write(self.unit, self.unit_text(program))
             command(["systemctl", "daemon-reload"], report)
             command(["systemctl", "enable", "--quiet", self.unit.name], report)
             command(["systemctl", "restart", self.unit.name], report)
@@ -112,6 +111,13 @@ class Service:
             raise Failed(f"{error}; its log is {daemon.log(self.name)}", daemon.tail(self.name)) from None
         return f"{'restarted' if again else 'started'}, log {daemon.log(self.name)}"
 
+    def unit_text(self, program: list[str]) -> str:
+        """Its unit file (systemd.service(5)). Double quotes keep any path one word; `$` means nothing there."""
+        quoted = " ".join(f'"{word}"'.replace("%", "%%") for word in program)
+        return _UNIT.format(
+            description=f"Beaker Sessions: the {self.description}", command=quoted, options=self.options
+        )
+
     def stop(self, report: Report) -> bool:
         """Stop it, and let it not start with the machine: whether it ran."""
         self._stamp.unlink(missing_ok=True)
@@ -122,7 +128,7 @@ class Service:
 
     @property
     def _stamp(self) -> Path:
-        return host.RUN / "setup" / self.name
+        return host.STATE / "setup" / self.name
 
 
 def address() -> str:
@@ -162,7 +168,7 @@ def _executor_answers() -> bool:
 
 
 SERVER = Service("beaker-server", "server", ("serve",), _server_answers, _SERVER)
-EXECUTOR = Service("beaker-executor", "executor", (), _executor_answers)
+EXECUTOR = Service("beaker-executor", "executor", (), _executor_answers, _EXECUTOR)
 
 
 def _configure(_report: Report) -> str:

@@ -1,0 +1,179 @@
+"""What set-up decides, and that it starts and stops exactly what it should. Its steps as a whole: `make session`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from setup import daemon, environment, host, image, removal, services, steps, testing
+from setup.sources import sources
+
+KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
+
+
+def apt(tmp_path: Path, **files: str) -> Path:
+    (tmp_path / "sources.list.d").mkdir()
+    for name, text in files.items():
+        stem, _, suffix = name.rpartition("_")
+        path = tmp_path / "sources.list" if stem == "sources" else tmp_path / "sources.list.d" / f"{stem}.{suffix}"
+        path.write_text(text)
+    return tmp_path
+
+
+def test_sources_of_both_formats_are_the_distributions_own(tmp_path: Path) -> None:
+    directory = apt(
+        tmp_path,
+        sources_list=(
+            "# deb http://old bookworm main\n"
+            "deb http://mirror/debian bookworm main contrib # ours\n"
+            f"deb [arch=amd64 signed-by={KEYRING}] http://mirror/security bookworm-security main\n"
+            "deb-src http://mirror/debian bookworm main\n"
+        ),
+        debian_sources=(
+            f"Types: deb deb-src\nURIs: http://mirror/debian\nSuites: bookworm bookworm-updates\n"
+            f"Components: main\nSigned-By: {KEYRING}\n\n"
+            "Types: deb\nEnabled: no\nURIs: http://off\nSuites: bookworm\nComponents: main\n"
+        ),
+        docker_list="deb http://docker bookworm stable\n",
+        node_sources="Types: deb\nURIs: http://node\nSuites: nodistro\nComponents: main\n",
+        note_txt="deb http://note bookworm main\n",
+    )
+    assert sources(directory, "bookworm") == [
+        "deb http://mirror/debian bookworm main contrib",
+        f"deb [arch=amd64 signed-by={KEYRING}] http://mirror/security bookworm-security main",
+        f"deb [signed-by={KEYRING}] http://mirror/debian bookworm main",
+        f"deb [signed-by={KEYRING}] http://mirror/debian bookworm-updates main",
+    ]
+
+
+def test_only_missing_steps_are_done(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def step(name: str, missing: bool) -> steps.Step:
+        return steps.Step(name, lambda: missing, lambda _: done.append(name) or "made", as_owner=True)
+
+    monkeypatch.setattr(host, "ROOT", Path("/proc/self"))  # this process's own
+    steps.run([step("here", False), step("absent", True)])
+    assert done == ["absent"]
+    out, err = capfd.readouterr()
+    assert out == "", "standard output belongs to the session's command"
+    assert "absent … made" in err
+    assert "here" not in err
+
+
+def test_a_failed_command_tells_its_last_lines() -> None:
+    with pytest.raises(steps.Failed, match="ended with 3") as failure:
+        steps.command(["sh", "-c", "echo first; echo why >&2; exit 3"], lambda _: None)
+    assert failure.value.lines == ("first", "why")
+
+
+def test_launcher_starts_the_command_line_of_its_checkout(tmp_path: Path) -> None:
+    script = tmp_path / "with space" / "beaker"
+    script.parent.mkdir()
+    script.write_text(environment.launcher(str(host.ROOT), sys.executable))
+    script.chmod(0o755)
+    hostile = {**os.environ, "PYTHONPATH": "/nonexistent", "PYTHONHOME": "/nonexistent"}
+    done = subprocess.run([script, "--version"], capture_output=True, text=True, env=hostile, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("beaker ")
+
+
+def test_the_image_has_all_that_the_command_line_imports(tmp_path: Path) -> None:
+    for path, content in image._files():
+        file = tmp_path / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    modules = [
+        ".".join(path.relative_to(tmp_path / "beaker").with_suffix("").parts)
+        for path in (tmp_path / "beaker/beaker_sessions").rglob("*.py")
+    ]
+    program = f"import sys, importlib; sys.path.insert(0, {str(tmp_path / 'beaker')!r})\n" + "\n".join(
+        f"importlib.import_module({name!r})" for name in modules if not name.endswith("__main__")
+    )
+    done = subprocess.run([sys.executable, "-IS", "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pid files and logs in a directory of the test's own."""
+    monkeypatch.setattr(host, "RUN", tmp_path / "run")
+    monkeypatch.setattr(host, "LOGS", tmp_path / "log")
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_daemon_runs_on_logs_and_is_stopped() -> None:
+    number = daemon.start("sleeper", ["sh", "-c", "echo started; exec sleep 60"])
+    assert daemon.pid("sleeper") == number
+    assert os.getsid(number) == number
+    steps.wait("its first line", lambda: bool(daemon.tail("sleeper")), lambda: daemon.alive(number))
+    assert daemon.stop("sleeper")
+    assert not daemon.alive(number)
+    assert daemon.tail("sleeper") == ["started"]
+    assert not daemon.stop("sleeper"), "nothing is left to stop"
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_another_process_with_that_pid_is_left_alone() -> None:
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        host.write(host.RUN / "sleeper.pid", f"{other.pid} 1\n")
+        assert daemon.pid("sleeper") is None
+        assert not daemon.stop("sleeper")
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_secrets_have_their_mode_before_their_content(tmp_path: Path) -> None:
+    host.write(tmp_path / "below/token", "secret", 0o600)
+    assert (tmp_path / "below/token").stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in (tmp_path / "below").iterdir()] == ["token"]
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze (package systemd)")
+@pytest.mark.parametrize("service", [services.SERVER, services.EXECUTOR], ids=lambda service: service.name)
+def test_units_are_valid(service: services.Service, tmp_path: Path) -> None:
+    program = tmp_path / "100% of $HOME" / service.name
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    unit = tmp_path / f"{service.name}.service"
+    unit.write_text(service.unit_text([str(program), *service.arguments]))
+    done = subprocess.run(["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True)
+    assert unit.name not in done.stderr, done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount")
+def test_nothing_is_removed_through_a_mount(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    home, below = tmp_path / "home", tmp_path / "state/session/home"
+    home.mkdir()
+    (home / "thesis").touch()
+    below.mkdir(parents=True)
+    subprocess.run(["mount", "--bind", home, below], check=True)
+    try:
+        removal._remove(tmp_path / "state")
+        assert (home / "thesis").exists()
+        assert str(below) in capsys.readouterr().err
+    finally:
+        subprocess.run(["umount", below], check=True)
+    removal._remove(tmp_path / "state")
+    assert not (tmp_path / "state").exists()
+
+
+def test_what_tests_leave_running_is_found() -> None:
+    mark = f"TEST_MARK={os.getpid()}"
+    left = subprocess.Popen(["env", mark, "sleep", "60"])
+    try:
+        (found,) = testing._left("/nonexistent", mark, seconds=0)
+        assert f"process {left.pid}" in found
+    finally:
+        left.kill()
+        left.wait()
+    assert testing._left("/nonexistent", mark, seconds=0) == []
