@@ -251,6 +251,7 @@ class StatusReport(Report):
     canceled_for: Text = ""
     exit_code: Annotated[int, Field(ge=0, le=255)] | None = None
     message: Text = ""
+    error: Line = ""
 
 
 class AuthorReport(Report):

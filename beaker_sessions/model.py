@@ -130,7 +130,8 @@ class Request:
 class Session:
     """A session as its node's ledger and the server's record know it.
 
-    message: why it ended as it did, or why it waits, for people. revision: grows by one with every change; a report
+    message: why it ended as it did, or why it waits, for people. error: the code (of `errors.CODES`) of what kept its main
+    process from running, "" when nothing did. revision: grows by one with every change; a report
     with a lower one is stale. node: the node's id, or "" before it is known.
     """
 
@@ -149,4 +150,5 @@ class Session:
     canceled_for: str = ""
     exit_code: int | None = None
     message: str = ""
+    error: str = ""
     revision: int = 0

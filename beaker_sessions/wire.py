@@ -76,6 +76,7 @@ def job(session: model.Session, **directory: Any) -> dict[str, Any]:
             "canceledFor": session.canceled_for or None,
             "exitCode": session.exit_code,
             "message": session.message or None,
+            "error": session.error or None,
         },
         "session": {
             "command": list(wanted.command) or None,
@@ -116,6 +117,7 @@ def session(job: Any) -> model.Session:
         canceled_for=status.canceled_for,
         exit_code=status.exit_code,
         message=status.message,
+        error=status.error,
         revision=body.revision,
         **{name: getattr(status, name) for name in TIMES},
     )

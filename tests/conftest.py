@@ -27,7 +27,10 @@ def debian() -> Path:
 
 @pytest.fixture(scope="session")
 def dockerd() -> Iterator[str]:
-    """The socket of a Docker Engine for these tests alone, without bridge; BEAKER_TEST_DOCKER names one that runs."""
+    """The socket of a Docker Engine for these tests alone, in a network namespace of its own.
+
+    BEAKER_TEST_DOCKER names the socket of one that runs already.
+    """
     if given := os.environ.get("BEAKER_TEST_DOCKER"):
         yield given
         return
@@ -38,18 +41,25 @@ def dockerd() -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="beaker-docker-") as root:
         socket = f"{root}/docker.sock"
         command = [
-            "dockerd", "--data-root", f"{root}/data", "--exec-root", f"{root}/exec", "--pidfile", f"{root}/pid",
-            "--host", f"unix://{socket}", "--bridge", "none", "--iptables=false", "--live-restore",
+            "unshare", "--net", "dockerd", "--data-root", f"{root}/data", "--exec-root", f"{root}/exec",
+            "--pidfile", f"{root}/pid", "--host", f"unix://{socket}", "--live-restore",
         ]  # fmt: skip
         with open(f"{root}/log", "wb") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log)
         try:
             _wait(socket, process, Path(root, "log"))
+            subprocess.run([*inside_network(socket), "ip", "link", "set", "lo", "up"], check=True)
             yield socket
         finally:
             process.terminate()
             process.wait(60)
             _unmount(root)
+
+
+def inside_network(socket: str) -> list[str]:
+    """What to put before a command that shall run in the network of the engine of `dockerd`."""
+    pid = Path(socket).with_name("pid")
+    return ["nsenter", f"--net=/proc/{pid.read_text().strip()}/ns/net"] if pid.exists() else []
 
 
 def _unmount(root: str) -> None:

@@ -154,6 +154,8 @@ class Following:
 
     def _farewell(self, caller: Caller, view: View) -> None:
         session = view.session
+        if session.error:
+            raise Error(session.error, session.message)
         caller.send(
             {"event": "ended", "exitCode": session.exit_code, "message": session.message, "job": self.job(view)}
         )

@@ -79,7 +79,8 @@ class Lifecycle:
         except Error as error:
             log.warning("session %s could not start: %s", id, error)
             why = f"{error.message}; {error.hint}" if error.hint else error.message
-            self.sessions.ended(id, None, live.session.canceled_for or why)
+            canceled = live.session.canceled_for
+            self.sessions.ended(id, None, canceled or why, "" if canceled else error.code)
             return
         live.since = time.clock_gettime(time.CLOCK_BOOTTIME)
         self.sessions.move(id, State.STARTED, started=datetime.now(UTC))

@@ -168,9 +168,9 @@ class Reporter:
         except Error as error:
             if error.code == "unavailable":
                 return  # not now; the server hands it on again
-            self.sessions.adopt(_refused(session, str(error)), identity)
+            self.sessions.adopt(_refused(session, error), identity)
 
 
-def _refused(session: Session, why: str) -> Session:
-    now = datetime.now(UTC)
-    return replace(session, state=State.FINALIZED, finalized=now, message=why, revision=session.revision + 1)
+def _refused(session: Session, why: Error) -> Session:
+    now, revision = datetime.now(UTC), session.revision + 1
+    return replace(session, state=State.FINALIZED, finalized=now, message=str(why), error=why.code, revision=revision)

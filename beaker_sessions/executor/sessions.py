@@ -249,13 +249,13 @@ class Sessions:
             self.on_change()
             return live.session
 
-    def ended(self, id: str, exit_code: int | None, message: str = "") -> None:
-        """The main process is gone, or never came to be (exit_code None): say so, and have it cleaned up."""
+    def ended(self, id: str, exit_code: int | None, message: str = "", error: str = "") -> None:
+        """The main process is gone, or never came to be (then with an error's code): say so, and have it cleaned up."""
         with self._lock:
             live = self._live.get(id)
             if live is None or live.session.state not in (State.SCHEDULED, State.STARTED):
                 return
-            self.move(id, State.EXITED, exited=datetime.now(UTC), exit_code=exit_code, message=message)
+            self.move(id, State.EXITED, exited=datetime.now(UTC), exit_code=exit_code, message=message, error=error)
             self.on_exit(id)
 
     def release(self, id: str) -> None:

@@ -150,10 +150,14 @@ class Rows:
 
 
 class Store:
-    """The database at `url`, a SQLAlchemy URL, migrated to the newest version."""
+    """The database at `url`, a SQLAlchemy URL, migrated to the newest version. Raises Error invalid or unavailable."""
 
     def __init__(self, url: str) -> None:
-        self.engine = sa.create_engine(url, pool_size=8, max_overflow=32, pool_timeout=10)
+        try:
+            self.engine = sa.create_engine(url, pool_size=8, max_overflow=32, pool_timeout=10)
+        except (sa.exc.ArgumentError, ModuleNotFoundError, TypeError) as error:
+            hint = "for example sqlite:////var/lib/beaker/server.db"
+            raise Error("invalid", f"database: not a URL of a database file or server: {error}", hint) from error
         if self.engine.dialect.name == "sqlite":
             _sqlite(self.engine)
         with self._translated():

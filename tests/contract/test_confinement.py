@@ -161,3 +161,10 @@ def test_settings_reach_the_kernel(make: Maker) -> None:
 def test_first_process_reaps(make: Maker) -> None:
     _, out, _ = make.run("sh", "-c", "(sleep 0 &) ; sleep 0.3; ps -eo stat,comm", image="debian")
     assert b"Z" not in out
+
+
+def test_network_of_its_own_or_the_host_s(make: Maker) -> None:
+    own = make.run("ls", "/sys/class/net", host_network=False)[1].split()
+    host = make.run("ls", "/sys/class/net", host_network=True)[1].split()
+    assert own == [b"eth0", b"lo"]
+    assert b"eth0" not in host or len(host) > 2

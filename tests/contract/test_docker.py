@@ -18,33 +18,34 @@ from beaker_sessions.model import Pull
 from beaker_sessions.sandbox import Progress
 from beaker_sessions.sandbox.docker.driver import DockerSandboxes
 
+from tests.conftest import inside_network
+
 from .conftest import SECONDS, DockerLab, Maker
 
 
 @pytest.fixture
-def registry(tmp_path: Path) -> Iterator[str]:
-    """The address of an empty registry on loopback, to which Docker Engine speaks plain HTTP."""
+def registry(dockerd: str, tmp_path: Path) -> Iterator[str]:
+    """The address of an empty registry on the engine's loopback, to which Docker Engine speaks plain HTTP."""
     program = shutil.which("docker-registry")
     if not program:
         pytest.skip("needs docker-registry")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+        port = probe.getsockname()[1]
     settings = {"version": 0.1, "storage": {"filesystem": {"rootdirectory": str(tmp_path / "images")}}}
-    (tmp_path / "registry.yml").write_text(yaml.safe_dump(settings | {"http": {"addr": address}}))
+    settings["http"] = {"addr": f"127.0.0.1:{port}"}
+    (tmp_path / "registry.yml").write_text(yaml.safe_dump(settings))
+    command = [*inside_network(dockerd), program, "serve", str(tmp_path / "registry.yml")]
     with open(tmp_path / "log", "wb") as log:
-        process = subprocess.Popen([program, "serve", str(tmp_path / "registry.yml")], stdout=log, stderr=log)
+        process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        host, port = address.split(":")
         deadline = time.monotonic() + SECONDS
-        while True:
-            try:
-                socket.create_connection((host, int(port))).close()
-                break
-            except ConnectionRefusedError:
-                assert time.monotonic() < deadline, (tmp_path / "log").read_text()
-                time.sleep(0.02)
-        yield address
+        listening = f"0100007F:{port:04X} 00000000:0000 0A"  # proc_net_tcp, for the registry's network
+        while listening not in Path(f"/proc/{process.pid}/net/tcp").read_text():
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.02)
+        yield f"127.0.0.1:{port}"
     finally:
         process.terminate()
         process.wait(60)

@@ -169,7 +169,7 @@ def test_nothing_is_removed_through_a_mount(tmp_path: Path, capsys: pytest.Captu
 
 def test_what_tests_leave_running_is_found() -> None:
     mark = f"TEST_MARK={os.getpid()}"
-    left = subprocess.Popen(["env", mark, "sleep", "60"])
+    left = subprocess.Popen(["sleep", "60"], env={**os.environ, "TEST_MARK": str(os.getpid())})
     try:
         (found,) = testing._left("/nonexistent", mark, seconds=0)
         assert f"process {left.pid}" in found

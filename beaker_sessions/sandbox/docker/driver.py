@@ -96,7 +96,8 @@ class DockerSandboxes:
                 return Terminal(sock.detach(), framing, self.logs(id, LIMIT) if replay else b"")
             if not replay or container["State"]["Status"] == "created":
                 return Terminal(sock.detach(), framing)
-            return Terminal(sock.detach(), framing, self._replay(id, sock, framing is Framing.RAW))
+            recent = self._replay(id, sock, framing is Framing.RAW)
+            return Terminal(sock.detach(), framing, recent)
         except BaseException:
             sock.close()
             raise

@@ -1,0 +1,98 @@
+"""Control groups: which kind this machine has, and what the kernel says about a sandbox's.
+
+Owns: reading and removing what the runtime made, on cgroup v1, hybrid and v2 alike. The limits themselves are set by
+the runtime (`spec.py`). Sources: the kernel's `admin-guide/cgroup-v1` and `cgroup-v2.rst`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Cgroups:
+    """hierarchies: mount points by controller names (`memory`, `cpu,cpuacct`, …); "" is version 2."""
+
+    hierarchies: dict[str, Path]
+
+    @property
+    def unified(self) -> bool:
+        """Whether version 2 has the controllers; on a hybrid machine it has none."""
+        return set(self.hierarchies) == {""}
+
+    @property
+    def swap(self) -> bool:
+        """Whether swap can be limited together with memory."""
+        if self.unified:
+            return Path("/proc/swaps").exists()
+        return (self._controller("memory") / "memory.memsw.limit_in_bytes").exists()
+
+    @property
+    def name(self) -> str:
+        return "version 2" if self.unified else "version 1, hybrid" if "" in self.hierarchies else "version 1"
+
+    def oom(self, cgroup: str) -> bool:
+        """Whether the kernel has killed some process of the group for memory."""
+        file = "memory.events" if self.unified else "memory.oom_control"
+        try:
+            text = (self._controller("memory") / cgroup.lstrip("/") / file).read_text()
+        except (OSError, KeyError):
+            return False
+        return any(line.startswith("oom_kill ") and line.split()[1] != "0" for line in text.splitlines())
+
+    def processes(self, cgroup: str) -> set[int]:
+        """All that run in the group, of any hierarchy."""
+        pids: set[int] = set()
+        for directory in self._directories(cgroup):
+            with contextlib.suppress(OSError):
+                pids |= {int(pid) for pid in (directory / "cgroup.procs").read_text().split()}
+        return pids
+
+    def remove(self, cgroup: str) -> bool:
+        """Remove the group everywhere; False while something runs in it."""
+        gone = True
+        for directory in self._directories(cgroup):
+            try:
+                directory.rmdir()
+            except FileNotFoundError:
+                pass
+            except OSError:
+                gone = False
+        return gone
+
+    def children(self, cgroup: str) -> set[str]:
+        """The names of the groups right below one, in any hierarchy."""
+        names: set[str] = set()
+        for root in self.hierarchies.values():
+            with contextlib.suppress(FileNotFoundError):
+                names |= {entry.name for entry in os.scandir(root / cgroup.lstrip("/")) if entry.is_dir()}
+        return names
+
+    def _directories(self, cgroup: str) -> Iterator[Path]:
+        """Innermost first."""
+        for root in self.hierarchies.values():
+            for path, _, _ in os.walk(root / cgroup.lstrip("/"), topdown=False):
+                yield Path(path)
+
+    def _controller(self, name: str) -> Path:
+        if self.unified:
+            return self.hierarchies[""]
+        return next(path for names, path in self.hierarchies.items() if name in names.split(","))
+
+
+def detect() -> Cgroups:
+    """As mounted (proc_pid_mountinfo(5)). A hierarchy that is mounted twice counts once."""
+    found: dict[str, Path] = {}
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        kind, _, options = after.split(" ")
+        if kind == "cgroup2":
+            found.setdefault("", Path(before.split()[4]))
+        elif kind == "cgroup":
+            names = [o for o in options.split(",") if o not in ("rw", "ro", "xattr", "clone_children", "noprefix")]
+            found.setdefault(",".join(names), Path(before.split()[4]))
+    return Cgroups(found)

@@ -1,0 +1,169 @@
+"""conmon: the small program that holds a sandbox's terminal, its log and its exit status, whoever else dies.
+
+Owns: how conmon is started and spoken to; facts from https://github.com/containers/conmon (2.1.6 and newer). In a
+process's directory conmon makes `attach` (a SOCK_SEQPACKET), `ctl` (a FIFO of commands), `log` and `exit`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import select
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...errors import Error
+
+LOG_SIZE = 8 << 20  # bytes of a log file, of which there are two
+REPLAY = 64 << 10  # bytes of recent output that an attach shows
+PACKET = 32 << 10  # the longest packet that conmon takes
+START = 30.0  # seconds in which a runtime must have made a container
+PAUSE = 0.0005
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """An OCI runtime: its program, and the directory where it keeps its state."""
+
+    path: str
+    root: Path
+
+
+def create(runtime: Runtime, id: str, directory: Path, *, tty: bool, stdin: bool) -> tuple[int, int]:
+    """Make the container of the bundle in a directory: the pids of conmon and of the container's init.
+
+    Raises Error internal with what the runtime said.
+    """
+    arguments = ["--log-path", f"k8s-file:{directory}/log", "--log-size-max", str(LOG_SIZE), "--no-sync-log"]
+    # With a terminal, who leaves may come back; a pipe that was closed is at its end.
+    arguments += ["--terminal", "--stdin", "--leave-stdin-open"] if tty else ["--stdin"] if stdin else []
+    with _pipe() as (reader, writer):
+        _run(runtime, id, directory, arguments, {"_OCI_SYNCPIPE": writer})
+        writer.close()
+        init = _answer(reader, f"{Path(runtime.path).name} create")
+    return int((directory / "conmon.pid").read_text()), init
+
+
+def execute(
+    runtime: Runtime, id: str, directory: Path, *, tty: bool, stdin: bool
+) -> tuple[int, socket.socket]:
+    """Run the process described in `process.json` of a directory in a container: conmon's pid and the streams.
+
+    The process starts only after the streams are connected, so that nothing of its output is lost.
+    """
+    arguments = ["--exec", "--exec-attach", "--exec-process-spec", f"{directory}/process.json", "--log-path", "none"]
+    arguments += ["--terminal", "--stdin", "--leave-stdin-open"] if tty else ["--stdin"] if stdin else []
+    with _pipe() as (synced, sync), _pipe() as (attached, attach), _pipe() as (begun, begin):
+        begin.write(b"\0")
+        _run(runtime, id, directory, arguments, {"_OCI_SYNCPIPE": sync, "_OCI_ATTACHPIPE": attach, "_OCI_STARTPIPE": begun})
+        for pipe in (sync, attach, begun):
+            pipe.close()
+        _answer(attached, "conmon --exec")
+        connection = connect(directory)
+        try:
+            begin.write(b"\0")
+            _answer(synced, f"{Path(runtime.path).name} exec")
+        except BaseException:
+            connection.close()
+            raise
+    return int((directory / "conmon.pid").read_text()), connection
+
+
+def connect(directory: Path) -> socket.socket:
+    """A connection to the streams. Raises ConnectionRefusedError or FileNotFoundError when conmon has ended."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    fd = os.open(directory, os.O_PATH | os.O_CLOEXEC)
+    try:
+        # By descriptor, because an address holds no more than 107 bytes.
+        connection.connect(f"/proc/self/fd/{fd}/attach")
+    except BaseException:
+        connection.close()
+        raise
+    finally:
+        os.close(fd)
+    return connection
+
+
+def command(directory: Path, text: str) -> None:
+    """Write to `ctl`. Silent when conmon has ended."""
+    try:
+        fd = os.open(directory / "ctl", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:  # FileNotFoundError, or ENXIO: nobody reads
+        return
+    try:
+        os.write(fd, text.encode())
+    except BrokenPipeError:
+        pass
+    finally:
+        os.close(fd)
+
+
+def resize(directory: Path, size: tuple[int, int]) -> None:
+    command(directory, f"1 {size[0]} {size[1]}\n")
+
+
+def _run(
+    runtime: Runtime, id: str, directory: Path, arguments: Sequence[str], pipes: Mapping[str, io.FileIO]
+) -> None:
+    """Run conmon until it has gone to the background."""
+    own = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        environment = {
+            "PATH": os.environ.get("PATH", os.defpath),
+            # Where conmon makes a socket for a moment; by descriptor, because its address must be short.
+            "TMPDIR": f"/proc/{os.getpid()}/fd/{own}",
+            **{name: str(pipe.fileno()) for name, pipe in pipes.items()},
+        }
+        command = [
+            "conmon", "--api-version", "1", "--cid", id, "--cuuid", id, "--name", id, "--bundle", str(directory),
+            "--runtime", runtime.path, "--runtime-arg", f"--root={runtime.root}", "--full-attach",
+            "--persist-dir", str(directory), "--conmon-pidfile", f"{directory}/conmon.pid",
+            "--container-pidfile", f"{directory}/init.pid", "--log-level", "error", *arguments,
+        ]  # fmt: skip
+        descriptors = [pipe.fileno() for pipe in pipes.values()]
+        try:
+            done = subprocess.run(
+                command, env=environment, pass_fds=descriptors, stdin=subprocess.DEVNULL, capture_output=True
+            )
+        except FileNotFoundError as error:
+            raise Error("unavailable", "conmon is not installed", "apt-get install conmon") from error
+    finally:
+        os.close(own)
+    if done.returncode != 0:
+        raise Error("internal", f"conmon ended with {done.returncode}: {done.stderr.decode(errors='replace').strip()}")
+
+
+@contextlib.contextmanager
+def _pipe() -> Iterator[tuple[io.FileIO, io.FileIO]]:
+    read, write = os.pipe()
+    with open(read, "rb", buffering=0) as reader, open(write, "wb", buffering=0) as writer:
+        yield reader, writer
+
+
+def _answer(pipe: io.FileIO, what: str) -> int:
+    """The number in conmon's next line: `{"pid": …}` or `{"data": …}`, negative with a `message` after a failure."""
+    line = b""
+    deadline = time.monotonic() + START
+    while not line.endswith(b"\n"):
+        if not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            raise Error("internal", f"{what} took more than {START:.0f} seconds")
+        if not (chunk := pipe.read(65536)):
+            raise Error("internal", f"{what} failed without a word")
+        line += chunk
+    answer = json.loads(line)
+    number = int(answer.get("pid", answer.get("data", -1)))
+    if number < 0:
+        raise Error("internal", f"{what} failed: {_message(str(answer.get('message', '')))}")
+    return number
+
+
+def _message(text: str) -> str:
+    """The last line of a runtime's complaint, which is in logfmt or plain."""
+    lines = text.strip().splitlines() or ["without a word"]
+    return lines[-1].partition("level=error msg=")[2].strip('"') or lines[-1]

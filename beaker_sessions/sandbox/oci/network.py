@@ -1,0 +1,213 @@
+"""Network namespaces made ahead, each with an address on the sessions' own bridge and a way out.
+
+Owns: the bridge, the pairs of virtual interfaces, the rules of iptables that carry the bridge's name, and the files in
+one directory that keep the namespaces. The sandbox's user namespace does not own them, so that root inside can change
+nothing about them; what it needs (low ports, ping) is set here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import ipaddress
+import json
+import logging
+import os
+import queue
+import random
+import subprocess
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+
+from ...errors import Error
+from . import mounts
+
+READY = 4  # namespaces kept ready
+CLONE_NEWNET = 0x40000000
+# Searched for one that nothing on this machine uses; the first are those that Docker and Podman do not take by default.
+NETWORKS = [ipaddress.IPv4Network(n) for n in ("10.213.0.0/20", "10.214.0.0/20", "192.168.208.0/20", "172.31.240.0/20")]
+SYSCTLS = {"ipv4/ip_unprivileged_port_start": "0", "ipv4/ping_group_range": "0 2147483647"}
+RESOLVERS = ("/run/systemd/resolve/resolv.conf", "/etc/resolv.conf")  # the first names no resolver on loopback
+
+log = logging.getLogger(__name__)
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Network:
+    """directory: of the namespaces' files. bridge: its name, at most 10 bytes, also the prefix of interfaces' names."""
+
+    def __init__(self, directory: Path, bridge: str) -> None:
+        self.directory, self.bridge = directory, bridge
+        self._ready: queue.SimpleQueue[Path] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._filling = threading.Lock()
+        self._network: ipaddress.IPv4Network | None = None
+
+    def take(self) -> Path:
+        """A namespace that nobody has used. Raises Error unavailable when none can be made."""
+        try:
+            return self._ready.get_nowait()
+        except queue.Empty:
+            return self._make()
+        finally:
+            threading.Thread(target=self._fill, name="network", daemon=True).start()
+
+    def drop(self, name: str) -> None:
+        """Forget a namespace; it goes with the last process in it. Silent if there is none."""
+        path = self.directory / name
+        mounts.unmount(path)
+        path.unlink(missing_ok=True)
+
+    def adopt(self, used: Iterable[str]) -> None:
+        """After a restart: the namespaces in use stay, the others go."""
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in self.directory.iterdir():
+            if path.name not in used:
+                self.drop(path.name)
+
+    def warm(self) -> None:
+        """Make namespaces in the background until enough are ready."""
+        threading.Thread(target=self._fill, name="network", daemon=True).start()
+
+    def close(self) -> None:
+        """Remove the bridge, its rules and the namespaces that are ready; for tests and an uninstallation."""
+        with self._filling:
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    self.drop(self._ready.get_nowait().name)
+            if network := self._address():
+                for table, rule in self._rules(network):
+                    while _run(["iptables", "-w", "-t", table, "-D", *rule]):
+                        pass
+            _run(["ip", "link", "delete", self.bridge])
+
+    def resolvers(self) -> str:
+        """The text of `/etc/resolv.conf` for a sandbox: this machine's, without resolvers that only it can reach."""
+        text = next((Path(path).read_text() for path in RESOLVERS if Path(path).exists()), "")
+        return "".join(line + "\n" for line in text.splitlines() if not _loopback(line))
+
+    def _fill(self) -> None:
+        if not self._filling.acquire(blocking=False):
+            return
+        try:
+            while self._ready.qsize() < READY:
+                self._ready.put(self._make())
+        except Error as error:
+            log.error("%s", error.message)
+        finally:
+            self._filling.release()
+
+    def _make(self) -> Path:
+        with self._lock:
+            network = self._network = self._network or self._bridge()
+        for attempt in range(3):
+            # At random, because the kernel takes its time to remove the interfaces of one that was just dropped.
+            path = self.directory / str(random.randrange(2, network.num_addresses - 1))
+            try:
+                path.touch(mode=0o600, exist_ok=False)
+            except FileExistsError:
+                continue
+            try:
+                self._populate(path, network)
+                return path
+            except (Error, OSError) as error:
+                self.drop(path.name)
+                if attempt == 2:
+                    raise Error("unavailable", f"no network for the session: {error}", "beaker executor doctor") from error
+        raise Error("unavailable", f"all addresses of {network} are in use", "stop some sessions")
+
+    def _populate(self, path: Path, network: ipaddress.IPv4Network) -> None:
+        # A thread can change its network namespace alone, and is of no other use afterwards.
+        thread = threading.Thread(target=_namespace, args=[path, failures := []])
+        thread.start()
+        thread.join()
+        if failures:
+            raise failures[0]
+        name = f"{self.bridge}-{path.name}"
+        _output(
+            ["ip", "-batch", "-"],
+            f"link add {name} type veth peer name eth0 netns {path}\n"
+            f"link set {name} master {self.bridge} up\n"
+            f"link set {name} type bridge_slave isolated on\n",
+        )
+        _output(
+            ["nsenter", f"--net={path}", "ip", "-batch", "-"],
+            "link set lo up\n"
+            f"address add {network[int(path.name)]}/{network.prefixlen} dev eth0\n"
+            "link set eth0 up\n"
+            f"route add default via {network[1]}\n",
+        )
+
+    def _bridge(self) -> ipaddress.IPv4Network:
+        """The bridge's network, made when it is missing."""
+        network = self._address()
+        if not network:
+            taken = [
+                ipaddress.ip_network(route["dst"])
+                for route in json.loads(_output(["ip", "-4", "-json", "route", "show", "table", "all"]))
+                if route["dst"] != "default" and route.get("type") != "broadcast"
+            ]
+            network = next((n for n in NETWORKS if not any(n.overlaps(t) for t in taken)), None)
+            if not network:
+                raise Error("unavailable", "every network for sessions is in use on this machine", "ip route")
+            _output(
+                ["ip", "-batch", "-"],
+                f"link add {self.bridge} type bridge\n"
+                f"address add {network[1]}/{network.prefixlen} dev {self.bridge}\n"
+                f"link set {self.bridge} up\n",
+            )
+        Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
+        for table, rule in self._rules(network):
+            if not _run(["iptables", "-w", "-t", table, "-C", *rule]):
+                _output(["iptables", "-w", "-t", table, "-I", *rule])
+        return network
+
+    def _address(self) -> ipaddress.IPv4Network | None:
+        done = subprocess.run(
+            ["ip", "-4", "-json", "address", "show", "dev", self.bridge], capture_output=True, check=False
+        )
+        links = [link for link in json.loads(done.stdout or b"[]") if link] if done.returncode == 0 else []
+        addresses = [a for link in links for a in link["addr_info"]]
+        return ipaddress.IPv4Interface(f"{addresses[0]['local']}/{addresses[0]['prefixlen']}").network if addresses else None
+
+    def _rules(self, network: ipaddress.IPv4Network) -> list[tuple[str, list[str]]]:
+        """(table, chain and rule). Docker drops what it does not forward itself, hence ours come first."""
+        mark = ["-m", "comment", "--comment", self.bridge]
+        return [
+            ("nat", ["POSTROUTING", "-s", str(network), "!", "-o", self.bridge, *mark, "-j", "MASQUERADE"]),
+            ("filter", ["FORWARD", "-i", self.bridge, "!", "-o", self.bridge, *mark, "-j", "ACCEPT"]),
+            (
+                "filter",
+                ["FORWARD", "-o", self.bridge, "-m", "conntrack", "--ctstate", "RELATED,ESTABLISHED", *mark,
+                 "-j", "ACCEPT"],
+            ),
+        ]  # fmt: skip
+
+
+def _loopback(line: str) -> bool:
+    words = line.split()
+    return len(words) > 1 and words[0] == "nameserver" and (words[1].startswith("127.") or words[1] == "::1")
+
+
+def _namespace(path: Path, failures: list[Exception]) -> None:
+    """Make a network namespace and keep it by a mount at path."""
+    try:
+        if _libc.unshare(CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        mounts.mount(f"/proc/self/task/{threading.get_native_id()}/ns/net", path, None, mounts.MS_BIND)
+        for name, value in SYSCTLS.items():
+            Path("/proc/sys/net", name).write_text(value)
+    except OSError as error:
+        failures.append(error)
+
+
+def _run(command: list[str]) -> bool:
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def _output(command: list[str], text: str = "") -> str:
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise Error("unavailable", f"{' '.join(command)} failed: {' '.join(done.stderr.split())}")
+    return done.stdout

@@ -1,0 +1,152 @@
+"""User namespaces: the id map of a sandbox, and the range of subordinate ids that each account has for itself.
+
+Owns: /etc/subuid and /etc/subgid (subuid(5)), to which ranges are added under the lock of Debian's `passwd` package, so
+that `useradd` and `usermod` may run at the same time. The maps are pure functions.
+
+The caller's own ids are the same inside and outside, so that files in a home have their right owner on both sides;
+every other id, root first, is one of the account's own range, which means nobody on this machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from ...errors import Error
+from ...model import Identity
+from .mounts import IdMap
+
+SIZE = 65536
+# The ids that systemd's documentation (UIDS-GIDS.md) sets aside for containers; multiples of SIZE.
+FIRST, LAST = 0x80000, 0x6FFF0000
+LINES = 120  # what the kernel takes in one write of a page, with some room
+PATIENCE = 10.0  # seconds to wait for the lock
+
+
+def id_map(start: int, own: Iterable[int]) -> IdMap:
+    """Ids 0 to SIZE - 1 inside are start… outside, except that the `own` ones, of any size, are themselves.
+
+    When the kernel could not take so many, the last of `own` are left out.
+    """
+    result: list[tuple[int, int, int]] = []
+    at = 0
+    kept = sorted(list(dict.fromkeys(own))[: (LINES - 1) // 2])
+    for id in kept:
+        if id >= SIZE:
+            continue
+        if id > at:
+            result.append((at, start + at, id - at))
+        result.append((id, id, 1))
+        at = id + 1
+    if at < SIZE:
+        result.append((at, start + at, SIZE - at))
+    return result + [(id, id, 1) for id in kept if id >= SIZE]
+
+
+def outside(map: IdMap, id: int) -> int:
+    """What an id inside is on this machine. Raises KeyError for one that is not mapped."""
+    for first, start, count in map:
+        if first <= id < first + count:
+            return start + id - first
+    raise KeyError(id)
+
+
+def maps(identity: Identity, start: int, gids: Iterable[int] = ()) -> tuple[IdMap, IdMap]:
+    """The uid and gid maps of a caller's sandbox; gids: further groups that are the same on both sides."""
+    return id_map(start, [identity.uid]), id_map(start, [identity.gid, *sorted(identity.groups), *gids])
+
+
+def subordinate(identity: Identity, directory: Path = Path("/etc")) -> int:
+    """The first id of the account's own range of SIZE, in both files, allotted when there is none.
+
+    Raises Error conflict when its range overlaps another account's or holds a real account.
+    """
+    for attempt in (1, 2):
+        uids, gids = _ranges(directory / "subuid"), _ranges(directory / "subgid")
+        names = {identity.name, str(identity.uid)}
+        start = next((s for name, s, n in uids if name in names and n >= SIZE and _covered(gids, names, s)), None)
+        if start is not None:
+            for name, first, count in [*uids, *gids]:
+                if name not in names and first < start + SIZE and start < first + count:
+                    raise Error(
+                        "conflict",
+                        f"the subordinate ids {start}… of {identity.name} overlap those of {name}",
+                        f"give each its own range in {directory}/subuid and {directory}/subgid",
+                    )
+            if account := _account(start):
+                raise Error(
+                    "conflict",
+                    f"the subordinate ids {start}… of {identity.name} hold the account {account}",
+                    f"give {identity.name} another range in {directory}/subuid and {directory}/subgid",
+                )
+            return start
+        if attempt == 1:
+            _allot(identity, directory)
+    raise Error("internal", f"no subordinate ids for {identity.name} in {directory}/subuid after allotting them")
+
+
+def _covered(ranges: list[tuple[str, int, int]], names: set[str], start: int) -> bool:
+    return any(name in names and s <= start and start + SIZE <= s + n for name, s, n in ranges)
+
+
+def _account(start: int) -> str:
+    return next((entry.pw_name for entry in pwd.getpwall() if start <= entry.pw_uid < start + SIZE), "")
+
+
+def _ranges(path: Path) -> list[tuple[str, int, int]]:
+    try:
+        lines = path.read_text("utf-8", "surrogateescape").splitlines()
+    except FileNotFoundError:
+        return []
+    fields = [line.split(":") for line in lines if not line.startswith("#")]
+    return [(f[0], int(f[1]), int(f[2])) for f in fields if len(f) == 3 and f[1].isdigit() and f[2].isdigit()]
+
+
+def _allot(identity: Identity, directory: Path) -> None:
+    """Add the first range that is free in both files. Raises Error unavailable when there is none, or no lock."""
+    files = (directory / "subuid", directory / "subgid")
+    with _locked(files[0]), _locked(files[1]):
+        taken = [(s, n) for file in files for _, s, n in _ranges(file)]
+        taken += [(entry.pw_uid, 1) for entry in pwd.getpwall()]
+        free = (s for s in range(FIRST, LAST, SIZE) if all(s + SIZE <= first or first + n <= s for first, n in taken))
+        start = next(free, None)
+        if start is None:
+            raise Error("unavailable", "no subordinate ids are left", f"free some in {files[0]} and {files[1]}")
+        for file in files:
+            text = file.read_text("utf-8", "surrogateescape") if file.exists() else ""
+            text += "" if text.endswith("\n") or not text else "\n"
+            temporary = file.with_name(f"{file.name}+")
+            temporary.write_text(f"{text}{identity.name}:{start}:{SIZE}\n", "utf-8", "surrogateescape")
+            temporary.chmod(0o644)
+            temporary.replace(file)
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """FILE.lock as `useradd` makes it: a link to a file with the holder's pid; a dead holder's lock is broken."""
+    lock = file.with_name(f"{file.name}.lock")
+    own = file.with_name(f"{file.name}.{os.getpid()}.{os.urandom(4).hex()}")
+    own.write_text(f"{os.getpid()}\0")
+    deadline = time.monotonic() + PATIENCE
+    try:
+        while True:
+            try:
+                os.link(own, lock)
+                break
+            except FileExistsError:
+                with contextlib.suppress(FileNotFoundError):
+                    holder = lock.read_text().rstrip("\0\n")
+                    if not holder.isdigit() or not Path(f"/proc/{holder}").exists():
+                        lock.unlink()
+                        continue
+            if time.monotonic() > deadline:
+                raise Error("unavailable", f"{lock} is held by another program", "try again; if none runs, remove it")
+            time.sleep(0.05)
+        yield
+        lock.unlink()
+    finally:
+        own.unlink()

@@ -1,0 +1,89 @@
+"""One stack for all end-to-end tests, and terminals of its users."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pexpect
+import pytest
+
+from tests.stack import BIN, Stack, User
+
+PROMPT = r"[$#] $"
+
+
+@pytest.fixture(scope="session")
+def stack(debian: Path) -> Iterator[Stack]:
+    """A node with two made-up GPUs and the image `debian`, which is also its default."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: it starts Docker Engine and an executor")
+    if not shutil.which("dockerd"):
+        pytest.skip("needs Docker Engine (dockerd)")
+    root = Path(tempfile.mkdtemp(prefix="beaker-"))
+    root.chmod(0o755)
+    stack = Stack(root, gpus=2, settings={"defaultImage": "debian"})
+    try:
+        stack.start()
+        stack.image("debian", debian)
+        yield stack
+    finally:
+        stack.close()
+
+
+@pytest.fixture(scope="session")
+def ada(stack: Stack) -> User:
+    return stack.user("beaker-ada", groups=("video", "games"))
+
+
+@pytest.fixture(scope="session")
+def bob(stack: Stack) -> User:
+    return stack.user("beaker-bob")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(stack: Stack) -> Iterator[None]:
+    """After each test all sessions are stopped, and nothing is left of them on the node."""
+    yield
+    stack.settle()
+
+
+class Tty(pexpect.spawn):
+    """A `beaker` command of a user in a terminal of 33 rows and 111 columns."""
+
+    def __init__(self, user: User, *words: str) -> None:
+        process = user.process()
+
+        def become() -> None:
+            os.setgroups(process["extra_groups"])
+            os.setgid(process["group"])
+            os.setuid(process["user"])
+
+        super().__init__(
+            str(BIN / "beaker"), list(words), env=process["env"], cwd=str(process["cwd"]), dimensions=(33, 111),
+            timeout=30, encoding="utf-8", preexec_fn=become,
+        )  # fmt: skip
+
+    def run(self, line: str) -> str:
+        """What a command line prints, given and taken at a Bash prompt."""
+        self.expect(PROMPT)
+        self.sendline(line)
+        self.expect(PROMPT)
+        output = re.sub(r"\x1b\[\?2004[hl]\r?", "", self.before).replace("\r\n", "\n").partition("\n")[2]
+        self.sendline("")
+        return output
+
+    def end(self) -> int:
+        """Wait for the command's end; its exit code."""
+        self.expect(pexpect.EOF)
+        self.close()
+        return self.exitstatus if self.exitstatus is not None else 128 + self.signalstatus
+
+
+@pytest.fixture
+def tty() -> type[Tty]:
+    return Tty

@@ -1,0 +1,155 @@
+"""What dies, and what goes on: executor, server, ledger, Docker Engine's events."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sqlite3
+from contextlib import closing
+
+import pytest
+
+from beaker_sessions.client import Client
+from tests.e2e.conftest import PROMPT, Tty
+from tests.stack import Stack, User, wait_for
+
+
+@pytest.fixture(autouse=True)
+def everything_runs(stack: Stack):
+    yield
+    for process in (stack.server, stack.executor):
+        if process.popen.poll() is not None:
+            process.start()
+    wait_for("server and executor", stack.answers)
+
+
+def detached(user: User, *words: str) -> str:
+    done = user.beaker("session", "create", "--detach", *words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.decode().strip()
+
+
+def pids(stack: Stack) -> dict[str, int]:
+    """Session id -> pid of its container's init."""
+    ids = stack.containers()
+    return {
+        one["Config"]["Labels"]["beaker.session"]: one["State"]["Pid"]
+        for one in json.loads(stack.docker_cli("inspect", *ids).stdout or "[]")
+    }
+
+
+def test_killing_the_executor_ends_no_session(stack: Stack, ada: User, bob: User, tty: type[Tty]):
+    terminal = tty(ada, "session", "create", "--gpus", "1", "--name", "shell")
+    terminal.run("mark=kept")
+    long = detached(bob, "--gpus", "1", "--name", "long", "--", "sleep", "1000")
+    short = detached(bob, "--gpus", "0", "--", "sh", "-c", "sleep 3; exit 9")
+    waiting = [detached(bob, "--gpus", "1", "--", "true") for _ in range(2)]
+    wait_for("three containers", lambda: len(pids(stack)) == 3)
+    before = pids(stack)
+
+    stack.executor.kill(signal.SIGKILL)
+    assert terminal.run("echo $mark-$((40+2))").startswith("kept-42")  # an open terminal does not even notice
+    wait_for(
+        "the short one's end",
+        lambda: "exited" in stack.docker_cli("ps", "-a", "--format", "{{.Status}}").stdout.lower(),
+    )
+    stack.start_executor()
+
+    assert {id: pid for id, pid in pids(stack).items() if id != short} == {
+        id: pid for id, pid in before.items() if id != short
+    }
+    wait_for("its exit code", lambda: bob.json("session", "get", short)[0]["status"].get("exitCode") == 9)
+    jobs = {job["id"]: job for job in bob.json("session", "list")}
+    assert [jobs[id]["queuePosition"] for id in waiting] == [1, 2]
+    held = {gpu for job in ada.json("session", "list", "--all") for gpu in job.get("limits", {}).get("gpus", [])}
+    assert held == {"example.com/gpu=0", "example.com/gpu=1"}
+
+    terminal.setwinsize(20, 70)
+    wait_for("a resize through the new executor", lambda: terminal.run("stty size").startswith("20 70"))
+    terminal.expect(PROMPT)
+    terminal.sendline("exit 6")
+    assert terminal.end() == 6
+    assert bob.beaker("session", "stop", long).returncode == 0
+    wait_for("the queue to empty", lambda: bob.json("session", "list") == [])
+
+
+def test_an_exec_survives_the_executor_too(stack: Stack, ada: User, tty: type[Tty]):
+    detached(ada, "--gpus", "0", "--", "sleep", "1000")
+    wait_for("it runs", lambda: len(pids(stack)) == 1)
+    second = tty(ada, "session", "exec")
+    second.run("true")
+    stack.executor.kill(signal.SIGKILL)
+    assert second.run("echo $((40+2))").startswith("42")
+    stack.start_executor()
+    second.expect(PROMPT)
+    second.sendline("exit 11")
+    assert second.end() == 11
+
+
+@pytest.mark.parametrize("damage", ["lost", "corrupt"])
+def test_a_lost_ledger_is_rebuilt_from_the_containers(stack: Stack, ada: User, damage: str):
+    held = detached(ada, "--gpus", "1", "--name", "held", "--", "sleep", "1000")
+    wait_for("it runs", lambda: len(pids(stack)) == 1)
+    stack.executor.kill(signal.SIGKILL)
+    ledger = stack.state / "executor" / "ledger.db"
+    for path in ledger.parent.glob("ledger.db*"):
+        path.unlink() if damage == "lost" else path.write_bytes(b"garbage" * 5000)
+    stack.start_executor()
+    (job,) = ada.json("session", "list")
+    assert (job["id"], job["name"], job["limits"]["gpus"]) == (held, "held", ["example.com/gpu=0"])
+    second = detached(ada, "--gpus", "1", "--", "sleep", "1000")
+    wait_for("the other GPU", lambda: ada.json("session", "get", second)[0]["limits"]["gpus"] == ["example.com/gpu=1"])
+
+
+def test_without_the_server_known_people_go_on_and_it_learns_of_it_later(stack: Stack, ada: User):
+    assert ada.beaker("session", "create", "--gpus", "0", "--", "true").returncode == 0
+    stack.server.kill(signal.SIGKILL)
+    done = ada.beaker("session", "create", "--gpus", "0", "--name", "offline", "--", "sh", "-c", "exit 8")
+    assert done.returncode == 8, done.stderr
+    stack.server.start()
+    wait_for("the server", lambda: stack.admin.whoami())
+
+    def reported() -> bool:
+        jobs = [job for job in stack.admin.jobs(kind="session", finalized=True) if job.get("name") == "offline"]
+        return [job["status"].get("exitCode") for job in jobs] == [8]
+
+    wait_for("the late report", reported)
+
+
+def test_a_revoked_token_closes_its_open_terminal(stack: Stack, ada: User, tty: type[Tty]):
+    with closing(Client(stack.address, ada.token)) as client:
+        second = client.create_token({"name": "second"})
+        ada.login(second["token"])
+        try:
+            terminal = tty(ada, "session", "create", "--gpus", "0")
+            terminal.run("true")
+        finally:
+            ada.login(ada.token)
+        client.revoke_token(second["id"])
+    terminal.expect("(?i)token", timeout=15)
+    assert terminal.end() == 77
+    assert len(pids(stack)) == 1, "the session itself goes on"
+    assert ada.beaker("session", "exec", "--", "true").returncode == 0
+
+
+def test_gpus_are_unique_by_the_ledgers_own_constraint(stack: Stack, ada: User):
+    detached(ada, "--gpus", "2", "--", "sleep", "1000")
+    wait_for("it runs", lambda: len(pids(stack)) == 1)
+    ledger = sqlite3.connect(stack.state / "executor" / "ledger.db")
+    with pytest.raises(sqlite3.IntegrityError):
+        ledger.execute("INSERT INTO claims SELECT gpu, session FROM claims LIMIT 1")
+    ledger.close()
+
+
+def test_a_container_removed_by_somebody_is_noticed(stack: Stack, ada: User):
+    id = detached(ada, "--gpus", "1", "--", "sleep", "1000")
+    wait_for("it runs", lambda: len(pids(stack)) == 1)
+    stack.docker_cli("rm", "-f", *stack.containers())
+    wait_for("the end", lambda: ada.json("session", "get", id)[0]["status"].get("finalized"))
+
+
+def test_memory_is_limited_and_said_so(ada: User):
+    hog = "x = bytearray(400 << 20)"
+    done = ada.beaker("session", "create", "--gpus", "0", "--memory", "64MiB", "--", "python3", "-c", hog)
+    assert done.returncode == 137
+    assert b"out of memory" in done.stderr
