@@ -127,7 +127,7 @@ def parse_size(value: Any) -> int:
         raise ValueError(f"{value!r} is not a size, such as 6.5GiB or 512MB")
     base = 1000 if match[4] and not match[3] else 1024
     size = int(Decimal(match[1]) * base ** " KMGTP".index(match[2].upper() or " "))
-    if size >= 1 << 63:
+    if size > 1 << 60:
         raise ValueError(f"{value!r} is more than any machine has")
     return size
 

@@ -31,10 +31,12 @@ def test_sizes(text: Any, size: int) -> None:
     assert wire.parse_size(text) == size
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["5parsecs", "", "-1", -1, "1e9", "GiB", "1iB", "1.GiB", ".5GiB", "٣", "1GiB\n", None, True, 1.5, "9" * 30, "1EiB"],
-)
+NO_SIZES = [
+    "5parsecs", "", "-1", -1, "1e9", "GiB", "1iB", "1.GiB", ".5GiB", "٣", "1GiB\n", [], True, 1.5, "9" * 30, "1025PiB"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NO_SIZES)
 def test_what_is_no_size(text: Any) -> None:
     with pytest.raises(Error) as caught:
         wire.request({"requests": {"memory": text}})
@@ -64,7 +66,7 @@ def test_sizes_for_people(size: int, text: str) -> None:
     assert wire.format_size(size) == text
 
 
-@given(st.integers(0, (1 << 63) - 1))
+@given(st.integers(0, 1 << 60))
 def test_sizes_for_programs_are_exact(size: int) -> None:
     assert wire.parse_size(wire.exact_size(size)) == size
 
