@@ -45,7 +45,9 @@ def signal(number: Any) -> int:
 
 def redacted(job: Mapping[str, Any]) -> dict[str, Any]:
     """A job as everybody may see it: without its command, its environment and where it works."""
-    session = {key: value for key, value in job.get("session", {}).items() if key not in ("command", "envVars", "workDir")}
+    session = {
+        key: value for key, value in job.get("session", {}).items() if key not in ("command", "envVars", "workDir")
+    }
     return {**job, "session": session}
 
 

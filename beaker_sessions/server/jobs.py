@@ -1,7 +1,7 @@
 """Sessions, as jobs of kind session: rules and answers. The node decides their fate; this records what it reports.
 
-Everybody sees that a session is there and what it holds. Its command, the values of its variables and its output are
-shown to its author and to administrators only.
+Everybody sees that a session is there and what it holds. Its command, its variables and its output are shown to its
+author and to administrators only.
 """
 
 from __future__ import annotations
@@ -192,12 +192,7 @@ def job_json(row: Row, caller: Caller) -> JSON:
     job |= {"cluster": f"{row.organization}/{row.cluster}", "node": row.node_id, "nodeHostname": row.hostname}
     if row.cancel_asked is not None and row.state != State.FINALIZED:
         job["status"] = {"canceled": wire.time(row.cancel_asked), "canceledFor": row.canceled_for} | job["status"]
-    if not _private(row, caller):
-        inner = job["session"]
-        inner.pop("command", None)
-        if "envVars" in inner:
-            inner["envVars"] = [{"name": pair["name"]} for pair in inner["envVars"]]
-    return job
+    return job if _private(row, caller) else wire.redacted(job)
 
 
 def _private(row: Row, caller: Caller) -> bool:

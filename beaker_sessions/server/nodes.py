@@ -158,6 +158,7 @@ class Nodes(Rules):
                 "jobs": [json.loads(job.body) for job in waiting],
                 "cancel": list(rows.to_cancel(row.id)),
                 "cordoned": row.cordoned is not None,
+                "cordonReason": row.cordon_reason,
                 "nodes": [
                     {"hostname": other.hostname, "free": json.loads(other.free)}
                     for other in others

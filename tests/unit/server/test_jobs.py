@@ -111,8 +111,7 @@ def test_others_see_that_but_not_what(server: SimpleNamespace) -> None:
     for seen in (bob.get_job(job["id"]), bob.list_jobs()["data"][0]):
         assert seen["id"] == job["id"]
         assert seen["author"]["name"] == "ann"
-        assert "command" not in seen["session"]
-        assert seen["session"]["envVars"] == [{"name": "KEY"}]
+        assert not {"command", "envVars"} & set(seen["session"])
     assert server.client(server.admin).get_job(job["id"]) == job
     assert code(bob.get_logs, job["id"]) == "forbidden"
 

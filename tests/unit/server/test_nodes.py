@@ -83,7 +83,7 @@ def test_cordoned_node_takes_nothing_new(server: SimpleNamespace, node: SimpleNa
     assert (cordoned["status"], cordoned["cordonReason"]) == ("cordoned", "fan broken")
     assert code(ann.create_job, {"session": {"node": "gpu-1"}}) == "unavailable"
     beat = node.beat()
-    assert (beat["cordoned"], beat["jobs"]) == (True, [])
+    assert (beat["cordoned"], beat["cordonReason"], beat["jobs"]) == (True, "fan broken", [])
     root.update_node("gpu-1", {"cordoned": False})
     assert [one["id"] for one in node.beat()["jobs"]] == [job["id"]]
 
