@@ -140,9 +140,9 @@ class Reporter:
         while changed := self.ledger.unreported():
             for session in changed:
                 output = self.lifecycle.output / session.id
+                client.report_job(session.id, wire.job(session, node=node, cluster=self.settings.cluster))
                 if session.state == State.FINALIZED and output.exists():
                     client.put_logs(session.id, output.read_bytes())
-                client.report_job(session.id, wire.job(session, node=node, cluster=self.settings.cluster))
                 self.ledger.reported(session.id, session.revision)
                 if session.state == State.FINALIZED:
                     output.unlink(missing_ok=True)  # the server has it now
