@@ -26,6 +26,7 @@ class _Process:
 
     command: tuple[str, ...]
     ended: Callable[[], None]
+    tty: bool
     size: tuple[int, int] | None = None
     ends: list[socket.socket] = field(default_factory=list)
     said: bytes = b""
@@ -35,10 +36,11 @@ class _Process:
     def connect(self) -> int:
         ours, theirs = socket.socketpair()
         with self.lock:
-            self.ends.append(ours)
-            if self.code is not None:
+            if self.code is None:
+                self.ends.append(ours)
+                threading.Thread(target=self._echo, args=(ours,), daemon=True).start()
+            else:
                 ours.close()
-        threading.Thread(target=self._echo, args=(ours,), daemon=True).start()
         return theirs.detach()
 
     def end(self, code: int) -> None:
@@ -47,7 +49,7 @@ class _Process:
                 return
             self.code = code
             for end in self.ends:
-                end.close() if end.fileno() < 0 else end.shutdown(socket.SHUT_RDWR)
+                end.shutdown(socket.SHUT_RDWR)  # its thread closes it
         self.ended()
 
     def _echo(self, end: socket.socket) -> None:
@@ -63,12 +65,13 @@ class _Process:
                 for words in (text.split() for text in lines):
                     if words[:1] == [b"exit"]:
                         self.end(int(words[1]) if words[1:] and words[1].isdigit() else 0)
+            if not self.tty:
+                self.end(0)
         except OSError:
             pass  # the other side is gone, as a terminal may go
         finally:
             with self.lock:
-                if end in self.ends:
-                    self.ends.remove(end)
+                self.ends.remove(end)
                 end.close()
 
 
@@ -95,7 +98,7 @@ class FakeSandboxes:
         if spec.id in self._found:
             raise Error("conflict", f"the sandbox {spec.id} exists already")
         self._found[spec.id] = Found(spec.id, {**spec.labels, LABEL: spec.id}, Status.CREATED)
-        self._processes[spec.id] = _Process(spec.command, lambda: self._ended(spec.id))
+        self._processes[spec.id] = _Process(spec.command, lambda: self._ended(spec.id), spec.tty)
 
     def attach(self, id: str, *, replay: bool) -> Terminal:
         process = self._process(id)
@@ -121,7 +124,7 @@ class FakeSandboxes:
         del env, identity, workdir, stdin
         if self._process(id).code is not None:
             raise Error("conflict", f"the session {id} does not run")
-        process = _Process(command, lambda: None, size)
+        process = _Process(command, lambda: None, size is not None, size)
         handle = f"exec-{len(self._execs)}"
         self._execs[id, handle] = process
         terminal = Terminal(process.connect(), Framing.RAW)

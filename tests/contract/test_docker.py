@@ -61,7 +61,7 @@ def test_pull(docker_lab: DockerLab, registry: str) -> None:
     image = docker_lab.sandboxes.image(f"docker://{reference}", Pull.MISSING, seen.append)
     docker_lab.known[reference] = image
     assert (image.reference, seen[-1].layers) == (reference, (1, 1))
-    assert seen[-1].done == seen[-1].total > 100_000
+    assert seen[-1].done == seen[-1].total
     count = len(seen)
     assert docker_lab.sandboxes.image(reference, Pull.MISSING, seen.append) == image
     assert len(seen) == count

@@ -35,6 +35,7 @@ STATUSES = {
     "restarting": Status.RUNNING,
 }
 EXEC_PATIENCE = 10.0  # seconds between the end of an exec's streams and its exit code
+LOG_ROUNDS, LOG_PAUSE = 25, 0.02  # how often, and how long apart in seconds, a late log is read again
 EVENTS = ["start", "die", "oom", "destroy"]
 
 
@@ -206,13 +207,17 @@ class DockerSandboxes:
         return result
 
     def _replay(self, id: str, sock: socket.socket, tty: bool) -> bytes:
+        """What precedes the stream's next byte. The engine writes its log a little later than it feeds the stream."""
         arrived: list[Frame] = []
-        for _ in range(5):
-            log = self._tail(id, LIMIT, tty)
+        before, log = None, self._tail(id, LIMIT, tty)
+        for _ in range(LOG_ROUNDS):
             arrived += delivered(sock, tty)
             joined, met = join(log, arrived)
-            if met:
+            # Where they met, the log is complete; where the stream says too little to tell, it must have come to rest.
+            if met and (log == before or any(b"\n" in data for _, data in arrived)):
                 break
+            time.sleep(LOG_PAUSE)
+            before, log = log, self._tail(id, LIMIT, tty)
         return joined
 
     def list(self) -> list[Found]:  # last: its name hides the type from what follows
