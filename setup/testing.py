@@ -23,8 +23,10 @@ def run(arguments: list[str]) -> int:
     directory = tempfile.mkdtemp(prefix="bt-")  # short: a unix socket's path has at most 107 bytes
     os.chmod(directory, 0o711)  # for the Unix users that tests make
     mark = f"{_MARK}={directory}"
-    environment = {**os.environ, _MARK: directory, "TMPDIR": directory, "PYTHONDONTWRITEBYTECODE": "1"}
-    options = ["-p", "no:cacheprovider", f"--basetemp={directory}/pytest"]  # root's files in the checkout of its owner
+    environment = {**os.environ, _MARK: directory, "TMPDIR": directory}
+    # This is root, and the checkout its owner's: nothing is written there.
+    environment |= {"PYTHONDONTWRITEBYTECODE": "1", "HYPOTHESIS_STORAGE_DIRECTORY": f"{directory}/hypothesis"}
+    options = ["-p", "no:cacheprovider", f"--basetemp={directory}/pytest"]
     command = [str(host.VENV / "bin/python"), "-m", "pytest", *options, *arguments]
     status = subprocess.run(command, cwd=host.ROOT, env=environment).returncode
     left = _left(directory, mark)
