@@ -58,7 +58,7 @@ class Door:
             raise Error(
                 "forbidden", f"no permission to connect to {path()}", "mend it with: beaker executor doctor"
             ) from None
-        except (OSError, TimeoutError):  # on Python 3.9 socket.timeout is only the former
+        except OSError:
             self.close()
             hint = "ask for it to be started, or see: beaker executor doctor"
             raise Error("unavailable", f"no executor answers at {path()}", hint) from None

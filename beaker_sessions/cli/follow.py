@@ -13,7 +13,7 @@ import signal
 from select import POLLERR, POLLHUP, POLLIN, POLLNVAL, POLLOUT, poll
 from time import monotonic
 
-from ..errors import CODES, Error
+from ..errors import Error
 from . import output
 from .door import Away, Door
 from .stream import CHUNK, STDOUT, Stream
@@ -56,7 +56,7 @@ class Follow:
         self._typed = b""  # read from standard input, not yet taken by the session
         self._input = tty or not os.isatty(0) or os.tcgetpgrp(0) == os.getpgrp()  # a background job must not read it
         self._shown: list[tuple[int, memoryview]] = []  # received, not yet taken by the standard streams
-        self._muted = False
+        self._unread: set[int] = set()  # of standard output and error, those that nobody reads any more
         self._returning = False  # the executor went away, and has not said anything since
         self._failure: Error | None = None
         self._timers: dict[str, tuple[float, Callable[[], None]]] = {}
@@ -77,6 +77,9 @@ class Follow:
             return self._result
         except Away:
             raise Error("unavailable", "the executor went away before it answered", "try again") from None
+        except Error:
+            self._break_line()
+            raise
         finally:
             self._close()
 
@@ -148,6 +151,8 @@ class Follow:
         except Error as error:
             if error.code == "unavailable" and (self._streamed or self._returning):
                 self._lost()
+            elif self._canceled_by:
+                self._end({})  # however it was interrupted
             elif self._stream and error.code not in ("unauthorized", "forbidden"):
                 self._failure = error  # the exit code is lost, but not the open terminal
                 self._drop_door()
@@ -259,28 +264,29 @@ class Follow:
         """The exit code for the end that was announced, saying what needs to be said."""
         self._restore()
         code, message = frame.get("exitCode"), frame.get("message") or ""
-        if self._muted:
+        if STDOUT in self._unread:
             return 128 + signal.SIGPIPE
         if self._canceled_by:
             self._progress.say(f"Canceled: session {self.id} has given up its place.")
             return 128 + self._canceled_by
         if code is None:
-            failure = Error(frame["code"] if frame.get("code") in CODES else "internal", message or "it did not start")
-            status = (frame.get("job") or {}).get("status") or {}
-            output.say(f"beaker: session {self.id} did not run: {failure.message}")
-            return 128 + signal.SIGTERM if status.get("canceled") else failure.exit_code
+            output.say(f"beaker: session {self.id} did not run: {message or 'it was stopped'}")
+            return 128 + signal.SIGTERM
         if message:
             output.say(f"beaker: session {self.id} ended: {message}")
         return int(code)
 
     def _leave(self, code: int) -> None:
         """Detach: the session goes on, and the user is told how to come back."""
-        self._restore()
-        if self._tty and self._streamed:
-            output.say("")  # the cursor is where the session left it
+        self._break_line()
         if self.id and self._op != "exec":
             self._progress.say(f"Detached: session {self.id} goes on. Come back with: beaker session attach {self.id}")
         self._result = code
+
+    def _break_line(self) -> None:
+        self._restore()
+        if self._tty and self._streamed:
+            output.say("")  # the cursor is where the session left it
 
     def _restore(self) -> None:
         leftovers = self._terminal.leftovers()
@@ -332,12 +338,11 @@ class Follow:
         self._progress.say("Its output has ended; waiting for it to end. (Press Ctrl+C to leave it running)")
 
     def _show(self, pieces: list[tuple[int, bytes]]) -> None:
-        if self._muted:
-            return
-        if self._tty:
-            for _, data in pieces:
+        for stream, data in pieces:
+            if self._tty:
                 self._terminal.watch(data)
-        self._shown += [(stream, memoryview(data)) for stream, data in pieces]
+            if stream not in self._unread:
+                self._shown.append((stream, memoryview(data)))
         self._flush()
 
     def _flush(self) -> None:
@@ -347,7 +352,7 @@ class Follow:
                 written = self._output.write(stream, data)
             except OSError as error:
                 self._unreadable(stream, error)
-                return
+                continue
             if written < len(data):
                 self._shown[0] = (stream, data[written:])
                 return
@@ -357,18 +362,19 @@ class Follow:
             self._drained()
 
     def _unreadable(self, stream: int, error: OSError) -> None:
-        """Nobody reads standard output any more, as after `| head -1`, or it cannot be written."""
-        for written in (1, 2):
-            self._forget(self._output.fd(written))
-        self._shown.clear()
+        """Nobody reads this stream any more, as after `| head -1`, or it cannot be written."""
+        self._forget(self._output.fd(stream))
+        self._unread.add(stream)
+        self._shown = [piece for piece in self._shown if piece[0] != stream]
         if self._tty:
             self._leave(128 + signal.SIGHUP)
         elif error.errno != errno.EPIPE:
-            raise Error("storage_full", f"cannot write the session's output: {error.strerror}", "the session goes on")
+            hint = f"session {self.id} goes on; end it with: beaker session stop {self.id}"
+            raise Error("storage_full", f"cannot write the session's output: {error.strerror}", hint)
         elif stream == STDOUT and self._op == "create" and self._door:
-            self._muted = True  # the session gets what a program in a shell's pipeline would get
+            # The session gets what a program in a shell's pipeline would get.
             self._door.try_send({"signal": int(signal.SIGPIPE)})
-            self._after(DRAIN, "drain", lambda: self._leave(128 + signal.SIGPIPE))
+            self._after(DRAIN, "unread", lambda: self._leave(128 + signal.SIGPIPE))
         elif stream == STDOUT:
             self._result = 128 + signal.SIGPIPE
 

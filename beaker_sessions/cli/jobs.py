@@ -86,7 +86,7 @@ def describe(options: Options) -> int:
             ("Command", " ".join(session.get("command") or [])),
             ("GPUs", ", ".join(limits.get("gpus") or []) or requests.get("gpuCount")),
             ("CPUs", limits.get("cpuCount") or requests.get("cpuCount")),
-            ("Memory", limits.get("memory") or requests.get("memory")),
+            ("Memory", output.memory(limits.get("memory") or requests.get("memory"))),
             *(
                 (name.capitalize(), status.get(name))
                 for name in ("created", "scheduled", "started", "exited", "finalized")

@@ -19,8 +19,12 @@ if TYPE_CHECKING:
 
 # name -> (module of this package, function there, what it does)
 COMMANDS = {
-    "session create": ("session", "create", "Start a session on this machine and go to its terminal"),
-    "session attach": ("session", "attach", "Come back to a running session's terminal"),
+    "session create": (
+        "session",
+        "create",
+        "Start a session on this machine and go to its terminal (Ctrl-^ d leaves it running)",
+    ),
+    "session attach": ("session", "attach", "Come back to a running session's terminal (Ctrl-^ d leaves it running)"),
     "session exec": ("session", "exec", "Open a second terminal in a session, or run a command there"),
     "session stop": ("jobs", "stop", "End a session"),
     "session list": ("jobs", "list_jobs", "List sessions on this node, or elsewhere with the server's help"),

@@ -58,14 +58,14 @@ def print_nodes(options: Options, nodes: list[dict[str, Any]]) -> int:
 def _row(node: dict[str, Any]) -> tuple[Any, ...]:
     limits = node.get("limits") or {}
     status = node.get("status") or "ok"
-    if node.get("cordoned"):
-        status = f"cordoned: {node['cordonReason']}" if node.get("cordonReason") else "cordoned"
+    if node.get("cordoned") and node.get("cordonReason"):
+        status = f"{status}: {node['cordonReason']}"
     return (
         node["id"],
         node.get("hostname"),
         limits.get("cpuCount"),
         limits.get("gpuCount"),
         limits.get("gpuType"),
-        limits.get("memory"),
+        output.memory(limits.get("memory")),
         status,
     )

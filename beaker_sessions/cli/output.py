@@ -80,6 +80,11 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600:02}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
+def memory(text: str | None) -> str | None:
+    """A size of the REST API for people: exact ones come as a number of bytes."""
+    return size(int(text)) if text and text.isdigit() else text
+
+
 def size(count: float) -> str:
     """Bytes for people, as `62.5GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):

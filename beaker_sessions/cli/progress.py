@@ -59,7 +59,10 @@ class Progress:
             return
         if self._redraws:
             filled = round(BAR * share)
-            sys.stderr.write(f"\r\x1b[KPulling image [{'#' * filled}{'.' * (BAR - filled)}] {text}")
+            bar = f"Pulling image [{'#' * filled}{'.' * (BAR - filled)}] {text}"
+            sys.stderr.write(
+                "\r\x1b[K" + bar[: os.get_terminal_size(2).columns - 1]
+            )  # a wrapped line cannot be redrawn
             sys.stderr.flush()
             self._drawn = True
         elif share * 100 >= self._percent + STEP:

@@ -57,8 +57,8 @@ class Call:
         self.sockets.append(ours)
         return ours
 
-    def end(self, exit_code: int | None = 0, message: str = "", **more: Any) -> None:
-        self.send(event="ended", exitCode=exit_code, message=message, job=JOB, **more)
+    def end(self, exit_code: int | None = 0, message: str = "") -> None:
+        self.send(event="ended", exitCode=exit_code, message=message, job=JOB)
         self.connection.close()
 
 
@@ -281,18 +281,27 @@ def test_names_from_elsewhere_are_escaped(door: FakeDoor, shell: Callable[..., S
 
 
 @pytest.mark.parametrize(
-    ("code", "message", "more", "expected"),
-    [(137, "out of memory", {}, 137), (127, "", {}, 127), (None, "no image is called 'x'", {"code": "not_found"}, 66)],
+    ("code", "message", "expected"),
+    [(137, "out of memory", 137), (127, "", 127), (None, "given up by bob while waiting", 143)],
 )
 def test_the_end_is_told_and_becomes_the_exit_code(
-    door: FakeDoor, shell: Callable[..., Shell], code: int | None, message: str, more: Any, expected: int
+    door: FakeDoor, shell: Callable[..., Shell], code: int | None, message: str, expected: int
 ) -> None:
     it = shell("session", "create")
     call, _ = door.call()
     call.send(event="created", job=JOB)
-    call.end(code, message, **more)
+    call.end(code, message)
     assert it.wait() == expected
     assert message.encode() in it.seen
+
+
+def test_a_start_that_fails_is_the_commands_error(door: FakeDoor, shell: Callable[..., Shell]) -> None:
+    it = shell("session", "create")
+    call, _ = door.call()
+    call.send(event="created", job=JOB)
+    call.send(error={"code": 404, "error": "not_found", "message": "no image is called 'x'", "hint": "check its name"})
+    assert it.wait() == 66
+    assert b"beaker: no image is called 'x'; check its name\r\n" in it.seen
 
 
 # -- the terminal
@@ -404,7 +413,8 @@ def test_exec_opens_a_terminal_and_returns_its_exit_code(door: FakeDoor, shell: 
 # -- waiting and cancelling
 
 
-def test_control_c_gives_the_place_up_and_says_so(door: FakeDoor, shell: Callable[..., Shell]) -> None:
+@pytest.mark.parametrize("pulling", [False, True])
+def test_control_c_gives_the_place_up_and_says_so(door: FakeDoor, shell: Callable[..., Shell], pulling: bool) -> None:
     it = shell("session", "create")
     call, _ = door.call()
     call.send(event="created", job=JOB)
@@ -412,7 +422,10 @@ def test_control_c_gives_the_place_up_and_says_so(door: FakeDoor, shell: Callabl
     it.expect(b"Place in the queue: 1")
     it.type(b"\x03")
     assert call.receive() == {"cancel": True}
-    call.end(None, "given up")
+    if pulling:
+        call.send(error={"code": 409, "error": "conflict", "message": "stopped by ada", "hint": ""})
+    else:
+        call.end(None, "given up")
     assert it.wait() == 130
     assert b"has given up its place" in it.seen
 
@@ -567,6 +580,23 @@ def test_a_reader_that_leaves_ends_quietly(door: FakeDoor, pipe: Callable[..., s
     call.end(141)
     assert it.wait(PATIENCE) == 141
     assert it.stderr.read() == b""
+
+
+def test_errors_that_nobody_reads_do_not_stop_the_output(
+    door: FakeDoor, pipe: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    it = pipe("session", "create", "-q", "--", "x")
+    call, _ = door.call()
+    call.send(event="created", job=JOB)
+    session = call.terminal("multiplexed")
+    assert it.stdout
+    assert it.stderr
+    it.stderr.close()
+    session.sendall(struct.pack(">BxxxL", 2, 3) + b"err" + struct.pack(">BxxxL", 1, 3) + b"out")
+    session.close()
+    call.end(4)
+    assert it.stdout.read() == b"out"
+    assert it.wait(PATIENCE) == 4
 
 
 def test_a_slow_reader_gets_everything_after_the_end(
