@@ -12,6 +12,7 @@ from . import tables
 from .rules import JSON, Caller, Rules, found, page
 from .store import Row, Rows
 
+HANDED = 100  # how many new sessions one heartbeat hands over
 SILENCE = timedelta(seconds=30)  # a node not heard from for this long is "not reporting"
 
 
@@ -134,8 +135,8 @@ class Nodes(Rules):
         with self.store.write() as rows:
             row = node_of(rows, node)
             if count := len(rows.jobs(node_id=row.id, final=False)):
-                hint = "stop them first; a node that is gone for good must be reported empty by its executor"
-                raise Error("conflict", f"node {row.hostname} has {count} sessions that have not ended", hint)
+                what = f"node {row.hostname} has {count} sessions that have not ended"
+                raise Error("conflict", what, "stop them first: `beaker session list --node`")
             rows.update(tables.nodes, row.id, deleted=rows.now)
             rows.revoke_tokens_of_node(row.id)
             self.record(rows, caller, "delete_node", row.id, hostname=row.hostname)
@@ -149,7 +150,7 @@ class Nodes(Rules):
             free = json.dumps(body.free.as_json())
             values = {"version": body.version, "free": free, "queue": body.queue}
             rows.update(tables.nodes, row.id, seen=rows.now, expiry=rows.now + SILENCE, **values)
-            waiting = [] if row.cordoned else rows.waiting(row.id)
+            waiting = [] if row.cordoned else rows.waiting(row.id)[:HANDED]
             for job in waiting:
                 if job.handed is None:
                     rows.update(tables.jobs, job.id, handed=rows.now)

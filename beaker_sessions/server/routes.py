@@ -12,6 +12,7 @@ from fastapi.security import HTTPBearer
 
 from .. import __version__, ids
 from .. import bodies as b
+from ..errors import CODES
 from .guard import Ascii, Guard, handlers
 from .rules import JSON, Caller
 from .service import Service
@@ -29,7 +30,26 @@ def _caller(request: Request) -> Caller:
 
 Does = Annotated[Service, Depends(_service)]
 Who = Annotated[Caller, Depends(_caller)]
-router = APIRouter(prefix="/api/v3", dependencies=[Depends(HTTPBearer(auto_error=False))])
+FAILURE = {  # in place of FastAPI's own 422
+    "description": "What failed, and what to do next",
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["code", "error", "message", "hint"],
+                "properties": {
+                    "code": {"type": "integer", "description": "the HTTP status"},
+                    "error": {"type": "string", "enum": list(CODES)},
+                    "message": {"type": "string"},
+                    "hint": {"type": "string"},
+                },
+            }
+        }
+    },
+}
+router = APIRouter(
+    prefix="/api/v3", dependencies=[Depends(HTTPBearer(auto_error=False))], responses={"default": FAILURE}
+)
 
 
 def api(service: Service) -> FastAPI:

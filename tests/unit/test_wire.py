@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from beaker_sessions import ids, model, wire
@@ -17,6 +17,7 @@ from beaker_sessions.errors import Error
 from beaker_sessions.model import State
 
 GIB = 1 << 30
+calm = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine everything is slow
 DIGEST = "sha256:" + "0a" * 32
 
 
@@ -66,6 +67,7 @@ def test_sizes_for_people(size: int, text: str) -> None:
     assert wire.format_size(size) == text
 
 
+@calm
 @given(st.integers(0, 1 << 60))
 def test_sizes_for_programs_are_exact(size: int) -> None:
     assert wire.parse_size(wire.exact_size(size)) == size
@@ -229,6 +231,7 @@ def refusal(function: Callable[[Any], object], data: Any) -> Error | None:
     return None
 
 
+@calm
 @given(anything)
 def test_anything_is_understood_or_refused(data: Any) -> None:
     for function in (wire.request, wire.session, wire.resources):
@@ -296,6 +299,7 @@ def sessions(draw: st.DrawFn) -> model.Session:
     )
 
 
+@calm
 @given(sessions())
 def test_session_survives_the_wire(session: model.Session) -> None:
     job = json.loads(json.dumps(wire.job(session, cluster="lab/main", queuePosition=3, somethingNewer={"a": None})))

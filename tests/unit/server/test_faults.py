@@ -237,6 +237,27 @@ def test_migrations_make_the_tables(migrated: Path) -> None:
     assert scripts.get_heads() == [migrations.HEAD]
 
 
+def test_several_servers_start_on_an_empty_database(tmp_path: Path) -> None:
+    stores: list[Store] = []
+    starts = [threading.Thread(target=lambda: stores.append(Store(sqlite_url(tmp_path / "db")))) for _ in range(4)]
+    for start in starts:
+        start.start()
+    for start in starts:
+        start.join()
+    assert len(stores) == 4
+    for store in stores:
+        Service(store).healthy()
+        store.close()
+
+
+def test_openapi_promises_the_one_shape(server: SimpleNamespace) -> None:
+    document = json.loads(call(server.address, "get", "/openapi.json", "", None)[1])
+    for path, methods in document["paths"].items():
+        for route in methods.values():
+            assert "422" not in route["responses"]
+            assert path == "/healthz" or set(route["responses"]) >= {"default"}
+
+
 def test_client_has_the_methods_of_service_and_routes(server: SimpleNamespace) -> None:
     def public(kind: type) -> set[str]:
         return {name for name in dir(kind) if not name.startswith("_") and callable(getattr(kind, name))}
