@@ -12,7 +12,6 @@ from _socket import (
     AF_UNIX,
     CMSG_SPACE,
     MSG_CMSG_CLOEXEC,
-    MSG_DONTWAIT,
     MSG_NOSIGNAL,
     SCM_RIGHTS,
     SOCK_SEQPACKET,
@@ -81,8 +80,9 @@ class Door:
 
     def try_send(self, frame: dict[str, Any]) -> bool:
         """Send a frame without waiting; False when the executor takes none now."""
+        self._socket.settimeout(0)  # with another, `sendmsg` would wait before it tries
         try:
-            self._socket.sendmsg([json.dumps(frame).encode()], [], MSG_NOSIGNAL | MSG_DONTWAIT)
+            self._socket.sendmsg([json.dumps(frame).encode()], [], MSG_NOSIGNAL)
         except OSError:
             return False
         return True

@@ -10,18 +10,17 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from select import POLLERR, POLLHUP, POLLIN, POLLNVAL, POLLOUT, poll
-from time import monotonic
+from select import POLLIN, POLLOUT
 
 from ..errors import Error
 from . import output
 from .door import Away, Door
+from .loop import READABLE, Loop
 from .stream import CHUNK, STDOUT, Stream
-from .terminal import DetachKey, Output, Signals, Terminal, size
+from .terminal import DetachKey, Output, Signals, Terminal, may_read, size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Any
 
     from .progress import Progress
@@ -30,7 +29,6 @@ PATIENCE = 60.0  # seconds to wait for an executor that went away, when nothing 
 CANCEL = 20.0  # seconds for a cancelled session to be gone
 DRAIN = 2.0  # seconds without a byte, after the end was announced, until the stream counts as finished
 HINT = 3.0  # seconds between the end of the stream and saying that the session itself has not ended
-READABLE = POLLIN | POLLHUP | POLLERR | POLLNVAL
 
 
 class Follow:
@@ -54,14 +52,12 @@ class Follow:
         self._pause = 0.05
         self._terminal, self._keys = Terminal(), DetachKey()
         self._typed = b""  # read from standard input, not yet taken by the session
-        self._input = tty or not os.isatty(0) or os.tcgetpgrp(0) == os.getpgrp()  # a background job must not read it
+        self._input = tty or may_read()
         self._shown: list[tuple[int, memoryview]] = []  # received, not yet taken by the standard streams
         self._unread: set[int] = set()  # of standard output and error, those that nobody reads any more
         self._returning = False  # the executor went away, and has not said anything since
         self._failure: Error | None = None
-        self._timers: dict[str, tuple[float, Callable[[], None]]] = {}
-        self._poll = poll()
-        self._interest: dict[int, int] = {}
+        self._loop = Loop()
 
     def run(self) -> int:
         self._signals: Signals = Signals()
@@ -85,60 +81,31 @@ class Follow:
 
     def _turn(self) -> None:
         stream, door, showing = self._stream, self._door, self._shown
-        self._watch(self._signals.fd, POLLIN)
+        self._loop.watch(self._signals.fd, POLLIN)
         if door:
-            self._watch(door.fileno(), POLLIN)
+            self._loop.watch(door.fileno(), POLLIN)
         if showing:
-            self._watch(self._output.fd(showing[0][0]), POLLOUT)
+            self._loop.watch(self._output.fd(showing[0][0]), POLLOUT)
         if stream:
-            self._watch(stream.fileno(), (0 if showing else POLLIN) | (POLLOUT if self._typed else 0))
+            self._loop.watch(stream.fileno(), (0 if showing else POLLIN) | (POLLOUT if self._typed else 0))
             if self._input:
-                self._watch(0, 0 if self._typed else POLLIN)
-        ready = dict(self._poll.poll(self._timeout()))
+                self._loop.watch(0, 0 if self._typed else POLLIN)
+        ready = self._loop.wait()
         if self._signals.fd in ready:
             self._on_signals()
-        if door and door.fileno() in ready and self._result is None:
+        if self._result is None and door and door.fileno() in ready:
             self._on_door(door)
-        if showing and ready.get(self._output.fd(showing[0][0]), 0):
+        if self._result is None and showing and self._output.fd(showing[0][0]) in ready:
             self._flush()
-        if stream and stream is self._stream and (events := ready.get(stream.fileno(), 0)):
+        if self._result is None and stream and (events := ready.get(stream.fileno(), 0)):
             if events & POLLOUT:
                 self._feed()
             if events & READABLE and not self._shown:
                 self._on_stream(stream)
-        if stream and self._input and ready.get(0, 0) & READABLE and not self._typed:
+        if self._result is None and self._stream and self._input and not self._typed and 0 in ready:
             self._on_input()
-        self._on_timers()
-
-    # -- poll and timers
-
-    def _watch(self, fd: int, events: int) -> None:
-        if not events:  # poll reports a hang-up even to those who ask for nothing
-            self._forget(fd)
-        elif self._interest.get(fd) != events:
-            self._poll.register(fd, events)
-            self._interest[fd] = events
-
-    def _forget(self, fd: int) -> None:
-        if self._interest.pop(fd, None) is not None:
-            self._poll.unregister(fd)
-
-    def _after(self, seconds: float, name: str, act: Callable[[], None]) -> None:
-        self._timers[name] = (monotonic() + seconds, act)
-
-    def _timeout(self) -> float | None:
-        if not self._timers:
-            return None
-        return max(0.0, (min(when for when, _ in self._timers.values()) - monotonic()) * 1000 + 1)
-
-    def _on_timers(self) -> None:
-        if not self._timers:
-            return
-        now = monotonic()
-        for name, (when, act) in list(self._timers.items()):
-            if when <= now and self._timers.get(name, (0, None))[1] is act:
-                del self._timers[name]
-                act()
+        if self._result is None:
+            self._loop.run_timers()
 
     # -- the executor
 
@@ -163,21 +130,15 @@ class Follow:
         event = frame.get("event")
         if event == "created":
             self.id = frame["job"]["id"]
-            self._progress.created(frame["job"])
+            self._progress.tell(frame)
             if self._canceled_by:
                 door.try_send({"cancel": True})
         elif event == "terminal":
             self._begin(frame, fd)
         elif event == "ended":
             self._end(frame)
-        elif self._streamed:
-            pass  # what was to be said came before the terminal
-        elif event == "queued":
-            self._progress.queued(frame)
-        elif event == "pull":
-            self._progress.pull(frame)
-        elif event == "reserved":
-            self._progress.reserved(frame)
+        elif not self._streamed:
+            self._progress.tell(frame)
 
     def _lost(self) -> None:
         """The executor closed the connection before the end: come back to it, while the terminal goes on."""
@@ -188,10 +149,11 @@ class Follow:
         if self._op == "exec" and not self._handle:
             raise Away  # whether the process was started is not known, and it must not be started twice
         self._returning = True
-        if not self._stream and "give up" not in self._timers:
-            self._after(1.0, "away", lambda: self._progress.say("The executor went away; waiting for it to come back."))
-            self._after(PATIENCE, "give up", self._give_up)
-        self._after(self._pause, "again", self._again)
+        if not self._stream and not self._loop.is_set("give up"):
+            away = "The executor went away; waiting for it to come back."
+            self._loop.after(1.0, "away", lambda: self._progress.say(away))
+            self._loop.after(PATIENCE, "give up", self._give_up)
+        self._loop.after(self._pause, "again", self._again)
         self._pause = min(self._pause * 2, 2.0)
 
     def _again(self) -> None:
@@ -201,8 +163,7 @@ class Follow:
         except (Error, Away):
             self._lost()
             return
-        for name in ("away", "give up"):
-            self._timers.pop(name, None)
+        self._loop.cancel("away", "give up")
         if self._tty:
             self._resize()
 
@@ -215,13 +176,13 @@ class Follow:
         return {**frame, "op": "attach", "size": size(), "replay": True, "stream": not self._streamed}
 
     def _give_up(self) -> None:
-        name = f"session {self.id}" if self.id else "the session"
-        hint = f"{name} goes on; come back with: beaker session attach {self.id}".rstrip()
+        known = f"session {self.id} goes on; come back with: beaker session attach {self.id}"
+        hint = known if self.id else "whether it started is shown by: beaker session list"
         raise Error("unavailable", f"the executor has not answered for {PATIENCE:g} s", hint)
 
     def _drop_door(self) -> None:
         if self._door:
-            self._forget(self._door.fileno())
+            self._loop.forget(self._door.fileno())
             self._door.close()
             self._door = None
 
@@ -247,16 +208,16 @@ class Follow:
     def _end(self, frame: dict[str, Any]) -> None:
         self._ended = frame
         self._drop_door()
-        self._timers.clear()
+        self._loop.cancel()
         if self._stream or self._shown:
-            self._after(DRAIN, "drain", self._finish)
+            self._loop.after(DRAIN, "drain", self._finish)
         else:
             self._finish()
 
     def _finish(self) -> None:
         assert self._ended is not None
         if self._shown:  # a pager that takes its time must not lose the end
-            self._after(DRAIN, "drain", self._finish)
+            self._loop.after(DRAIN, "drain", self._finish)
         else:
             self._result = self._conclude(self._ended)
 
@@ -273,6 +234,7 @@ class Follow:
             output.say(f"beaker: session {self.id} did not run: {message or 'it was stopped'}")
             return 128 + signal.SIGTERM
         if message:
+            self._break_line()
             output.say(f"beaker: session {self.id} ended: {message}")
         return int(code)
 
@@ -289,13 +251,7 @@ class Follow:
             output.say("")  # the cursor is where the session left it
 
     def _restore(self) -> None:
-        leftovers = self._terminal.leftovers()
-        if leftovers and self._tty:
-            try:
-                self._output.write(STDOUT, memoryview(leftovers))
-            except OSError:
-                pass
-        self._terminal.restore()
+        self._terminal.restore(self._output)
 
     def _close(self) -> None:
         self._restore()
@@ -311,15 +267,14 @@ class Follow:
     def _on_stream(self, stream: Stream) -> None:
         pieces = stream.receive()
         if pieces is None:
-            self._forget(stream.fileno())
-            self._forget(0)
+            self._loop.forget(stream.fileno())
+            self._loop.forget(0)
             stream.close()
             self._stream, self._typed = None, b""
-            if not self._shown:
-                self._drained()
+            self._drained()
         elif pieces:
             if self._ended:
-                self._after(DRAIN, "drain", self._finish)
+                self._loop.after(DRAIN, "drain", self._finish)
             self._show(pieces)
 
     def _drained(self) -> None:
@@ -330,12 +285,10 @@ class Follow:
         if self._failure:
             raise self._failure
         self._restore()  # Ctrl-C works again
-        self._after(HINT, "hint", self._say_waiting)
+        waiting = "Its output has ended; waiting for it to end. (Press Ctrl+C to leave it running)"
+        self._loop.after(HINT, "hint", lambda: self._progress.say(waiting))
         if not self._door:
-            self._after(PATIENCE, "give up", self._give_up)
-
-    def _say_waiting(self) -> None:
-        self._progress.say("Its output has ended; waiting for it to end. (Press Ctrl+C to leave it running)")
+            self._loop.after(PATIENCE, "give up", self._give_up)
 
     def _show(self, pieces: list[tuple[int, bytes]]) -> None:
         for stream, data in pieces:
@@ -356,14 +309,14 @@ class Follow:
             if written < len(data):
                 self._shown[0] = (stream, data[written:])
                 return
-            self._forget(self._output.fd(stream))
+            self._loop.forget(self._output.fd(stream))
             del self._shown[0]
         if not self._stream and self._result is None and self._streamed:
             self._drained()
 
     def _unreadable(self, stream: int, error: OSError) -> None:
         """Nobody reads this stream any more, as after `| head -1`, or it cannot be written."""
-        self._forget(self._output.fd(stream))
+        self._loop.forget(self._output.fd(stream))
         self._unread.add(stream)
         self._shown = [piece for piece in self._shown if piece[0] != stream]
         if self._tty:
@@ -374,7 +327,7 @@ class Follow:
         elif stream == STDOUT and self._op == "create" and self._door:
             # The session gets what a program in a shell's pipeline would get.
             self._door.try_send({"signal": int(signal.SIGPIPE)})
-            self._after(DRAIN, "unread", lambda: self._leave(128 + signal.SIGPIPE))
+            self._loop.after(DRAIN, "unread", lambda: self._leave(128 + signal.SIGPIPE))
         elif stream == STDOUT:
             self._result = 128 + signal.SIGPIPE
 
@@ -389,7 +342,7 @@ class Follow:
                 self._leave(128 + signal.SIGHUP)
                 return
             self._input = False
-            self._forget(0)
+            self._loop.forget(0)
             self._stream.half_close()
             return
         if self._tty:
@@ -423,12 +376,12 @@ class Follow:
     def _interrupted(self, number: int) -> None:
         if self._op == "create" and not self._streamed:
             if self._canceled_by or not self._door:
-                self._result = 128 + number
+                self._leave(128 + number)
                 return
             self._canceled_by = number
             self._progress.finish()
             self._door.try_send({"cancel": True})
-            self._after(CANCEL, "cancel", lambda: self._leave(128 + number))
+            self._loop.after(CANCEL, "cancel", lambda: self._leave(128 + number))
             return
         self._signals_sent += 1
         forwards = self._stream and not self._tty and self._op != "exec" and self._signals_sent < 3
@@ -439,4 +392,4 @@ class Follow:
         """Tell the size; an executor that takes nothing now is told a little later."""
         now = size()
         if now and self._door and not self._door.try_send({"resize": now}):
-            self._after(0.5, "resize", self._resize)
+            self._loop.after(0.5, "resize", self._resize)

@@ -29,14 +29,21 @@ class Progress:
         self._gpus = 0
         self._queued: tuple[Any, ...] = ()
 
-    def created(self, job: dict[str, Any]) -> None:
+    def tell(self, event: dict[str, Any]) -> None:
+        """Say what an event of the door means; those of a newer executor that are not known mean nothing."""
+        known = {"created": self._created, "queued": self._wait, "pull": self._pull, "reserved": self._reserved}
+        if event.get("event") in known:
+            known[event["event"]](event)
+
+    def _created(self, event: dict[str, Any]) -> None:
+        job = event["job"]
         self._gpus = (job.get("requests") or {}).get("gpuCount") or 0
         if not self._gpus and not self._gpus_given:
             self.say("This node has no GPUs, so this session gets none.")
         least = f" with at least {output.count(self._gpus, 'GPU')}" if self._gpus else ""
         self.say(f"Starting session {job['id']}{least}... (Press Ctrl+C to cancel)")
 
-    def queued(self, event: dict[str, Any]) -> None:
+    def _wait(self, event: dict[str, Any]) -> None:
         position, reason, nodes = event.get("position"), event.get("reason") or "", event.get("nodes") or []
         if not self._queued:
             lacking = "GPUs" if self._gpus else "resources"
@@ -50,7 +57,7 @@ class Progress:
                 self.say(f"    {name}")
         self._queued = (position, reason, nodes)
 
-    def pull(self, event: dict[str, Any]) -> None:
+    def _pull(self, event: dict[str, Any]) -> None:
         done, total = event.get("done") or 0, event.get("total") or 0
         layers, known = event.get("layers") or (0, 0)
         share = min(done / total, 1.0) if total else 0.0
@@ -69,7 +76,7 @@ class Progress:
             self._percent = int(share * 100)
             self.say(f"Pulling image: {text}")
 
-    def reserved(self, event: dict[str, Any]) -> None:
+    def _reserved(self, event: dict[str, Any]) -> None:
         parts = []
         if event.get("gpus"):
             parts.append(output.count(len(event["gpus"]), "GPU"))

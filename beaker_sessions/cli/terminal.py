@@ -26,6 +26,14 @@ def is_terminal() -> bool:
     return os.isatty(0) and os.isatty(1)
 
 
+def may_read() -> bool:
+    """Whether standard input is ours to read: a background job that reads from its terminal is stopped."""
+    try:
+        return not os.isatty(0) or os.tcgetpgrp(0) == os.getpgrp()
+    except OSError:  # a terminal, but not the controlling one
+        return True
+
+
 def size() -> list[int] | None:
     """[rows, columns] of the user's terminal, None when standard output is none or does not know."""
     try:
@@ -99,15 +107,16 @@ class Terminal:
                     (self._modes.add if changed else self._modes.discard)(mode)
             start = data.find(b"\x1b[?", end)
 
-    def leftovers(self) -> bytes:
-        """What undoes the modes that a program left on: alternate screen, mouse, bracketed paste, a hidden cursor."""
-        undo = b"".join(b"\x1b[?" + mode + (b"h" if mode == b"25" else b"l") for mode in sorted(self._modes))
-        self._modes.clear()
-        return undo and undo + b"\x1b[0m"
-
-    def restore(self) -> None:
+    def restore(self, output: Output) -> None:
+        """Leave raw mode, and undo what programs left on: alternate screen, mouse, bracketed paste, a hidden cursor."""
         if self._saved is None:
             return
+        undo = b"".join(b"\x1b[?" + mode + (b"h" if mode == b"25" else b"l") for mode in sorted(self._modes))
+        try:
+            output.write(1, memoryview(undo and undo + b"\x1b[0m"))
+        except OSError:
+            pass
+        self._modes.clear()
         try:
             termios.tcsetattr(0, termios.TCSANOW, self._saved)
         except termios.error:

@@ -350,6 +350,17 @@ def test_detaching_works_while_output_floods_a_stuck_terminal(door: FakeDoor, sh
         time.sleep(0.01)
 
 
+def test_detaching_works_while_the_executor_is_stuck(door: FakeDoor, shell: Callable[..., Shell]) -> None:
+    it = shell("session", "create")
+    started(door, it)
+    for number in range(800):  # more than the door's connection takes unread
+        it.resize(20 + number % 2, 80)
+        it.process.send_signal(signal.SIGWINCH)
+        time.sleep(0.001)
+    it.type(b"\x1ed")
+    assert it.wait() == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT], ids=lambda n: n.name)
 def test_signals_restore_the_terminal_and_leave_the_session(
     door: FakeDoor, shell: Callable[..., Shell], number: signal.Signals
