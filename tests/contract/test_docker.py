@@ -15,7 +15,8 @@ import yaml
 
 from beaker_sessions.errors import Error
 from beaker_sessions.model import Pull
-from beaker_sessions.sandbox import Progress
+from beaker_sessions.sandbox import LABEL_OWNER, Progress
+from beaker_sessions.sandbox.docker import images
 from beaker_sessions.sandbox.docker.driver import DockerSandboxes
 from tests.conftest import inside_network
 
@@ -119,6 +120,44 @@ def test_watch_ends_with_the_engine(tmp_path: Path) -> None:
         thread.start()
         assert list(watch) == [""]
         thread.join(SECONDS)
+
+
+def test_full_disk(docker_lab: DockerLab, tmp_path: Path) -> None:
+    state = tmp_path / "small"
+    state.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(state)], check=True)
+    try:
+        sandboxes = DockerSandboxes(docker_lab.socket, state, docker_lab.owner)
+        spec = Maker(docker_lab).spec("true")
+        with pytest.raises(Error) as error:
+            sandboxes.create(spec)
+        assert error.value.code == "storage_full"
+        assert not (state / spec.id).exists()
+    finally:
+        subprocess.run(["umount", str(state)], check=True)
+
+
+def test_handle_is_never_part_of_a_path(docker_lab: DockerLab) -> None:
+    maker = Maker(docker_lab)
+    spec = maker.spec("cat")
+    maker.start(spec)
+    for handle in ("", "../containers/json?x=", "0" * 64):
+        with pytest.raises(Error) as error:
+            docker_lab.sandboxes.exec_exit(spec.id, handle)
+        assert error.value.code == "not_found"
+    maker.close()
+
+
+def test_leftover_reading_container_is_removed(docker_lab: DockerLab, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = docker_lab.image("alpine")
+    body = {"Image": image.id, "Cmd": ["none"], "Labels": {LABEL_OWNER: docker_lab.owner}}
+    left = docker_lab.engine.call("POST", "/containers/create", body=body)["Id"]
+    docker_lab.sandboxes.list()
+    assert docker_lab.engine.call("GET", f"/containers/{left}/json")
+    monkeypatch.setattr(images, "STALE", -10)
+    docker_lab.sandboxes.list()
+    with pytest.raises(Error):
+        docker_lab.engine.call("GET", f"/containers/{left}/json")
 
 
 def test_check_says_what_it_found(docker_lab: DockerLab) -> None:

@@ -37,6 +37,11 @@ def test_create_twice_is_a_conflict_and_harms_nothing(make_any: Maker) -> None:
     assert error.value.code == "conflict"
     stream.write(b"still here\n")
     assert stream.read(b"still here\n")
+    handle, terminal = make_any.lab.sandboxes.exec(
+        spec.id, ("true",), env={}, identity=ADA, workdir="/", size=(10, 10), stdin=True
+    )
+    make_any.stream(terminal).read()
+    assert make_any.lab.sandboxes.exec_exit(spec.id, handle) == 0
 
 
 def test_watch_tells_of_starts_and_ends(make_any: Maker) -> None:

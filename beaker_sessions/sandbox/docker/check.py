@@ -46,7 +46,14 @@ def _engine(version: dict[str, Any], info: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(
             "error", "sessions have no network: no bridge or no forwarding", "sysctl -w net.ipv4.ip_forward=1"
         )
-    if any("seccomp" in option for option in info.get("SecurityOptions") or ()):
+    options = " ".join(info.get("SecurityOptions") or ())
+    if "name=userns" in options or "name=rootless" in options:
+        yield Finding(
+            "error",
+            "Docker Engine maps user ids, so that homes would belong to others",
+            f"remove it from {DAEMON_JSON}",
+        )
+    if "name=seccomp" in options:
         yield Finding("ok", "seccomp is on")
     else:
         yield Finding("error", "Docker Engine runs containers without seccomp", "use a kernel with CONFIG_SECCOMP")

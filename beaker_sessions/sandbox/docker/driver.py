@@ -7,8 +7,10 @@ decide policy, nor keep anything in memory that a new instance could not find ag
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
+import re
 import secrets
 import socket
 import time
@@ -62,6 +64,10 @@ class DockerSandboxes:
         return images.get(self.engine, reference, pull, progress)
 
     def create(self, spec: Spec) -> None:
+        with self._storage(f"create the session {spec.id}"):
+            self._create(spec)
+
+    def _create(self, spec: Spec) -> None:
         edits = cdi.load(self.cdi_paths).edits(spec.gpus) if spec.gpus else cdi.Edits()
         facts = images.accounts(self.engine, self.files, spec.image.id, self.owner)
         passwd = accounts.passwd(facts.passwd, spec.identity, facts.shell)
@@ -69,7 +75,8 @@ class DockerSandboxes:
         try:
             mounts = self.files.create(spec.id, passwd, group, spec.mounts)
         except FileExistsError as error:
-            if self.engine.exists(f"/containers/{config.name(spec.id)}/json"):
+            with _absent_is_fine():
+                self._inspect(spec.id)
                 raise Error("conflict", f"the sandbox {spec.id} exists already") from error
             self.files.remove(spec.id)
             mounts = self.files.create(spec.id, passwd, group, spec.mounts)
@@ -104,11 +111,12 @@ class DockerSandboxes:
             raise
 
     def start(self, id: str, size: tuple[int, int] | None) -> None:
-        if self._inspect(id)["State"]["Status"] == "created":
-            self.engine.call("POST", f"{_path(id)}/start")
-        if size:
-            self.resize(id, size)
-        self.files.open_gate(id, config.GATE)
+        with self._storage(f"start the session {id}"):
+            if self._inspect(id)["State"]["Status"] == "created":
+                self.engine.call("POST", f"{_path(id)}/start")
+            if size:
+                self.resize(id, size)
+            self.files.open_gate(id, config.GATE)
         self.files.release(id)
 
     def resize(self, id: str, size: tuple[int, int], process: str = "") -> None:
@@ -190,11 +198,27 @@ class DockerSandboxes:
         return self.engine.call("GET", f"{_path(id)}/json")
 
     def _exec(self, id: str, handle: str) -> Any:
-        """An exec's state. Raises Error not_found when it is of another container."""
-        process = self.engine.call("GET", f"/exec/{handle}/json")
-        if process["ContainerID"] != self._inspect(id)["Id"]:
-            raise Error("not_found", f"the session {id} has no process {handle}")
-        return process
+        """An exec's state. Raises Error not_found when it is of another container, or no handle at all."""
+        if re.fullmatch(r"[0-9a-f]{64}", handle):
+            process = self.engine.call("GET", f"/exec/{handle}/json")
+            if process["ContainerID"] == self._inspect(id)["Id"]:
+                return process
+        raise Error("not_found", f"the session {id} has no process {handle!r}")
+
+    @contextlib.contextmanager
+    def _storage(self, what: str) -> Iterator[None]:
+        """Tell a full disk from other failures, ours by its errno, the engine's by looking."""
+        try:
+            yield
+        except OSError as error:
+            code = "storage_full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "internal"
+            raise Error(code, f"cannot {what}: {error}", f"see df {self.files.state}") from error
+        except Error as error:
+            if error.code == "internal" and (root := images.full(self.engine)):
+                raise Error(
+                    "storage_full", f"cannot {what}: {error.message}", f"free space on the disk of {root}"
+                ) from error
+            raise
 
     def _tail(self, id: str, limit: int, tty: bool) -> list[Frame]:
         """The last frames of the log, `limit` bytes or more if there are so many; the API can only count lines."""

@@ -68,7 +68,7 @@ class Engine:
         return self._request("GET", self._base + _path(path, query))
 
     def exists(self, path: str, query: dict[str, Any] | None = None) -> bool:
-        """Whether a HEAD finds something."""
+        """Whether a HEAD finds something; of the API, only archives and images answer that."""
         try:
             self._request("HEAD", self._base + _path(path, query))
         except Error as error:

@@ -40,19 +40,24 @@ class Files:
     def create(self, id: str, passwd: str, group: str, mounts: Sequence[Mount]) -> list[Mount]:
         """Write the files of a new sandbox; the mounts with sources that any process of the host can open.
 
-        Raises FileExistsError when there are such files already, Error unavailable without a static busybox.
+        Raises FileExistsError when there are such files already, Error unavailable without a static busybox. What it
+        could not finish, it removes.
         """
         if not os.access(BUSYBOX, os.X_OK):
             raise Error("unavailable", f"{BUSYBOX} is missing", "apt-get install busybox-static")
         directory = self.directory(id)
         self.state.mkdir(mode=0o711, parents=True, exist_ok=True)
         directory.mkdir(mode=0o755)
-        (directory / INSIDE).mkdir(mode=0o755)
-        shutil.copy(BUSYBOX, directory / INSIDE / "busybox")
-        for name, text in (("passwd", passwd), ("group", group), (f"{INSIDE}/entry.sh", _entry())):
-            (directory / name).write_text(text, "utf-8", "surrogateescape")
-            (directory / name).chmod(0o644)
-        return [self._stage(directory, number, mount) for number, mount in enumerate(mounts)]
+        try:
+            (directory / INSIDE).mkdir(mode=0o755)
+            shutil.copy(BUSYBOX, directory / INSIDE / "busybox")
+            for name, text in (("passwd", passwd), ("group", group), (f"{INSIDE}/entry.sh", _entry())):
+                (directory / name).write_text(text, "utf-8", "surrogateescape")
+                (directory / name).chmod(0o644)
+            return [self._stage(directory, number, mount) for number, mount in enumerate(mounts)]
+        except BaseException:
+            self.remove(id)
+            raise
 
     def open_gate(self, id: str, name: str) -> None:
         (self.directory(id) / INSIDE / name).touch()

@@ -82,6 +82,14 @@ def forget(engine: Engine, container: Mapping[str, Any]) -> None:
         engine.call("DELETE", f"/containers/{container['Id']}", {"force": 1, "v": 1})
 
 
+def full(engine: Engine) -> str:
+    """The engine's directory if its disk is as good as full, else "": the engine has no status of its own for that."""
+    root: str = engine.call("GET", "/info")["DockerRootDir"]
+    if os.path.isdir(root) and (disk := os.statvfs(root)).f_bavail * disk.f_frsize < FULL:
+        return root
+    return ""
+
+
 def _local(engine: Engine, reference: str) -> Image | None:
     try:
         found = engine.call("GET", f"/images/{reference}/json")
@@ -155,8 +163,7 @@ def _failure(engine: Engine, reference: str, error: Error) -> Error:
         return Error("not_found", tried, "check the name; a private image needs a login to its registry")
     if error.code != "internal":
         return Error(error.code, tried, error.hint)
-    root = engine.call("GET", "/info")["DockerRootDir"]
-    if os.path.isdir(root) and (disk := os.statvfs(root)).f_bavail * disk.f_frsize < FULL:
+    if root := full(engine):
         return Error("storage_full", tried, f"free space on the disk of {root}: docker system prune")
     # The engine has no status of its own for a registry that it cannot reach.
     return Error("unavailable", tried, f"check the way to {registry}, or use an image that is here")
