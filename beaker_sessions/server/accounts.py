@@ -17,9 +17,7 @@ class Accounts(Rules):
     def whoami(self, caller: Caller) -> JSON:
         """The caller's account, with `scope`, which is the token's."""
         with self.store.read() as rows:
-            return account_json(found(rows.account(caller.account_id), "account", caller.account)) | {
-                "scope": caller.scope.value
-            }
+            return account_json(rows.the(tables.accounts, caller.account_id)) | {"scope": caller.scope.value}
 
     def list_organizations(self, caller: Caller) -> JSON:
         with self.store.read() as rows:
@@ -57,7 +55,7 @@ class Accounts(Rules):
             scope = Scope.ADMIN if body.role == "admin" else Scope.USER
             add_token(rows, id, token, "first", scope)
             self.record(rows, caller, "create_account", id, name=body.name, role=body.role)
-            return account_json(found(rows.account(id), "account", body.name))
+            return account_json(rows.the(tables.accounts, id))
 
         return self._with_token(self.once(caller, "create_account", body.model_dump(), make), token)
 
@@ -78,7 +76,7 @@ class Accounts(Rules):
         token = caller.new_token()
 
         def make(rows: Rows) -> JSON:
-            asking = found(rows.one(tables.tokens, id=caller.token_id), "token", caller.token_id)
+            asking = rows.the(tables.tokens, caller.token_id)
             if body is None:
                 rows.update(tables.tokens, asking.id, revoked=rows.now)
                 id = add_token(rows, caller.account_id, token, asking.name, Scope(asking.scope), asking.expiry)
@@ -90,7 +88,7 @@ class Accounts(Rules):
             self.record(
                 rows, caller, "create_token", id, scope=body.scope if body else asking.scope, rotated=body is None
             )
-            return token_json(found(rows.one(tables.tokens, id=id), "token", id))
+            return token_json(rows.the(tables.tokens, id))
 
         return self._with_token(self.once(caller, "create_token", body.model_dump() if body else {}, make), token)
 

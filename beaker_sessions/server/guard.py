@@ -1,6 +1,6 @@
 """What holds for every request: who it is from, how long it may be, and that each failure has one shape.
 
-Owns the translation between HTTP and `errors.Error`; knows no path but the prefix that is for everybody.
+Owns the translation between HTTP and `errors.Error`; knows no path but those that are for everybody.
 """
 
 from __future__ import annotations
@@ -43,8 +43,11 @@ class Guard:
         self.service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # a WebSocket needs a check of its own first
+            await send({"type": "websocket.close", "code": 1008})
             return
         started = False
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -19,6 +19,13 @@ from . import tables
 from .store import Row, Rows, Store
 
 JSON = dict[str, Any]
+LISTED = {
+    "account": "beaker account list",
+    "organization": "beaker account organizations",
+    "cluster": "beaker cluster list",
+    "node": "beaker node list",
+    "session": "beaker session list --all",
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class Caller:
     scope: Scope
     node: str | None
     expiry: datetime | None
-    secret: str
+    secret: str = field(repr=False)
     key: str
 
     @property
@@ -113,7 +120,7 @@ class Rules:
 def found(row: Row | None, what: str, ref: str) -> Row:
     """The row, or Error not_found."""
     if row is None:
-        raise Error("not_found", f"there is no {what} {ref!r}", f"see which there are with `beaker {what} list`")
+        raise Error("not_found", f"there is no {what} {ref!r}", f"see which there are with `{LISTED[what]}`")
     return row
 
 

@@ -39,6 +39,10 @@ class Rows:
     def one(self, table: sa.Table, **where: Any) -> Row | None:
         return self.connection.execute(sa.select(table).filter_by(**where)).one_or_none()
 
+    def the(self, table: sa.Table, id: str) -> Row:
+        """A row that is known to be there."""
+        return self.connection.execute(sa.select(table).where(table.c.id == id)).one()
+
     def all(self, table: sa.Table, **where: Any) -> Sequence[Row]:
         order = next(iter(table.primary_key))
         return self.connection.execute(sa.select(table).filter_by(**where).order_by(order)).all()

@@ -237,6 +237,13 @@ def test_migrations_make_the_tables(migrated: Path) -> None:
     assert scripts.get_heads() == [migrations.HEAD]
 
 
+def test_every_commit_reaches_the_disk(server: SimpleNamespace) -> None:
+    with server.service.store.write() as rows:
+        asked = ("journal_mode", "synchronous", "foreign_keys")
+        set_to = [rows.connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in asked]
+    assert set_to == ["wal", 2, 1]  # 2 is FULL: https://www.sqlite.org/pragma.html#pragma_synchronous
+
+
 def test_several_servers_start_on_an_empty_database(tmp_path: Path) -> None:
     stores: list[Store] = []
     starts = [threading.Thread(target=lambda: stores.append(Store(sqlite_url(tmp_path / "db")))) for _ in range(4)]
