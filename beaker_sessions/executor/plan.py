@@ -78,7 +78,8 @@ def spec(
         command=request.command,
         env=environment(id, request, claim, identity, node),
         workdir=workdir(request, identity),
-        hostname=node["hostname"].split(".")[0][:63],
+        # It tells the machine, and still a prompt inside from one outside.
+        hostname=request.hostname or f"{node['hostname'].split('.')[0][:58]}-{id[-4:].lower()}",
         mounts=tuple(mounts),
         gpus=claim.gpus,
         cpu_weight=weight,
