@@ -56,7 +56,7 @@ def lock() -> None:
 
 
 def test(*arguments: str) -> None:
-    run(TESTS)
+    run([TESTS[0]])
     _as_root()
     raise SystemExit(testing.run(list(arguments)))
 

@@ -20,21 +20,41 @@ _MARK = "BEAKER_TEST_RUN"
 
 def run(arguments: list[str]) -> int:
     """Run pytest with these arguments: its exit status, or 1 when it passed but left something behind."""
-    directory = tempfile.mkdtemp(prefix="bt-")  # short: a unix socket's path has at most 107 bytes
-    os.chmod(directory, 0o711)  # for the Unix users that tests make
+    directory = Path(tempfile.mkdtemp(prefix="bt-"))  # short: a unix socket's path has at most 107 bytes
+    directory.chmod(0o755)  # for the Unix users that tests make
     mark = f"{_MARK}={directory}"
-    environment = {**os.environ, _MARK: directory, "TMPDIR": directory}
-    # This is root, and the checkout its owner's: nothing is written there.
-    environment |= {"PYTHONDONTWRITEBYTECODE": "1", "HYPOTHESIS_STORAGE_DIRECTORY": f"{directory}/hypothesis"}
-    options = ["-p", "no:cacheprovider", f"--basetemp={directory}/pytest"]
-    command = [str(host.VENV / "bin/python"), "-m", "pytest", *options, *arguments]
-    status = subprocess.run(command, cwd=host.ROOT, env=environment).returncode
-    left = _left(directory, mark)
-    for line in left:
-        print(f"left behind: {line}", file=sys.stderr)
-    if not any(line.startswith("mount") for line in left):
-        shutil.rmtree(directory)
+    try:
+        checkout = host.ROOT if _open_to_all(host.ROOT) else _copy(directory / "checkout")
+        subprocess.run([sys.executable, "-B", "-m", "setup", "develop"], cwd=checkout, check=True)
+        environment = {**os.environ, _MARK: str(directory), "TMPDIR": str(directory)}
+        command = [".venv/bin/python", "-m", "pytest", f"--basetemp={directory}/pytest", *arguments]
+        status = subprocess.run(command, cwd=checkout, env=environment).returncode
+    finally:
+        left = _left(str(directory), mark)
+        for line in left:
+            print(f"left behind: {line}", file=sys.stderr)
+        if not any(line.startswith("mount") for line in left):
+            shutil.rmtree(directory)
     return status or int(bool(left))
+
+
+def _open_to_all(checkout: Path) -> bool:
+    """Whether root may write there as its owner, and the Unix users that tests make may run the command from there."""
+    return checkout.stat().st_uid == 0 and all(
+        path.stat().st_mode & 0o005 == 0o005 for path in (checkout, *checkout.parents)
+    )
+
+
+def _copy(target: Path) -> Path:
+    """Root's own copy of the checkout, uncommitted changes included."""
+    git = ["git", "-c", f"safe.directory={host.ROOT}", "-C", str(host.ROOT)]
+    listing = subprocess.run([*git, "ls-files", "-z", "-co", "--exclude-standard"], capture_output=True, check=True)
+    for name in filter(None, listing.stdout.decode().split("\0")):
+        source = host.ROOT / name
+        if source.is_file():  # else deleted, and not committed yet
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target / name)
+    return target
 
 
 def bench(arguments: list[str]) -> int:

@@ -14,6 +14,9 @@ import subprocess
 import tarfile
 from pathlib import Path
 
+from setup import host
+from setup.sources import sources
+
 BUSYBOX = Path("/bin/busybox")
 BUILD = Path(__file__).resolve().parents[1] / "build/images"
 PACKAGES = "bash,procps,python3,sudo"
@@ -34,12 +37,13 @@ def alpine() -> bytes:
 
 
 def debian() -> Path:
-    """The tar of a Debian with PACKAGES, kept in the build directory. Raises CalledProcessError without a mirror."""
-    path = BUILD / f"debian-{hashlib.sha256(PACKAGES.encode()).hexdigest()[:12]}.tar"
+    """The tar of this machine's Debian (or Ubuntu) with PACKAGES, kept in `build`. Raises CalledProcessError without a mirror."""
+    release = host.codename()
+    path = BUILD / f"debian-{hashlib.sha256(f'{release} {PACKAGES}'.encode()).hexdigest()[:12]}.tar"
     if not path.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{os.getpid()}-{path.name}")
-        command = ["mmdebstrap", "--variant=minbase", f"--include={PACKAGES}", "stable", str(partial)]
+        command = ["mmdebstrap", "--variant=minbase", f"--include={PACKAGES}", release, str(partial), *sources()]
         subprocess.run(command, check=True, capture_output=True)
         partial.replace(path)
     return path

@@ -75,7 +75,7 @@ def test_a_failed_command_tells_its_last_lines() -> None:
 def test_launcher_starts_the_command_line_of_its_checkout(tmp_path: Path) -> None:
     script = tmp_path / "with space" / "beaker"
     script.parent.mkdir()
-    script.write_text(environment.launcher(str(host.ROOT), sys.executable))
+    script.write_text(environment.launcher(str(host.ROOT), os.path.realpath(sys.executable)))
     script.chmod(0o755)
     hostile = {**os.environ, "PYTHONPATH": "/nonexistent", "PYTHONHOME": "/nonexistent"}
     done = subprocess.run([script, "--version"], capture_output=True, text=True, env=hostile, cwd=tmp_path)
