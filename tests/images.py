@@ -37,7 +37,7 @@ def alpine() -> bytes:
 
 
 def debian() -> Path:
-    """This machine's Debian (or Ubuntu) with PACKAGES, a tar kept in `build`. Raises CalledProcessError without a mirror."""
+    """A tar of this machine's Debian with PACKAGES, kept in `build`. Raises CalledProcessError without a mirror."""
     release = host.codename()
     path = BUILD / f"debian-{hashlib.sha256(f'{release} {PACKAGES}'.encode()).hexdigest()[:12]}.tar"
     if not path.exists():
