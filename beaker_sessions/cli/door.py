@@ -6,8 +6,8 @@ docs/architecture.md, "The door". Uses `_socket`, because `socket` costs millise
 
 from __future__ import annotations
 
-import json
 import os
+import sys
 from _socket import (
     AF_UNIX,
     CMSG_SPACE,
@@ -20,6 +20,7 @@ from _socket import (
 )
 
 from ..errors import Error
+from . import codec
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class Door:
 
     def send(self, frame: dict[str, Any]) -> None:
         """Send one frame. Raises Away, or Error invalid when it is too long."""
-        data = json.dumps(frame, separators=(",", ":")).encode()
+        data = codec.dumps(frame).encode()
         if len(data) > FRAME:
             raise Error("invalid", f"the command and its environment are too long ({len(data)} bytes)", "use a script")
         try:
@@ -82,7 +83,7 @@ class Door:
         """Send a frame without waiting; False when the executor takes none now."""
         self._socket.settimeout(0)  # with another, `sendmsg` would wait before it tries
         try:
-            self._socket.sendmsg([json.dumps(frame).encode()], [], MSG_NOSIGNAL)
+            self._socket.sendmsg([codec.dumps(frame).encode()], [], MSG_NOSIGNAL)
         except OSError:
             return False
         return True
@@ -106,16 +107,16 @@ class Door:
         fd = -1
         for level, kind, content in ancillary:
             if (level, kind) == (SOL_SOCKET, SCM_RIGHTS) and len(content) >= 4:
-                fd = int.from_bytes(content[:4], _BYTE_ORDER)
+                fd = int.from_bytes(content[:4], sys.byteorder)
         if not data:
             raise Away
-        frame: dict[str, Any] = json.loads(data)
+        try:
+            frame: dict[str, Any] = codec.loads(data.decode())
+        except ValueError as error:
+            raise Error("internal", f"the executor sent a broken frame: {error}", "are both of one version?") from None
         if "error" in frame:
             raise Error.from_dict(frame["error"])
         return frame, fd
-
-
-_BYTE_ORDER = __import__("sys").byteorder
 
 
 def request(op: str, token: str, **fields: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
+from binascii import a2b_base64
 from select import POLLIN, POLLOUT
 
 from ..errors import Error
@@ -21,9 +21,12 @@ from .terminal import DetachKey, Output, Signals, Terminal, may_read, size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal
     from typing import Any
 
     from .progress import Progress
+else:
+    import _signal as signal  # `signal` is the same with an import of `enum`
 
 PATIENCE = 60.0  # seconds to wait for an executor that went away, when nothing else is left to do
 CANCEL = 20.0  # seconds for a cancelled session to be gone
@@ -199,9 +202,7 @@ class Follow:
             self._terminal.raw()
             self._resize()
         if frame.get("replay"):
-            from base64 import b64decode
-
-            self._show([(STDOUT, b64decode(frame["replay"]))])
+            self._show([(STDOUT, a2b_base64(frame["replay"]))])
         if not self._input:
             self._stream.half_close()
 

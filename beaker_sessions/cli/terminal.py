@@ -7,7 +7,6 @@ short of SIGKILL, `Terminal.restore` runs and leaves the terminal as it was foun
 from __future__ import annotations
 
 import os
-import signal
 import stat
 import termios
 
@@ -15,7 +14,10 @@ from ..errors import Error
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal
     from typing import Any
+else:
+    import _signal as signal  # `signal` is the same with an import of `enum`
 
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGWINCH, signal.SIGCONT)
 ESCAPE, DETACH = b"\x1e", b"d"  # Ctrl-^, which readline, Bash, Emacs mode, tmux and screen leave alone
