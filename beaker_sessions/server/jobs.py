@@ -125,7 +125,8 @@ class Jobs(Rules):
             elif row.state == State.FINALIZED or (session.revision <= row.revision and row.taken is not None):
                 return job_json(row, caller)
             else:
-                session = replace(session, account=row.author)  # whose it is was settled when it was created
+                created = wire.session(json.loads(row.body)).created  # when and whose it is was settled then
+                session = replace(session, account=row.author, created=created or session.created)
                 rows.update(tables.jobs, id, taken=row.taken or rows.now, **_record(session, body))
             if row is None or row.state != session.state:
                 self.record(rows, caller, "report_job", id, state=session.state.value, revision=session.revision)
@@ -191,7 +192,9 @@ def job_json(row: Row, caller: Caller) -> JSON:
     job["author"] = {"id": row.account_id, "name": row.author, "displayName": row.author_display_name}
     job |= {"cluster": f"{row.organization}/{row.cluster}", "node": row.node_id, "nodeHostname": row.hostname}
     if row.cancel_asked is not None and row.state != State.FINALIZED:
-        job["status"] = {"canceled": wire.time(row.cancel_asked), "canceledFor": row.canceled_for} | job["status"]
+        job["status"].setdefault("canceled", wire.time(row.cancel_asked))
+    if row.canceled_for and "canceled" in job["status"]:
+        job["status"]["canceledFor"] = row.canceled_for  # the author's words, not the node's
     return job if _private(row, caller) else wire.redacted(job)
 
 

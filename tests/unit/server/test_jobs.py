@@ -93,14 +93,17 @@ def test_cancel_of_what_the_node_has(server: SimpleNamespace, node: SimpleNamesp
     job = ann.create_job({"session": {"node": "gpu-1"}})
     node.beat()
     assert code(bob.update_job, job["id"], {"status": {"canceled": True}}) == "forbidden"
-    asked = ann.update_job(job["id"], {"status": {"canceled": True}})
+    asked = ann.update_job(job["id"], {"status": {"canceled": True, "canceledFor": "a typo"}})
     assert "canceled" in asked["status"]
     assert "finalized" not in asked["status"], "only the node knows when it has ended"
     beat = node.beat()
     assert beat["cancel"] == [job["id"]]
     assert code(ann.update_job, job["id"], {"status": {"canceled": False}}) == "invalid"
-    node.executor.report_job(job["id"], wire.job(ended(wire.session(job))))
+    last = replace(ended(wire.session(job)), created=NOW, canceled=NOW, canceled_for="stopped by the server")
+    final = node.executor.report_job(job["id"], wire.job(last))
     assert node.beat()["cancel"] == []
+    assert final["status"]["canceledFor"] == "a typo"
+    assert final["status"]["created"] == job["status"]["created"]
 
 
 @pytest.mark.usefixtures("node")
