@@ -65,6 +65,7 @@ def test_mounts_by_descriptor(make: Maker, tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name).chmod(0o777)
     (tmp_path / "net/file").write_text("shared")
+    (tmp_path / "net/file").chmod(0o644)
     with pinned(tmp_path / "home", "/home/ada") as home, pinned(tmp_path / "net", "/net", read_only=True) as net:
         spec = make.spec(
             "sh", "-c", "cat /net/file; echo mine > ~/file; touch /net/new; ls -d /.beaker/m*", mounts=(home, net),

@@ -17,19 +17,18 @@ from beaker_sessions.sandbox.docker.check import is_static
 from beaker_sessions.sandbox.docker.files import BUSYBOX
 
 ADA = Identity("ada", 1500, 1500, "/home/ada", {1500: "ada"})
-NONE = Edits()
 EDITS = Edits(
     env=("A=1",), nodes=(DeviceNode("/dev/a", "/dev/b"),), mounts=(CdiMount("/x", "/y", ("ro",)),), gids=(44,)
 )
 
 
-def _body(edits: Edits = NONE, engine_cdi: bool = False, **more: Any) -> dict[str, Any]:
+def _body(edits: Edits | None = None, **more: Any) -> dict[str, Any]:
     spec = Spec(id="X", labels={}, image=Image("sha256:0", "x"), identity=ADA, gpus=("v.com/gpu=0",), **more)
-    return config.container(spec, Path("/state/X"), (), edits, engine_cdi=engine_cdi)
+    return config.container(spec, Path("/state/X"), (), edits)
 
 
 def test_engine_that_knows_cdi_is_given_names_only() -> None:
-    host = _body(EDITS, engine_cdi=True)["HostConfig"]
+    host = _body()["HostConfig"]
     assert host["DeviceRequests"] == [{"Driver": "cdi", "DeviceIDs": ["v.com/gpu=0"]}]
     assert (host["Devices"], host["GroupAdd"]) == ([], [])
 
@@ -45,7 +44,6 @@ def test_engine_that_does_not_is_given_the_edits() -> None:
 
 def test_hooks_need_an_engine_that_knows_cdi() -> None:
     edits = Edits(hooks=(Hook("createContainer", "/bin/true"),))
-    assert _body(edits, engine_cdi=True)
     with pytest.raises(Error) as error:
         _body(edits)
     assert (error.value.code, "v.com/gpu=0" in error.value.message) == ("unavailable", True)

@@ -1,0 +1,1 @@
+"""The driver for Docker Engine, over its HTTP API."""

@@ -35,20 +35,20 @@ def name(id: str) -> str:
     return f"beaker-{id}"
 
 
-def container(spec: Spec, files: Path, mounts: Sequence[Mount], edits: Edits, *, engine_cdi: bool) -> dict[str, Any]:
+def container(spec: Spec, files: Path, mounts: Sequence[Mount], edits: Edits | None) -> dict[str, Any]:
     """The body of `POST /containers/create`.
 
     files: the session's directory on the host. mounts: the spec's, with sources that the engine can open. edits: of
-    the spec's GPUs; engine_cdi: whether the engine applies them itself. Raises Error invalid for text that JSON cannot
-    carry to the engine unchanged, and for edits that Docker's API cannot express.
+    the spec's GPUs, None when the engine applies CDI specs itself. Raises Error invalid for text that JSON cannot carry
+    to the engine unchanged, unavailable for edits that Docker's API cannot express.
     """
-    if edits.hooks and not engine_cdi:
+    applied = edits or Edits()
+    if applied.hooks:
         raise Error(
             "unavailable",
             f"{', '.join(spec.gpus)}: the CDI spec has hooks, which this Docker Engine cannot run",
             'install Docker Engine 25 or newer and set "features": {"cdi": true} in /etc/docker/daemon.json',
         )
-    applied = Edits() if engine_cdi else edits
     identity = spec.identity
     gids = sorted({*identity.groups, *applied.gids} - {identity.gid})
     binds = [
@@ -82,7 +82,7 @@ def container(spec: Spec, files: Path, mounts: Sequence[Mount], edits: Edits, *,
             for node in applied.nodes
         ],
     }
-    if spec.gpus and engine_cdi:
+    if spec.gpus and edits is None:
         host["DeviceRequests"] = [{"Driver": "cdi", "DeviceIDs": list(spec.gpus)}]
     return {
         "Image": spec.image.id,

@@ -68,7 +68,7 @@ class DockerSandboxes:
             self._create(spec)
 
     def _create(self, spec: Spec) -> None:
-        edits = cdi.load(self.cdi_paths).edits(spec.gpus) if spec.gpus else cdi.Edits()
+        edits = cdi.load(self.cdi_paths).edits(spec.gpus) if spec.gpus and not self._engine_cdi else None
         facts = images.accounts(self.engine, self.files, spec.image.id, self.owner)
         passwd = accounts.passwd(facts.passwd, spec.identity, facts.shell)
         group = accounts.group(facts.group, spec.identity)
@@ -81,9 +81,7 @@ class DockerSandboxes:
             self.files.remove(spec.id)
             mounts = self.files.create(spec.id, passwd, group, spec.mounts)
         try:
-            body = config.container(
-                spec, self.files.directory(spec.id), mounts, edits, engine_cdi=bool(spec.gpus) and self._engine_cdi
-            )
+            body = config.container(spec, self.files.directory(spec.id), mounts, edits)
             body["Labels"][LABEL_OWNER] = self.owner
             self.engine.call("POST", "/containers/create", {"name": config.name(spec.id)}, body)
         except BaseException:
@@ -101,10 +99,11 @@ class DockerSandboxes:
                 sock.close()
                 sock, other = socket.socketpair()
                 other.close()
-                return Terminal(sock.detach(), framing, self.logs(id, LIMIT) if replay else b"")
-            if not replay or container["State"]["Status"] == "created":
-                return Terminal(sock.detach(), framing)
-            recent = self._replay(id, sock, framing is Framing.RAW)
+                recent = self.logs(id, LIMIT) if replay else b""
+            elif replay and container["State"]["Status"] != "created":
+                recent = self._replay(id, sock, framing is Framing.RAW)
+            else:
+                recent = b""
             return Terminal(sock.detach(), framing, recent)
         except BaseException:
             sock.close()
@@ -180,7 +179,8 @@ class DockerSandboxes:
     def remove(self, id: str) -> None:
         with _absent_is_fine():
             self.engine.call("DELETE", _path(id), {"force": 1, "v": 1})
-        self.files.remove(id)
+        with self._storage(f"remove the session {id}"):
+            self.files.remove(id)
 
     def watch(self) -> Iterator[str]:
         filters = {"type": ["container"], "event": EVENTS, "label": [LABEL, f"{LABEL_OWNER}={self.owner}"]}

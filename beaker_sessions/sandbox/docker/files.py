@@ -46,10 +46,11 @@ class Files:
         if not os.access(BUSYBOX, os.X_OK):
             raise Error("unavailable", f"{BUSYBOX} is missing", "apt-get install busybox-static")
         directory = self.directory(id)
-        self.state.mkdir(mode=0o711, parents=True, exist_ok=True)
-        directory.mkdir(mode=0o755)
+        self.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700)
         try:
-            (directory / INSIDE).mkdir(mode=0o755)
+            (directory / INSIDE).mkdir()
+            (directory / INSIDE).chmod(0o755)  # whatever our umask is
             shutil.copy(BUSYBOX, directory / INSIDE / "busybox")
             for name, text in (("passwd", passwd), ("group", group), (f"{INSIDE}/entry.sh", _entry())):
                 (directory / name).write_text(text, "utf-8", "surrogateescape")
@@ -78,7 +79,7 @@ class Files:
         if not directory.exists():
             return
         self.release(id)
-        for path in (*directory.glob("*/*"), *directory.glob("*")):
+        for path in (*directory.glob(f"{INSIDE}/*"), *directory.glob("*")):
             path.rmdir() if path.is_dir() else path.unlink()
         directory.rmdir()
 
