@@ -89,7 +89,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Identity:
-    """A Unix user of this machine, as seen by its account database. `groups` maps gid to name, primary group included."""
+    """A Unix user of this machine, as its account database has it. groups: gid to name, primary group included."""
 
     name: str
     uid: int
@@ -130,9 +130,9 @@ class Request:
 class Session:
     """A session as its node's ledger and the server's record know it.
 
-    message: why it ended as it did, or why it waits, for people. error: the code (of `errors.CODES`) of what kept its main
-    process from running, "" when nothing did. revision: grows by one with every change; a report
-    with a lower one is stale. node: the node's id, or "" before it is known.
+    message: why it ended as it did, or why it waits, for people. error: the code (of `errors.CODES`) of what kept its
+    main process from running, "" when nothing did. revision: grows by one with every change; a report with a lower
+    one is stale. node: the node's id, or "" before it is known.
     """
 
     id: str

@@ -53,7 +53,7 @@ class Bench:
             },
             self.rounds,
         )
-        self.row("`session create -- true` / `docker run --rm … true`", *map(measure.median, got.values()), "ms", "<= 1.15")
+        self.row("`session create -- true` / `docker run --rm … true`", *medians(got), "ms", "<= 1.15")
         id = self.idle(1)[0]
         container = self.stack.containers()[0]
         got = measure.alternate(
@@ -63,7 +63,7 @@ class Bench:
             },
             self.rounds,
         )
-        self.row("`session exec … true` / `docker exec … true`", *map(measure.median, got.values()), "ms", "<= 1.0")
+        self.row("`session exec … true` / `docker exec … true`", *medians(got), "ms", "<= 1.0")
         self.stack.settle()
 
     def terminals(self) -> None:
@@ -76,7 +76,7 @@ class Bench:
             },
             max(2, self.rounds // 5),
         )
-        self.row("terminal, 100 MB / `docker run -it`", *map(measure.median, got.values()), "MB/s", ">= 1.0")
+        self.row("terminal, 100 MB / `docker run -it`", *medians(got), "MB/s", ">= 1.0")
         delays: dict[str, list[float]] = {"ours": [], "peer": []}
         for _ in range(3):
             delays["ours"] += measure.echo([*ours, READ], 300, **self.process)
@@ -95,7 +95,7 @@ class Bench:
             },
             self.rounds * 2,
         )
-        self.row("`beaker --version` / `python -c pass`", *map(measure.median, got.values()), "ms", "<= 2.0", format=".1f")
+        self.row("`beaker --version` / `python -c pass`", *medians(got), "ms", "<= 2.0", format=".1f")
 
     def memory(self) -> None:
         self.idle(IDLE)
@@ -106,7 +106,9 @@ class Bench:
             if b"containerd-shim" in _cmdline(pid) and any(id.encode() in _cmdline(pid) for id in containers)
         ]  # fmt: skip
         per_session = measure.memory([pid for shim in shims for pid in measure.descendants(shim)]) / IDLE
-        self.row("memory of an idle session / of its `containerd-shim` alone", per_session, measure.memory(shims) / IDLE, "MiB", "", format=".1f")
+        shim = measure.memory(shims) / IDLE
+        what = "memory of an idle session / of its `containerd-shim` alone"
+        self.row(what, per_session, shim, "MiB", "", format=".1f")
         for name, process in (("executor", self.stack.executor), ("server", self.stack.server)):
             engine = measure.memory([self.stack.docker.pid])
             self.row(f"memory of the {name} / of `dockerd`", measure.memory([process.pid]), engine, "MiB", "")
@@ -123,6 +125,11 @@ class Bench:
         return ids
 
 
+def medians(results: dict[str, list[float]]) -> tuple[float, float]:
+    ours, peer = map(measure.median, results.values())
+    return ours, peer
+
+
 def _cmdline(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -131,7 +138,8 @@ def _cmdline(pid: int) -> bytes:
 
 
 def machine() -> str:
-    model = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.partition(":")[2].strip() for line in cpuinfo if line.startswith("model name")), "CPU")
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     versions = subprocess.run(["dockerd", "--version"], capture_output=True, text=True).stdout.strip()
     cgroups = "v2" if Path("/sys/fs/cgroup/cgroup.controllers").exists() else "v1"
@@ -143,13 +151,18 @@ def machine() -> str:
 
 def report(rows: list[tuple[str, str, str, str, str]], rounds: int) -> str:
     lines = [
-        "# Bench", "",
-        f"Written by `make bench` on {datetime.now(UTC):%Y-%m-%d}: medians of {rounds} rounds, ours and the peer's by turns,",
-        "the same Debian image, bridge network, in one run on one machine. Only the ratios carry over to another machine.", "",
-        f"Machine: {machine()}.", "",
-        "| what / its peer | ours | peer | ratio | aim |", "| --- | --- | --- | --- | --- |",
-        *(f"| {' | '.join(row)} |" for row in rows), "",
-    ]  # fmt: skip
+        "# Bench",
+        "",
+        f"Written by `make bench` on {datetime.now(UTC):%Y-%m-%d}: medians of {rounds} rounds, ours and the peer's by",
+        "turns, the same Debian image, bridge network, in one run on one machine. Only the ratios carry over to another.",
+        "",
+        f"Machine: {machine()}.",
+        "",
+        "| what / its peer | ours | peer | ratio | aim |",
+        "| --- | --- | --- | --- | --- |",
+        *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+    ]
     return "\n".join(lines)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pty
 import select
-import signal
 import statistics
 import subprocess
 import time
@@ -25,7 +24,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def alternate(subjects: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Measure each subject once a round, so that what else the machine does falls on all of them; a first round warms up."""
+    """Measure each subject once a round, so that what else the machine does falls on all; a first round warms up."""
     results: dict[str, list[float]] = {name: [] for name in subjects}
     for number in range(rounds + 1):
         for name, measure in subjects.items():
@@ -58,11 +57,14 @@ def terminal(command: Command, **process: object) -> Iterator[int]:
     os.close(slave)
     try:
         yield master
+        os.write(master, b"\n\x04")  # whatever still reads sees the end
+        drain(master)
+        popen.wait(10)
     finally:
         if popen.poll() is None:
-            popen.send_signal(signal.SIGTERM)
+            popen.kill()
         os.close(master)
-        popen.wait(30)
+        popen.wait(10)
 
 
 def read_until(master: int, mark: bytes, seconds: float = 60) -> int:
@@ -75,6 +77,15 @@ def read_until(master: int, mark: bytes, seconds: float = 60) -> int:
         total += len(data)
         seen = seen[-len(mark) :] + data
     return total
+
+
+def drain(master: int, quiet: float = 0.2) -> None:
+    """Read until nothing comes any more."""
+    while select.select([master], [], [], quiet)[0]:
+        try:
+            os.read(master, 1 << 16)
+        except OSError:  # EIO: the last process has closed its side
+            return
 
 
 def throughput(command: Command, size: int, **process: object) -> float:

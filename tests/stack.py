@@ -1,7 +1,7 @@
 """A whole system of its own in one directory: Docker Engine, server, executor, made-up GPUs, Unix users.
 
-For the end-to-end tests and the bench. Nothing here touches the machine's own Docker Engine, sockets or settings; all of
-it is gone after `close`. Needs root.
+For the end-to-end tests and the bench. Nothing here touches the machine's own Docker Engine, sockets or settings; all
+of it is gone after `close`. Needs root.
 """
 
 from __future__ import annotations
@@ -88,9 +88,14 @@ class User:
     @property
     def env(self) -> dict[str, str]:
         return {
-            "HOME": str(self.home), "USER": self.name, "LOGNAME": self.name, "PATH": os.environ["PATH"], "TERM": "xterm",
-            "BEAKER_SOCKET": str(self.stack.socket), "LANG": "C.UTF-8",
-        }  # fmt: skip
+            "HOME": str(self.home),
+            "USER": self.name,
+            "LOGNAME": self.name,
+            "PATH": os.environ["PATH"],
+            "TERM": "xterm",
+            "LANG": "C.UTF-8",
+            "BEAKER_SOCKET": str(self.stack.socket),
+        }
 
     def process(self) -> dict:
         """Keyword arguments that make `subprocess` run something as this user, from home."""
@@ -132,9 +137,11 @@ class Stack:
         self._write_settings(port, settings or {})
         log = root / "log"
         log.mkdir()
+        # A network of its own: neither the machine's Docker Engine nor another test's shares a bridge or a rule with it.
         self.docker = Process(
-            log / "dockerd", "unshare", "--net", "dockerd", "--data-root", str(root / "docker"), "--exec-root", str(root / "exec"),
-            "--pidfile", str(root / "docker.pid"), "--host", f"unix://{self.docker_socket}", "--live-restore",
+            log / "dockerd", "unshare", "--net", "dockerd", "--live-restore",
+            "--data-root", str(root / "docker"), "--exec-root", str(root / "exec"),
+            "--pidfile", str(root / "docker.pid"), "--host", f"unix://{self.docker_socket}",
         )  # fmt: skip
         self.server = Process(log / "server", str(BIN / "beaker-server"), "--config", str(self.config), "serve")
         self.executor = Process(log / "executor", str(BIN / "beaker-executor"), "--config", str(self.config))
@@ -159,9 +166,8 @@ class Stack:
         self.cdi.mkdir(exist_ok=True)
         inside = f"/dev/example{number}"
         edits = {"deviceNodes": [{"path": inside, "hostPath": str(device)}], "env": [f"EXAMPLE_GPU={number}"]}
-        specification = {
-            "cdiVersion": "0.5.0", "kind": "example.com/gpu", "devices": [{"name": str(number), "containerEdits": edits}],
-        }  # fmt: skip
+        named = {"name": str(number), "containerEdits": edits}
+        specification = {"cdiVersion": "0.5.0", "kind": "example.com/gpu", "devices": [named]}
         (self.cdi / f"gpu{number}.json").write_text(json.dumps(specification))
         return device
 
@@ -169,10 +175,9 @@ class Stack:
         self.docker.start()
         wait_for("Docker Engine", self.docker_socket.exists)
         wait_for("Docker Engine", lambda: self.docker_cli("version").returncode == 0)
-        subprocess.run(
-            [BIN / "beaker-server", "--config", self.config, "init", "--account", "root", "--token-file", self.admin_file,
-             "--executor-token-file", self.token_file], check=True, capture_output=True,
-        )  # fmt: skip
+        tokens = ["--token-file", self.admin_file, "--executor-token-file", self.token_file]
+        init = [BIN / "beaker-server", "--config", self.config, "init", "--account", "root", *tokens]
+        subprocess.run(init, check=True, capture_output=True)
         self.server.start()
         self.admin = Client(self.address, self.admin_file.read_text().strip())
         wait_for("the server", lambda: self.admin.whoami())

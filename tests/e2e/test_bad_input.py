@@ -11,7 +11,7 @@ import pytest
 
 from beaker_sessions.client import Client
 from tests.e2e.conftest import Tty
-from tests.stack import Stack, User, wait_for
+from tests.stack import BIN, Stack, User, wait_for
 
 CREATE = ("session", "create", "--gpus", "0")
 
@@ -107,15 +107,13 @@ def test_no_server(ada: User):
 def test_no_home(stack: Stack):
     carl = stack.user("beaker-carl")
     config = (carl.home / ".beaker" / "config.yml").read_bytes()
-    stack.config_for_carl = stack.root / "carl.yml"
-    stack.config_for_carl.write_bytes(config)
-    os.chown(stack.config_for_carl, carl.uid, carl.gid)
-    stack.config_for_carl.chmod(0o600)
+    elsewhere = stack.root / "carl.yml"
+    elsewhere.write_bytes(config)
+    os.chown(elsewhere, carl.uid, carl.gid)
+    elsewhere.chmod(0o600)
     moved = carl.home.with_name("moved")
     carl.home.rename(moved)
-    process = {**carl.process(), "cwd": "/", "env": {**carl.env, "BEAKER_CONFIG": str(stack.config_for_carl)}}
-    from tests.stack import BIN
-
+    process = {**carl.process(), "cwd": "/", "env": {**carl.env, "BEAKER_CONFIG": str(elsewhere)}}
     done = subprocess.run([BIN / "beaker", *CREATE, "--", "true"], capture_output=True, **process)
     assert done.returncode == 66
     assert str(carl.home).encode() in done.stderr
@@ -124,7 +122,7 @@ def test_no_home(stack: Stack):
     moved.rename(carl.home)
 
 
-def test_not_logged_in_asks_without_echo_and_saves(stack: Stack, ada: User, tty: type[Tty]):
+def test_not_logged_in_asks_without_echo_and_saves(ada: User, tty: type[Tty]):
     config = ada.home / ".beaker" / "config.yml"
     ada.beaker("config", "unset", "user_token")
     terminal = tty(ada, *CREATE, "--", "echo", "went-in")

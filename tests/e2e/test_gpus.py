@@ -46,7 +46,7 @@ def test_an_unclaimed_device_is_closed_even_by_its_number(ada: User, stack: Stac
     assert done.stdout in (b"1\n", b"13\n")  # EPERM by the cgroup, EACCES by nodev
 
 
-def test_two_share_nothing_and_the_third_waits_its_turn(stack: Stack, ada: User, bob: User, tty: type[Tty]):
+def test_two_share_nothing_and_the_third_waits_its_turn(ada: User, bob: User, tty: type[Tty]):
     first, second = tty(ada, "session", "create", "--name", "first"), tty(bob, "session", "create", "--name", "second")
     for terminal in (first, second):
         terminal.expect("with at least 1 GPU")
@@ -66,7 +66,7 @@ def test_two_share_nothing_and_the_third_waits_its_turn(stack: Stack, ada: User,
     assert job["limits"]["gpus"] == ["example.com/gpu=0"]
 
 
-def test_ctrl_c_gives_the_place_up(stack: Stack, ada: User, bob: User, tty: type[Tty]):
+def test_ctrl_c_gives_the_place_up(ada: User, bob: User, tty: type[Tty]):
     ada.beaker("session", "create", "--gpus", "2", "--detach", "--", "sleep", "1000")
     waiting = tty(bob, "session", "create")
     waiting.expect("0 free")

@@ -49,7 +49,7 @@ def test_the_exit_code_is_the_commands(ada: User, command: list[str], code: int)
 
 
 def test_one_is_oneself_at_home(ada: User):
-    script = "id -un; id -u; id -Gn; pwd; echo $HOME; touch from-inside; stat -c %U from-inside; sudo -n true || echo no root"
+    script = "id -un; id -u; id -Gn; pwd; echo $HOME; touch new; stat -c %U new; sudo -n true || echo no root"
     done = ada.beaker("session", "create", "--gpus", "0", "--", "bash", "-c", script)
     name, uid, groups, cwd, home, owner, root = done.stdout.decode().splitlines()
     assert (name, uid, cwd, home, owner, root) == (
@@ -61,7 +61,7 @@ def test_one_is_oneself_at_home(ada: User):
         "no root",
     )
     assert set(groups.split()) == {ada.name, "video", "games"}
-    assert (ada.home / "from-inside").stat().st_uid == ada.uid
+    assert (ada.home / "new").stat().st_uid == ada.uid
 
 
 def test_all_but_home_is_gone_afterwards(ada: User):
