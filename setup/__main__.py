@@ -11,7 +11,7 @@ from . import account, engine, environment, host, image, packages, removal, serv
 from .steps import Failed, Step, as_user, do, run
 
 SESSION = [
-    packages.step(packages.SESSION),
+    packages.step("system packages", packages.SESSION),
     environment.step(),
     engine.step,
     image.step(),
@@ -20,7 +20,7 @@ SESSION = [
     services.SERVER.step(),
     services.EXECUTOR.step(),
 ]
-TESTS = [packages.step(packages.SESSION | packages.TESTS), environment.step(dev=True)]
+TESTS = [packages.step("system packages for tests", packages.TESTS), environment.step(dev=True)]
 
 
 def session(*arguments: str) -> None:

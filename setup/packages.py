@@ -12,40 +12,62 @@ from .steps import Failed, Report, Step, command
 # package -> the program that proves it
 SESSION = {"docker.io": "dockerd", "mmdebstrap": "mmdebstrap"}
 TESTS = {
-    "busybox-static": "busybox",  # foreign images are made of it
+    **SESSION,
     "conmon": "conmon",
     "crun": "crun",
     "docker-registry": "docker-registry",
     "hyperfine": "hyperfine",
+    "iproute2": "ip",
+    "podman": "podman",
     "runc": "runc",
+    "skopeo": "skopeo",
     "tmux": "tmux",
 }
+_BUSYBOX = Path("/bin/busybox")
+_APPARMOR = Path("/sys/module/apparmor/parameters/enabled")
 
 
-def step(wanted: dict[str, str]) -> Step:
-    name = "system packages" if wanted is SESSION else "system packages for tests"
-    return Step(name, lambda: bool(_missing(wanted)), lambda report: _install(_missing(wanted), report))
+def step(name: str, wanted: dict[str, str]) -> Step:
+    def do(report: Report) -> str:
+        done = names = _missing(wanted)
+        while names:
+            _install(names, report)
+            names = [one for one in _missing(wanted) if one not in done]  # what shows only now
+            done = done + names
+        return f"installed {' '.join(done)}"
+
+    return Step(name, lambda: bool(_missing(wanted)), do)
 
 
 def _missing(wanted: dict[str, str]) -> list[str]:
     names = [package for package, program in wanted.items() if not host.which(program)]
-    if wanted is SESSION:
-        if not importlib.util.find_spec("ensurepip"):
-            names.append("python3-venv")
-        if not Path("/etc/ssl/certs/ca-certificates.crt").exists():
-            names.append("ca-certificates")
-        # With AppArmor in the kernel, Docker Engine refuses to start containers without its parser.
-        enabled = Path("/sys/module/apparmor/parameters/enabled")
-        if enabled.exists() and enabled.read_text().startswith("Y") and not host.which("apparmor_parser"):
-            names.append("apparmor")
+    if wanted is TESTS and "docker.io" not in names and not host.which("docker"):
+        names.append("docker-cli")  # a package of its own since Debian 13
+    if not _static(_BUSYBOX):
+        names.append("busybox-static")
+    if not importlib.util.find_spec("ensurepip"):
+        names.append("python3-venv")
+    if not Path("/etc/ssl/certs/ca-certificates.crt").exists():
+        names.append("ca-certificates")
+    # With AppArmor in the kernel, Docker Engine refuses to start containers without its parser.
+    if _APPARMOR.exists() and _APPARMOR.read_text().startswith("Y") and not host.which("apparmor_parser"):
+        names.append("apparmor")
     return names
 
 
-def _install(names: list[str], report: Report) -> str:
+def _static(program: Path) -> bool:
+    """Whether it is there and names no dynamic loader, whose path is in an ELF file's first page."""
+    try:
+        with program.open("rb") as file:
+            return b"/ld-" not in file.read(4096)
+    except OSError:
+        return False
+
+
+def _install(names: list[str], report: Report) -> None:
     if not host.which("apt-get"):
         raise Failed(f"these packages are missing, and there is no apt-get to install them: {' '.join(names)}")
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     apt = ["apt-get", "-q", "-o", "DPkg::Lock::Timeout=300"]
     command([*apt, "update"], report, env=environment)
     command([*apt, "install", "-y", "--no-install-recommends", *names], report, env=environment)
-    return f"installed {' '.join(names)}"
