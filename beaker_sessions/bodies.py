@@ -35,7 +35,7 @@ T = TypeVar("T", bound=pydantic.BaseModel)
 
 def _absent(value: Any) -> Any:
     if value:
-        raise ValueError("is not supported yet")
+        raise ValueError("not supported yet")
     return None
 
 
@@ -156,8 +156,9 @@ class AccountBody(Body):
 
 
 class TokenBody(Body):
-    """expiry: how long it lives. scope: never more than the account that asks may have."""
+    """expiry: how long it lives. scope: never more than the caller may. account: whose, for administrators."""
 
+    account: Name | None = None
     name: Line = ""
     scope: Literal["user", "executor", "admin"] = "user"
     expiry: Duration | None = None
@@ -273,14 +274,19 @@ def check(kind: type[T], data: Any) -> T:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise invalid(error.errors()) from None
+        raise invalid(error.errors(), of_session=kind is SessionBody) from None
 
 
-def invalid(errors: Any, at: int = 0) -> Error:
-    """The Error for pydantic's list of errors; `at` leading parts of each location are not shown."""
+def invalid(errors: Any, at: int = 0, of_session: bool = False) -> Error:
+    """The Error for pydantic's list of errors; `at` leading parts of each location are not shown.
+
+    of_session: they are about a `SessionBody` itself, whose fields people know as flags.
+    """
     first = errors[0]
     where = ".".join(str(part) for part in first["loc"][at:] if not str(part).startswith("function-"))
-    flag = FLAGS.get(where.removeprefix("session."), where or "the request")
+    field = where.removeprefix("session.")
+    flag = FLAGS.get(field, where) if of_session or field != where else where
+    flag = flag or "the request"
     if first["type"] == "extra_forbidden":
         return Error("invalid", f"{flag}: not a field of this request", "remove it: nothing would read it")
     if first["type"] == "missing":

@@ -74,8 +74,9 @@ class Client:
         """The account, with its first token in `token`."""
         return self._create("admin/users", body, key)
 
-    def list_tokens(self) -> JSON:
-        return self._json("GET", "auth/tokens")
+    def list_tokens(self, *, account: str | None = None) -> JSON:
+        """One's own tokens, or for administrators those of another account."""
+        return self._json("GET", "auth/tokens" + ("" if account is None else f"?account={_part(account)}"))
 
     def create_token(self, body: JSON | None = None, key: str = "") -> JSON:
         """Without a body: a new token for this one, which ends. With one: another token, of that name and scope."""

@@ -48,7 +48,7 @@ class Accounts(Rules):
 
         def make(rows: Rows) -> JSON:
             if ids.is_ulid(body.name):
-                raise Error("invalid", f"--name: {body.name!r} looks like an id", "choose another name")
+                raise Error("invalid", f"name: {body.name!r} looks like an id", "choose another name")
             if rows.account(body.name) is not None:
                 raise Error("conflict", f"there is an account {body.name!r} already", "choose another name")
             id = add_account(rows, body)
@@ -59,11 +59,14 @@ class Accounts(Rules):
 
         return self._with_token(self.once(caller, "create_account", body.model_dump(), make), token)
 
-    def list_tokens(self, caller: Caller) -> JSON:
-        """The caller's own tokens that still work, without the secrets, which nobody has."""
+    def list_tokens(self, caller: Caller, *, account: str | None = None) -> JSON:
+        """The caller's tokens that work, or for administrators another's; without the secrets, which nobody has."""
+        if account is not None:
+            caller.need_admin()
         with self.store.read() as rows:
-            own = rows.all(tables.tokens, account_id=caller.account_id, revoked=None)
-            return page([token_json(row) for row in own if row.expiry is None or row.expiry > rows.now])
+            id = caller.account_id if account is None else found(rows.account(account), "account", account).id
+            valid = rows.all(tables.tokens, account_id=id, revoked=None)
+            return page([token_json(row) for row in valid if row.expiry is None or row.expiry > rows.now])
 
     def create_token(self, caller: Caller, body: TokenBody | None = None) -> JSON:
         """Without a body, a token in place of the caller's, which ends; with one, another token beside it.
@@ -71,7 +74,7 @@ class Accounts(Rules):
         No token outlives the one that made it, unless that was an administrator's.
         """
         caller.need_user()
-        if body is not None and body.scope != "user":
+        if body is not None and (body.scope != "user" or body.account is not None):
             caller.need_admin()
         token = caller.new_token()
 
@@ -84,7 +87,9 @@ class Accounts(Rules):
                 expiry = None if body.expiry is None else rows.now + timedelta(seconds=body.expiry)
                 if asking.expiry is not None and not caller.admin:
                     expiry = min(expiry or asking.expiry, asking.expiry)
-                id = add_token(rows, caller.account_id, token, body.name, Scope(body.scope), expiry)
+                name = body.account or caller.account
+                account = found(rows.account(name), "account", name)
+                id = add_token(rows, account.id, token, body.name, Scope(body.scope), expiry)
             self.record(
                 rows, caller, "create_token", id, scope=body.scope if body else asking.scope, rotated=body is None
             )

@@ -28,7 +28,7 @@ class Nodes(Rules):
         def make(rows: Rows) -> JSON:
             organization = found(rows.organization(org), "organization", org)
             if body.name == "nodes" or ids.is_ulid(body.name):
-                raise Error("invalid", f"--name: {body.name!r} is not free for clusters", "choose another name")
+                raise Error("invalid", f"name: {body.name!r} is not free for clusters", "choose another name")
             if rows.clusters(full_name=f"{organization.name}/{body.name}"):
                 raise Error("conflict", f"there is a cluster {organization.name}/{body.name} already", "choose another")
             id = add_cluster(rows, organization.id, body)

@@ -96,14 +96,15 @@ def list_members(does: Does, who: Who, org: str) -> JSON:
 
 
 @router.get("/auth/tokens")
-def list_tokens(does: Does, who: Who) -> JSON:
-    return does.list_tokens(who)
+def list_tokens(does: Does, who: Who, account: str | None = None) -> JSON:
+    return does.list_tokens(who, account=account)
 
 
 @router.post("/auth/tokens", status_code=201)
 def create_token(does: Does, who: Who, response: Response, body: b.TokenBody | None = None) -> JSON:
     answer = does.create_token(who, body)
-    response.set_cookie("User-Token", answer["token"], path="/", httponly=True, samesite="strict")
+    if body is None or body.account is None:
+        response.set_cookie("User-Token", answer["token"], path="/", httponly=True, samesite="strict")
     return answer
 
 

@@ -64,6 +64,20 @@ def test_a_new_token_replaces_the_old_one(server: SimpleNamespace) -> None:
     assert server.client(new["token"]).whoami()["name"] == "ann"
 
 
+def test_administrator_helps_who_lost_a_token(server: SimpleNamespace) -> None:
+    root, ann = server.client(server.admin), server.client(server.ann)
+    for mere in (ann.list_tokens, lambda account: ann.create_token({"account": account})):
+        assert code(mere, account="bob") == "forbidden"
+    [lost] = root.list_tokens(account="ann")["data"]
+    root.revoke_token(lost["id"])
+    assert code(ann.whoami) == "unauthorized"
+    new = root.create_token({"account": "ann", "name": "again"}, key="k")
+    me = server.client(new["token"]).whoami()
+    assert (me["name"], me["scope"]) == ("ann", "user")
+    assert root.create_token({"account": "ann", "name": "again"}, key="k") == new
+    assert code(root.create_token, {"account": "nobody"}) == "not_found"
+
+
 def test_tokens_are_not_in_the_database(server: SimpleNamespace, tmp_path: Path) -> None:
     made = server.client(server.admin).create_account({"name": "carl"}, key="k")["token"]
     server.service.store.close()
