@@ -115,7 +115,7 @@ class FakeSandboxes:
             process.end(CODES[process.command[0]])
 
     def resize(self, id: str, size: tuple[int, int], process: str = "") -> None:
-        (self._execs[id, process] if process else self._process(id)).size = size
+        (self._exec(id, process) if process else self._process(id)).size = size
 
     def exec(
         self, id: str, command: tuple[str, ...], *, env: Mapping[str, str], identity: Identity, workdir: str,
@@ -133,9 +133,7 @@ class FakeSandboxes:
         return handle, terminal
 
     def exec_exit(self, id: str, handle: str) -> int:
-        process = self._execs.get((id, handle))
-        if process is None:
-            raise Error("not_found", f"the session {id} has no process {handle}")
+        process = self._exec(id, handle)
         process.end(0)
         return process.code or 0
 
@@ -173,7 +171,14 @@ class FakeSandboxes:
             raise Error("not_found", f"there is no sandbox {id}")
         return self._processes[id]
 
+    def _exec(self, id: str, handle: str) -> _Process:
+        if (id, handle) not in self._execs:
+            raise Error("not_found", f"the session {id} has no process {handle}")
+        return self._execs[id, handle]
+
     def _ended(self, id: str) -> None:
+        for process in [process for (session, _), process in self._execs.items() if session == id]:
+            process.end(137)
         code = self._processes[id].code if id in self._processes else 137
         if id in self._found:
             now = datetime.now(UTC)

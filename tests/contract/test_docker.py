@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ import yaml
 
 from beaker_sessions.errors import Error
 from beaker_sessions.model import Pull
-from beaker_sessions.sandbox import LABEL_OWNER, Progress
-from beaker_sessions.sandbox.docker import images
+from beaker_sessions.sandbox import LABEL_OWNER, Progress, Status
+from beaker_sessions.sandbox.docker import config, images
 from beaker_sessions.sandbox.docker.driver import DockerSandboxes
 from tests.conftest import inside_network
 
@@ -196,3 +197,35 @@ def _push(lab: DockerLab, registry: str) -> None:
     lab.engine.call("DELETE", f"/images/{name}:1")
     lab.engine.call("DELETE", f"/images/alpine:{lab.tag}")
     del lab.known["alpine"]
+
+
+def test_create_that_was_interrupted_can_be_repeated(docker_lab: DockerLab) -> None:
+    maker = Maker(docker_lab)
+    spec = maker.spec("true")
+    (docker_lab.state / spec.id / "inside").mkdir(parents=True)
+    (docker_lab.state / spec.id / "inside/gate").touch()
+    maker.start(spec).read()
+    assert maker.exit_code(spec.id) == 0
+    maker.close()
+
+
+def test_start_that_was_interrupted_runs_nothing_until_it_is_completed(docker_lab: DockerLab) -> None:
+    maker = Maker(docker_lab)
+    spec = maker.spec("stty", "size", image="debian", tty=True)
+    docker_lab.sandboxes.create(spec)
+    stream = maker.stream(docker_lab.sandboxes.attach(spec.id, replay=False))
+    docker_lab.engine.call("POST", f"/containers/{config.name(spec.id)}/start")
+    maker.wait(spec.id, Status.RUNNING)
+    docker_lab.again().start(spec.id, (43, 143))
+    assert stream.read() == b"43 143\r\n"
+    assert maker.exit_code(spec.id) == 0
+    maker.close()
+
+
+def test_many_at_once(docker_lab: DockerLab) -> None:
+    maker = Maker(docker_lab)
+    docker_lab.image("alpine")
+    with ThreadPoolExecutor(6) as threads:
+        results = list(threads.map(lambda n: maker.run("sh", "-c", f"echo {n}; exit {n}"), range(12)))
+    assert results == [(n, b"%d\n" % n, b"") for n in range(12)]
+    maker.close()
