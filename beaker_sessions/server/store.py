@@ -191,7 +191,7 @@ class Store:
             cause = getattr(error, "orig", None) or error
             reason = getattr(cause, "sqlite_errorname", None) or getattr(cause, "sqlstate", None) or str(cause)
             log.error("database: %s: %s", reason, cause)
-            hint = "nothing was changed; try again, and if it stays so, see the server's log"
+            hint = "try again: nothing is done twice; if it stays so, see the server's log"
             raise Error("unavailable", f"the server's database does not answer: {reason}", hint) from error
 
 
