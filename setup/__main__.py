@@ -16,8 +16,8 @@ SESSION = [
     engine.step,
     image.step(),
     services.settings,
-    account.step,
     services.SERVER.step(),
+    account.step,  # asks the server whether a token that is there is valid; the executor needs one of its own
     services.EXECUTOR.step(),
 ]
 TESTS = [packages.step("system packages for tests", packages.TESTS), environment.step(dev=True)]

@@ -5,7 +5,6 @@ The command line's own code reads and writes that file, as that user: here is no
 
 from __future__ import annotations
 
-import http.client
 import os
 import subprocess
 import sys
@@ -27,10 +26,7 @@ def _missing() -> bool:
         return True
     if address and address != services.address():
         return False  # a user of another server, which only that server can judge
-    try:
-        return services.ask("/api/v3/user", token) == 401
-    except (OSError, http.client.HTTPException):
-        return False  # the server has not been started yet, and the token is there
+    return services.ask("/api/v3/user", token) == 401
 
 
 def _make(_report: Report) -> str:

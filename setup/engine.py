@@ -91,15 +91,15 @@ def _start(report: Report) -> str:
     return f"started, log {daemon.log('dockerd')}"
 
 
-def stop() -> str | None:
-    """Stop the engine if set-up started it, its sessions' containers before it: what was stopped, or None."""
+def stop() -> int | None:
+    """Stop the engine if set-up started it, its sessions' containers before it: their number, or None if it did not."""
     if not daemon.pid("dockerd"):
         return None
     sessions = containers() if running() else []
     for container in sessions:
         call("POST", f"/containers/{container}/stop?t=10")
     daemon.stop("dockerd")
-    return f"Docker Engine{f', and with it {len(sessions)} running sessions' if sessions else ''}"
+    return len(sessions)
 
 
 def containers(stopped: bool = False) -> list[str]:

@@ -11,26 +11,18 @@ from . import engine, host, services
 
 def down() -> None:
     """Stop executor, server, and Docker Engine if set-up started it; only the last ends sessions."""
-    running = engine.containers() if engine.running() else []
-    for service in (services.EXECUTOR, services.SERVER):
-        if service.stop(_say):
-            _say(f"stopped the {service.description}")
-    stopped = engine.stop()
-    if stopped:
-        _say(f"stopped {stopped}")
-    elif running:
-        _say(f"{len(running)} sessions run on, for Docker Engine is not ours to stop; `make session` finds them again")
+    _stop_services()
+    _stop_engine()
 
 
 def clean() -> None:
     """Stop everything, and remove sessions' containers, state, logs, tokens, units, and the checkout's built parts."""
-    for service in (services.EXECUTOR, services.SERVER):  # first, so that nothing is made anew
-        service.stop(_say)
+    _stop_services()  # first, so that nothing is made anew
     if engine.running():
         for container in engine.containers(stopped=True):
             engine.call("DELETE", f"/containers/{container}?force=1&v=1")
             _say(f"removed container {container[:12]}")
-    down()
+    _stop_engine()
     if services.SETTINGS.exists() and services.SETTINGS.read_bytes() == services.EXAMPLE.read_bytes():
         _remove(services.SETTINGS)
     for file in (*host.ETC.glob("*.token"), *(service.unit for service in (services.SERVER, services.EXECUTOR))):
@@ -39,6 +31,24 @@ def clean() -> None:
         _remove(directory)
     if host.ETC.is_dir() and not any(host.ETC.iterdir()):
         host.ETC.rmdir()
+
+
+def _stop_services() -> None:
+    for service in (services.EXECUTOR, services.SERVER):
+        if service.stop(_say):
+            _say(f"stopped the {service.description}")
+
+
+def _stop_engine() -> None:
+    stopped = engine.stop()
+    if stopped is not None:
+        _say(f"stopped Docker Engine, and with it {_count(stopped)}" if stopped else "stopped Docker Engine")
+    elif engine.running() and (left := len(engine.containers())):
+        _say(f"{_count(left)} still running: Docker Engine is not ours to stop; `make session` finds them again")
+
+
+def _count(sessions: int) -> str:
+    return f"{sessions} session{'s' * (sessions != 1)}"
 
 
 def _remove(path: Path) -> None:
