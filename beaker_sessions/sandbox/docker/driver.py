@@ -263,6 +263,10 @@ def _path(id: str) -> str:
 def _found(container: Mapping[str, Any]) -> Found:
     state = container["State"]
     status = STATUSES.get(state["Status"], Status.EXITED)
+    started, finished = _time(state["StartedAt"]), _time(state["FinishedAt"])
+    if started and finished:
+        # The engine notes the start only after it, by when a short command has ended.
+        finished = max(started, finished)
     return Found(
         id=container["Config"]["Labels"][LABEL],
         labels=container["Config"]["Labels"],
@@ -270,8 +274,8 @@ def _found(container: Mapping[str, Any]) -> Found:
         pid=state["Pid"] if status is Status.RUNNING else 0,
         exit_code=state["ExitCode"] if status is Status.EXITED else None,
         oom=state["OOMKilled"],
-        started=_time(state["StartedAt"]),
-        finished=_time(state["FinishedAt"]) if status is Status.EXITED else None,
+        started=started,
+        finished=finished if status is Status.EXITED else None,
     )
 
 
