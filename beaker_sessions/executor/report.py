@@ -136,16 +136,25 @@ class Reporter:
         return replace(free, gpus=max(free.gpus, 0), cpus=max(free.cpus, 0.0), memory=max(free.memory, 0))
 
     def _report(self, client: Client) -> None:
-        node = self.ledger.fact("node") or ""
         while changed := self.ledger.unreported():
             for session in changed:
                 output = self.lifecycle.output / session.id
-                client.report_job(session.id, wire.job(session, node=node, cluster=self.settings.cluster))
-                if session.state == State.FINALIZED and output.exists():
-                    client.put_logs(session.id, output.read_bytes())
+                try:
+                    self._send(client, session, output)
+                except Error as error:
+                    if error.code not in ("invalid", "not_found"):
+                        raise
+                    # It would be refused for ever, and hold up all that follow.
+                    log.error("the server refuses session %s, which it will not know of: %s", session.id, error)
                 self.ledger.reported(session.id, session.revision)
                 if session.state == State.FINALIZED:
                     output.unlink(missing_ok=True)  # the server has it now
+
+    def _send(self, client: Client, session: Session, output: Path) -> None:
+        node = self.ledger.fact("node") or ""
+        client.report_job(session.id, wire.job(session, node=node, cluster=self.settings.cluster))
+        if session.state == State.FINALIZED and output.exists():
+            client.put_logs(session.id, output.read_bytes())
 
     def _take(self, job: dict[str, Any]) -> None:
         """Queue a session that was created at the server. One that cannot run here ends at once, saying why."""

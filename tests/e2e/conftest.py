@@ -14,7 +14,7 @@ import pytest
 
 from tests.stack import BIN, Stack, User
 
-PROMPT = r"[$#] $"
+PROMPT = r"[$#] (\x1b\[K)?$"  # readline clears the rest of a line that it draws again
 
 
 @pytest.fixture(scope="session")
