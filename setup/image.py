@@ -31,7 +31,8 @@ _STAMP = host.RUN / "setup/image"  # for users who may not ask the engine; gone 
 
 
 def step(base: str = "", name: str = NAME) -> Step:
-    return Step("default image", lambda: not _current(name, _key(base)), lambda report: _build(base, name, report))
+    title = "default image" if name == NAME else f"image {name}"
+    return Step(title, lambda: not _current(name, _key(base)), lambda report: _build(base, name, report))
 
 
 def _current(name: str, key: str) -> bool:
@@ -69,6 +70,7 @@ def _files() -> Iterator[tuple[str, bytes]]:
 
 def _build(base: str, name: str, report: Report) -> str:
     key = _key(base)
+    status, former = engine.call("GET", f"/images/{name}/json")
     if _label(name) != key:  # else only the stamp was missing
         started = base or _bootstrap(report)
         parameters = {
@@ -81,6 +83,8 @@ def _build(base: str, name: str, report: Report) -> str:
         }
         for event in engine.stream("POST", f"/build?{urlencode(parameters)}", _context()):
             report(event.get("stream") or event.get("status") or "")
+        if status == 200:
+            engine.call("DELETE", f"/images/{former['Id']}")  # refused, and rightly, while a session runs from it
     _, image = engine.call("GET", f"/images/{name}/json")
     host.write(_STAMP, key)
     return f"{name}, {image['Size'] / 1e6:.0f} MB"
