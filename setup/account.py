@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from . import host, services
+from . import daemon, host, services
 from .steps import Failed, Report, Step, as_user, command
 
 EXECUTOR_TOKEN = host.ETC / "executor.token"
@@ -29,7 +29,7 @@ def _missing() -> bool:
     return services.ask("/api/v3/user", token) == 401
 
 
-def _make(_report: Report) -> str:
+def _make(report: Report) -> str:
     caller = host.caller()
     address, token = _configured()
     if token and address and address != services.address():
@@ -40,7 +40,8 @@ def _make(_report: Report) -> str:
     with tempfile.TemporaryDirectory() as directory:  # root's, mode 0700
         file = Path(directory, "token")
         program = [str(host.VENV / "bin/beaker-server"), "init", "--account", caller.pw_name]
-        command([*program, "--token-file", str(file), "--executor-token-file", str(EXECUTOR_TOKEN)], _report)
+        program += ["--token-file", str(file), "--executor-token-file", str(EXECUTOR_TOKEN)]
+        command(program, report, env=daemon.environment())
         EXECUTOR_TOKEN.chmod(0o600)
         _as_caller(_SAVE, services.address(), stdin=file.read_text())
     return f"made {caller.pw_name}, token in {os.environ.get('BEAKER_CONFIG') or '~/.beaker/config.yml'}"

@@ -15,16 +15,20 @@ from . import host
 from .steps import Failed
 
 
-def start(name: str, argv: list[str]) -> int:
-    """Start a program in a session of its own, its output appended to its log: the pid."""
-    host.LOGS.mkdir(parents=True, exist_ok=True)
-    environment = {
+def environment() -> dict[str, str]:
+    """What root's own programs see: nothing of the user who happens to start them but the way to the network."""
+    return {
         "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "HOME": "/root",
         "LANG": "C.UTF-8",
-        "PYTHONDONTWRITEBYTECODE": "1",  # root's files in the checkout of its owner
+        "PYTHONDONTWRITEBYTECODE": "1",  # they would be root's files, in the checkout of its owner
         **{key: value for key, value in os.environ.items() if key in host.PROXIES},
     }
+
+
+def start(name: str, argv: list[str]) -> int:
+    """Start a program in a session of its own, its output appended to its log: the pid."""
+    host.LOGS.mkdir(parents=True, exist_ok=True)
     with open(log(name), "ab") as output:
         process = subprocess.Popen(
             argv,
@@ -32,7 +36,7 @@ def start(name: str, argv: list[str]) -> int:
             stdout=output,
             stderr=output,
             cwd="/",
-            env=environment,
+            env=environment(),
             start_new_session=True,
         )
     host.write(_file(name), f"{process.pid} {host.start_time(process.pid)}\n")
