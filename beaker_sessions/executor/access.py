@@ -21,7 +21,8 @@ from ..client import Client
 from ..errors import Error
 from .ledger import Ledger
 
-PATIENCE = 5.0  # seconds that the server is given to answer
+PATIENCE = 3.0  # seconds that the server is given to answer
+AWAY = 10.0  # seconds that a server which did not answer is left alone, so that nobody here waits for it each time
 FRESH = 4.0  # seconds that the server's word on a token is good for: a revoked one is refused within 5 s
 LATELY = timedelta(days=7)  # how long an account seen by the server may start sessions while the server is away
 
@@ -63,6 +64,7 @@ class Access:
     def __init__(self, ledger: Ledger, address: str, accounts: Mapping[str, str]) -> None:
         self._ledger, self._address, self._accounts = ledger, address, accounts
         self._known: dict[str, tuple[float, dict]] = {}
+        self._away_until = 0.0
         self._lock = threading.Lock()
 
     def account(self, token: str) -> dict:
@@ -81,6 +83,11 @@ class Access:
             checked, account = self._known.get(digest, (0.0, {}))
         if account and time.monotonic() - checked < FRESH:
             return account
+        remembered = self._ledger.vouched(digest)
+        if remembered and datetime.now(UTC) - remembered[1] > LATELY:
+            remembered = None
+        if remembered and time.monotonic() < self._away_until:
+            return remembered[0]
         try:
             with closing(Client(self._address, token, PATIENCE)) as client:
                 account = client.whoami()
@@ -90,9 +97,9 @@ class Access:
                     self._known.pop(digest, None)
                 self._ledger.refuse(digest)
                 raise
-            remembered = self._ledger.vouched(digest)
-            if error.code != "unavailable" or not remembered or datetime.now(UTC) - remembered[1] > LATELY:
+            if error.code != "unavailable" or not remembered:
                 raise
+            self._away_until = time.monotonic() + AWAY
             return remembered[0]
         with self._lock:
             known_before = digest in self._known

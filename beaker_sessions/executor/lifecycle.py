@@ -44,6 +44,7 @@ class Lifecycle:
         self.ready = threading.Event()  # the first reconcile is done: what runs here is known
         self._busy: set[str] = set()  # sessions that a thread of ours starts or cleans up right now
         self._lock = threading.Lock()
+        self._reconciling = threading.Lock()
         sessions.cordon("start", "the executor is starting")
         sessions.on_start = lambda id: self._spawn(id, self._start)
         sessions.on_exit = lambda id: self._spawn(id, self._clean_up)
@@ -170,7 +171,8 @@ class Lifecycle:
             if output:
                 (self.output / id).write_bytes(output)
         except (Error, OSError) as error:
-            log.warning("the output of session %s could not be kept: %s", id, error)
+            if not isinstance(error, Error) or error.code != "not_found":  # it never came to be
+                log.warning("the output of session %s could not be kept: %s", id, error)
         since = time.monotonic()
         while True:
             try:
@@ -187,12 +189,16 @@ class Lifecycle:
     # -- watching
 
     def _watch(self) -> None:
+        trouble = ""
         while True:
             try:
                 for id in self.sandboxes.watch():
                     self._examine({id}) if id else self.reconcile()
+                    trouble = ""
             except Error as error:
-                log.warning("the container engine is not there: %s", error)
+                if str(error) != trouble:
+                    trouble = str(error)
+                    log.warning("the container engine is not there: %s", error)
             except Exception:
                 log.exception("watching failed")
             time.sleep(0.5)
@@ -222,6 +228,10 @@ class Lifecycle:
 
     def reconcile(self) -> None:
         """Compare the ledger with what exists, and mend each difference. Safe to call at any time."""
+        with self._reconciling:
+            self._reconcile()
+
+    def _reconcile(self) -> None:
         known = self.sessions.live()  # before the list: what ran then must be in it
         exists = {found.id: found for found in self.sandboxes.list()}
         for session in known:
