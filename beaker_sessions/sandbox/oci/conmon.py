@@ -10,7 +10,6 @@ import contextlib
 import io
 import json
 import os
-import select
 import socket
 import subprocess
 import time
@@ -19,12 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import Error
+from .processes import readable
 
-LOG_SIZE = 8 << 20  # bytes of a log file, of which there are two
-REPLAY = 64 << 10  # bytes of recent output that an attach shows
+LOG_SIZE = 1 << 30  # bytes of a log after which conmon forgets it, should no executor be there to trim it before
 PACKET = 32 << 10  # the longest packet that conmon takes
 START = 30.0  # seconds in which a runtime must have made a container
-PAUSE = 0.0005
 
 
 @dataclass(frozen=True)
@@ -43,25 +41,29 @@ def create(runtime: Runtime, id: str, directory: Path, *, tty: bool, stdin: bool
     arguments = ["--log-path", f"k8s-file:{directory}/log", "--log-size-max", str(LOG_SIZE), "--no-sync-log"]
     # With a terminal, who leaves may come back; a pipe that was closed is at its end.
     arguments += ["--terminal", "--stdin", "--leave-stdin-open"] if tty else ["--stdin"] if stdin else []
-    with _pipe() as (reader, writer):
-        _run(runtime, id, directory, arguments, {"_OCI_SYNCPIPE": writer})
+    with _pipe() as (reader, writer), _short(directory) as short:
+        _run(runtime, id, directory, short, arguments, {"_OCI_SYNCPIPE": writer})
         writer.close()
         init = _answer(reader, f"{Path(runtime.path).name} create")
     return int((directory / "conmon.pid").read_text()), init
 
 
-def execute(
-    runtime: Runtime, id: str, directory: Path, *, tty: bool, stdin: bool
-) -> tuple[int, socket.socket]:
+def execute(runtime: Runtime, id: str, directory: Path, *, tty: bool, stdin: bool) -> tuple[int, socket.socket]:
     """Run the process described in `process.json` of a directory in a container: conmon's pid and the streams.
 
     The process starts only after the streams are connected, so that nothing of its output is lost.
     """
     arguments = ["--exec", "--exec-attach", "--exec-process-spec", f"{directory}/process.json", "--log-path", "none"]
     arguments += ["--terminal", "--stdin", "--leave-stdin-open"] if tty else ["--stdin"] if stdin else []
-    with _pipe() as (synced, sync), _pipe() as (attached, attach), _pipe() as (begun, begin):
+    with (
+        _pipe() as (synced, sync),
+        _pipe() as (attached, attach),
+        _pipe() as (begun, begin),
+        _short(directory) as short,
+    ):
         begin.write(b"\0")
-        _run(runtime, id, directory, arguments, {"_OCI_SYNCPIPE": sync, "_OCI_ATTACHPIPE": attach, "_OCI_STARTPIPE": begun})
+        pipes = {"_OCI_SYNCPIPE": sync, "_OCI_ATTACHPIPE": attach, "_OCI_STARTPIPE": begun}
+        _run(runtime, id, directory, short, arguments, pipes)
         for pipe in (sync, attach, begun):
             pipe.close()
         _answer(attached, "conmon --exec")
@@ -77,16 +79,13 @@ def execute(
 
 def connect(directory: Path) -> socket.socket:
     """A connection to the streams. Raises ConnectionRefusedError or FileNotFoundError when conmon has ended."""
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-    fd = os.open(directory, os.O_PATH | os.O_CLOEXEC)
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        # By descriptor, because an address holds no more than 107 bytes.
-        connection.connect(f"/proc/self/fd/{fd}/attach")
+        with _short(directory) as short:
+            connection.connect(f"{short}/attach")
     except BaseException:
         connection.close()
         raise
-    finally:
-        os.close(fd)
     return connection
 
 
@@ -109,34 +108,39 @@ def resize(directory: Path, size: tuple[int, int]) -> None:
 
 
 def _run(
-    runtime: Runtime, id: str, directory: Path, arguments: Sequence[str], pipes: Mapping[str, io.FileIO]
+    runtime: Runtime, id: str, directory: Path, short: str, arguments: Sequence[str], pipes: Mapping[str, io.FileIO]
 ) -> None:
-    """Run conmon until it has gone to the background."""
-    own = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Run conmon until it has gone to the background. short: of the directory, for sockets made in it."""
+    command = [
+        "conmon", "--api-version", "1", "--cid", id, "--cuuid", id, "--name", id, "--bundle", str(directory),
+        "--runtime", runtime.path, "--runtime-arg", f"--root={runtime.root}", "--full-attach",
+        "--persist-dir", str(directory), "--conmon-pidfile", f"{directory}/conmon.pid",
+        "--container-pidfile", f"{directory}/init.pid", "--log-level", "error", *arguments,
+    ]  # fmt: skip
+    environment = {
+        "PATH": os.environ.get("PATH", os.defpath),
+        "TMPDIR": short,
+        **{name: str(pipe.fileno()) for name, pipe in pipes.items()},
+    }
+    descriptors = [pipe.fileno() for pipe in pipes.values()]
     try:
-        environment = {
-            "PATH": os.environ.get("PATH", os.defpath),
-            # Where conmon makes a socket for a moment; by descriptor, because its address must be short.
-            "TMPDIR": f"/proc/{os.getpid()}/fd/{own}",
-            **{name: str(pipe.fileno()) for name, pipe in pipes.items()},
-        }
-        command = [
-            "conmon", "--api-version", "1", "--cid", id, "--cuuid", id, "--name", id, "--bundle", str(directory),
-            "--runtime", runtime.path, "--runtime-arg", f"--root={runtime.root}", "--full-attach",
-            "--persist-dir", str(directory), "--conmon-pidfile", f"{directory}/conmon.pid",
-            "--container-pidfile", f"{directory}/init.pid", "--log-level", "error", *arguments,
-        ]  # fmt: skip
-        descriptors = [pipe.fileno() for pipe in pipes.values()]
-        try:
-            done = subprocess.run(
-                command, env=environment, pass_fds=descriptors, stdin=subprocess.DEVNULL, capture_output=True
-            )
-        except FileNotFoundError as error:
-            raise Error("unavailable", "conmon is not installed", "apt-get install conmon") from error
-    finally:
-        os.close(own)
+        done = subprocess.run(
+            command, env=environment, pass_fds=descriptors, stdin=subprocess.DEVNULL, capture_output=True, check=False
+        )
+    except FileNotFoundError as error:
+        raise Error("unavailable", "conmon is not installed", "apt-get install conmon") from error
     if done.returncode != 0:
         raise Error("internal", f"conmon ended with {done.returncode}: {done.stderr.decode(errors='replace').strip()}")
+
+
+@contextlib.contextmanager
+def _short(directory: Path) -> Iterator[str]:
+    """Another name of a directory, because the address of a socket holds no more than 107 bytes."""
+    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/{os.getpid()}/fd/{fd}"
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager
@@ -151,7 +155,7 @@ def _answer(pipe: io.FileIO, what: str) -> int:
     line = b""
     deadline = time.monotonic() + START
     while not line.endswith(b"\n"):
-        if not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        if not readable(pipe.fileno(), deadline - time.monotonic()):
             raise Error("internal", f"{what} took more than {START:.0f} seconds")
         if not (chunk := pipe.read(65536)):
             raise Error("internal", f"{what} failed without a word")
@@ -167,3 +171,10 @@ def _message(text: str) -> str:
     """The last line of a runtime's complaint, which is in logfmt or plain."""
     lines = text.strip().splitlines() or ["without a word"]
     return lines[-1].partition("level=error msg=")[2].strip('"') or lines[-1]
+
+
+def ended() -> socket.socket:
+    """A connection like one to a conmon that has ended: nothing comes, and nothing can be said."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.close()
+    return ours

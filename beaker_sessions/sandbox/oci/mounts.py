@@ -1,7 +1,7 @@
 """Mounts by system call: idmapped layers, overlays and binds whose paths cannot lead out of a root.
 
-Owns: the calls that Python lacks (mount(2), open_tree(2), mount_setattr(2), move_mount(2), openat2(2)). Knows nothing of
-sessions. Failures are OSError with the errno; the driver translates.
+Owns: the calls that Python lacks (mount(2), open_tree(2), mount_setattr(2), move_mount(2), openat2(2)). Knows nothing
+of sessions. Failures are OSError with the errno; the driver translates.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ OPEN_TREE, MOVE_MOUNT, OPENAT2, MOUNT_SETATTR = 428, 429, 437, 442
 AT_FDCWD, AT_EMPTY_PATH, AT_RECURSIVE = -100, 0x1000, 0x8000
 OPEN_TREE_CLONE = 1
 MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = 0x04, 0x40
-ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV, ATTR_IDMAP = 0x1, 0x2, 0x4, 0x100000
+ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV, ATTR_NOEXEC, ATTR_IDMAP = 0x1, 0x2, 0x4, 0x8, 0x100000
 MS_NOSUID, MS_NODEV, MS_BIND, MS_PRIVATE = 2, 4, 4096, 1 << 18
 MNT_DETACH = 2
 RESOLVE_NO_MAGICLINKS, RESOLVE_IN_ROOT = 0x02, 0x10
@@ -122,12 +122,13 @@ def make(root: int, path: str, owner: tuple[int, int], *, directory: bool) -> in
     return at
 
 
-def overlay(target: Path, layers: Iterable[Path], base: Path, userns: int) -> None:
+def overlay(target: Path, layers: Iterable[Path], base: Path, userns: int = -1) -> None:
     """Mount a writable overlay at target over image layers, topmost first.
 
     base: a directory with `upper` and `work`, where `lower` is made. userns: of the id map that the layers are seen
-    through. The layers' own mounts are gone when this returns: an overlay keeps copies of its own. Nothing is synced to
-    disk (`volatile`), because nothing here is to outlive a crash of the machine. Device files have no effect.
+    through, none by default. The layers' own mounts are gone when this returns: an overlay keeps copies of its own.
+    Nothing is synced to disk (`volatile`), because nothing here is to outlive a crash of the machine. Device files have
+    no effect.
     """
     lower = base / "lower"
     lower.mkdir()
@@ -143,6 +144,9 @@ def overlay(target: Path, layers: Iterable[Path], base: Path, userns: int) -> No
             ):
                 attach(tree, point)
             names.append(str(number))
+        if not names:  # an image may be empty, an overlay has a layer
+            (lower / "0").mkdir()
+            names = ["0"]
         with opened(os.open(lower, os.O_PATH)) as below, opened(os.open(base, os.O_PATH)) as own:
             # By descriptor: mount(2) takes one page of options, and a path could hold a colon or a comma.
             lowers = ":".join(f"/proc/self/fd/{below}/{name}" for name in names)
@@ -158,12 +162,13 @@ def user_namespace(ids: IdMap, gids: IdMap) -> int:
     # A process of its own: a fork of this one, which has threads, could not safely run Python. Its echo says that it
     # has changed its namespace.
     with subprocess.Popen(["unshare", "--user", "--", "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdin and process.stdout
+        assert process.stdin
+        assert process.stdout
         process.stdin.write(b"\n")
         process.stdin.flush()
         if process.stdout.read(1) != b"\n":
             raise OSError("unshare --user failed")
         for kind, entries in (("uid", ids), ("gid", gids)):
             with open(f"/proc/{process.pid}/{kind}_map", "w") as file:
-                file.write("".join("%d %d %d\n" % entry for entry in entries))
+                file.write("".join(f"{inside} {outside} {count}\n" for inside, outside, count in entries))
         return os.open(f"/proc/{process.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)

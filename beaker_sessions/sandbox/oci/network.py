@@ -114,12 +114,15 @@ class Network:
             except (Error, OSError) as error:
                 self.drop(path.name)
                 if attempt == 2:
-                    raise Error("unavailable", f"no network for the session: {error}", "beaker executor doctor") from error
+                    raise Error(
+                        "unavailable", f"no network for the session: {error}", "beaker executor doctor"
+                    ) from error
         raise Error("unavailable", f"all addresses of {network} are in use", "stop some sessions")
 
     def _populate(self, path: Path, network: ipaddress.IPv4Network) -> None:
         # A thread can change its network namespace alone, and is of no other use afterwards.
-        thread = threading.Thread(target=_namespace, args=[path, failures := []])
+        failures: list[Exception] = []
+        thread = threading.Thread(target=_namespace, args=[path, failures])
         thread.start()
         thread.join()
         if failures:
@@ -164,12 +167,11 @@ class Network:
         return network
 
     def _address(self) -> ipaddress.IPv4Network | None:
-        done = subprocess.run(
-            ["ip", "-4", "-json", "address", "show", "dev", self.bridge], capture_output=True, check=False
-        )
-        links = [link for link in json.loads(done.stdout or b"[]") if link] if done.returncode == 0 else []
-        addresses = [a for link in links for a in link["addr_info"]]
-        return ipaddress.IPv4Interface(f"{addresses[0]['local']}/{addresses[0]['prefixlen']}").network if addresses else None
+        command = ["ip", "-4", "-json", "address", "show", "dev", self.bridge]
+        links = json.loads(subprocess.run(command, capture_output=True, check=False).stdout or b"[]")
+        # Some versions list a `{}` for each other interface.
+        address = next((a for link in links if link for a in link["addr_info"]), None)
+        return ipaddress.IPv4Interface(f"{address['local']}/{address['prefixlen']}").network if address else None
 
     def _rules(self, network: ipaddress.IPv4Network) -> list[tuple[str, list[str]]]:
         """(table, chain and rule). Docker drops what it does not forward itself, hence ours come first."""

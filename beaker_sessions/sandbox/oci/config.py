@@ -71,8 +71,11 @@ class Host:
     files: int
 
 
-def config(spec: Spec, host: Host, edits: Edits = Edits(), nodes: Sequence[Node] = ()) -> dict[str, Any]:
-    """The `config.json` of a sandbox. edits: of the spec's GPUs; nodes: their device files, as found on this machine."""
+def config(spec: Spec, host: Host, edits: Edits, nodes: Sequence[Node]) -> dict[str, Any]:
+    """The `config.json` of a sandbox. edits: of the spec's GPUs; nodes: their device files, as found on this machine.
+
+    Raises Error invalid for text that JSON cannot carry unchanged.
+    """
     mapped = {id for first, _, count in host.gids for id in range(first, first + count)}
     main = process(
         [*INIT, *ENTRY, *spec.command],

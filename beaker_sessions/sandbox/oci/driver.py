@@ -1,0 +1,337 @@
+"""The driver that starts OCI containers itself: no daemon, a user namespace for each session.
+
+Owns: the order in which a sandbox is made and unmade, and its directory. Must not decide policy, nor keep anything in
+memory that a new instance could not find again: `sandbox.json` is written before anything else is made, so that what
+was interrupted at any point is found and removed by the next instance.
+
+    STATE/sessions/ID/   sandbox.json config.json upper/ log exit … (the bundle of one sandbox), exec/HANDLE/
+    STATE/images/        containers-storage, and descriptions of images
+    STATE/runtime/       the runtime's own state
+    STATE/inside/        what every sandbox sees as /.beaker
+    STATE/trash/         what is being removed
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import resource
+import secrets
+import shutil
+import signal as signals
+import stat
+import struct
+import subprocess
+import termios
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+
+from ...errors import Error
+from ...model import Identity, Pull
+from .. import LABEL, LABEL_OWNER, Finding, Found, Framing, Image, Progress, Spec, Status, Terminal, cdi
+from . import cgroups, config, conmon, logs, mounts, record, rootfs, userns
+from .images import Images
+from .mounts import IdMap
+from .network import Network
+from .processes import Process
+from .record import Record
+from .watch import Watch
+
+BUSYBOX = "/bin/busybox"
+INITS = ("/usr/bin/tini-static", "/usr/bin/docker-init", "/usr/bin/catatonit", "/usr/libexec/podman/catatonit")
+RUNTIMES = ("runc", "crun")
+NETWORKS = Path("/run/beaker/networks")
+GONE = 10.0  # seconds in which what was killed must end
+
+
+class OciSandboxes:
+    """`Sandboxes` by an OCI runtime under conmon.
+
+    state: a directory of the driver's own, on a file system that overlays can be on. owner: labels its sandboxes.
+    cdi_paths: directories of CDI specs. docker: the socket of a Docker Engine whose images may be used, "" for none.
+    bridge: the network bridge of this executor's sessions.
+    """
+
+    name = "oci"
+
+    def __init__(
+        self, state: Path, owner: str, cdi_paths: Iterable[str | os.PathLike[str]] = (), *,
+        docker: str = "", bridge: str = "beaker0",
+    ) -> None:  # fmt: skip
+        self.state, self.owner, self.cdi_paths = state, owner, list(cdi_paths)
+        self.cgroups = cgroups.detect()
+        self.cgroup = "/beaker-" + re.sub(r"[^a-z0-9]+", "-", owner.lower()).strip("-")
+        for name in ("", "sessions", "runtime", "inside", "trash", "images"):
+            (state / name).mkdir(mode=0o711, parents=True, exist_ok=True)
+        self.images = Images(state / "images", docker)
+        self.network = Network(NETWORKS / bridge, bridge)
+        self.runtime = conmon.Runtime(_program(RUNTIMES), state / "runtime")
+        self._namespaces: dict[tuple[object, ...], int] = {}
+        self._watches: list[Watch] = []
+        self._install()
+        self._adopt()
+
+    def image(self, reference: str, pull: Pull, progress: Callable[[Progress], None]) -> Image:
+        return self.images.get(reference, pull, progress)
+
+    def create(self, spec: Spec) -> None:
+        image = self.images.describe(spec.image.id)
+        edits = cdi.load(self.cdi_paths).edits(spec.gpus) if spec.gpus else cdi.Edits()
+        nodes = [_node(node) for node in edits.nodes]
+        uids, gids = userns.maps(spec.identity, userns.subordinate(spec.identity), edits.gids)
+        directory = self._directory(spec.id)
+        try:
+            directory.mkdir(mode=0o711)
+        except FileExistsError as error:
+            raise Error("conflict", f"the sandbox {spec.id} exists already") from error
+        try:
+            labels = {**spec.labels, LABEL: spec.id, LABEL_OWNER: self.owner}
+            sandbox = Record(spec.id, labels, spec.tty, f"{self.cgroup}/{spec.id}", boot=record.boot())
+            network = None if spec.host_network else self.network.take()
+            if network:
+                sandbox = replace(sandbox, network=network.name)
+            sandbox.save(directory)
+            root = directory / "rootfs"
+            try:
+                rootfs.make(
+                    spec, directory, image, uids, gids, self._namespace(uids, gids),
+                    inside=self.state / "inside", resolvers=self.network.resolvers(),
+                )  # fmt: skip
+                host = config.Host(
+                    root, str(network or ""), sandbox.cgroup, uids, gids, self.cgroups.unified, self.cgroups.swap,
+                    resource.getrlimit(resource.RLIMIT_NOFILE)[1],
+                )  # fmt: skip
+                (directory / "config.json").write_text(json.dumps(config.config(spec, host, edits, nodes)))
+                holder, init = conmon.create(self.runtime, spec.id, directory, tty=spec.tty, stdin=spec.stdin)
+            finally:
+                mounts.unmount(root)
+            replace(sandbox, conmon=Process.of(holder), init=Process.of(init)).save(directory)
+            self._tell(spec.id)
+        except BaseException:
+            self.remove(spec.id)
+            raise
+
+    def attach(self, id: str, *, replay: bool) -> Terminal:
+        directory = self._directory(id)
+        sandbox = self._record(id)
+        try:
+            if replay:
+                connection, text = logs.join(directory, sandbox.conmon)
+                return Terminal(connection.detach(), Framing.CONMON, text)
+            return Terminal(conmon.connect(directory).detach(), Framing.CONMON)
+        except (ConnectionRefusedError, FileNotFoundError):
+            text = logs.tail(directory, logs.REPLAY) if replay else b""
+            return Terminal(conmon.ended().detach(), Framing.CONMON, text)
+
+    def start(self, id: str, size: tuple[int, int] | None) -> None:
+        directory, sandbox = self._directory(id), self._record(id)
+        if not record.waiting(self.runtime.root, id):
+            return
+        if size:
+            # Through the sandbox's own end, because conmon would do it at some later moment.
+            with contextlib.suppress(OSError):
+                fd = os.open(f"/proc/{sandbox.init.pid}/fd/0", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+                with mounts.opened(fd):
+                    fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+        (directory / "started").touch()
+        done = subprocess.run(
+            [self.runtime.path, f"--root={self.runtime.root}", "start", id], capture_output=True, check=False
+        )
+        if done.returncode != 0 and record.waiting(self.runtime.root, id):
+            raise Error("internal", f"{id} could not be started: {done.stderr.decode(errors='replace').strip()}")
+        self._tell(id)
+
+    def resize(self, id: str, size: tuple[int, int], process: str = "") -> None:
+        conmon.resize(self._process(id, process), size)
+
+    def exec(
+        self, id: str, command: tuple[str, ...], *, env: Mapping[str, str], identity: Identity, workdir: str,
+        size: tuple[int, int] | None, stdin: bool,
+    ) -> tuple[str, Terminal]:  # fmt: skip
+        directory, sandbox = self._directory(id), self._record(id)
+        if sandbox.found(directory, self.runtime.root, False).status is not Status.RUNNING:
+            raise Error("conflict", f"{id} does not run")
+        container = json.loads((directory / "config.json").read_text())
+        groups = {
+            gid for gid in identity.groups
+            if any(m["containerID"] <= gid < m["containerID"] + m["size"] for m in container["linux"]["gidMappings"])
+        }  # fmt: skip
+        handle = secrets.token_hex(8)
+        own = directory / "exec" / handle
+        own.mkdir(parents=True)
+        process = config.process(
+            [*config.ENTRY, *command],
+            config.environment(container["process"]["env"], env),
+            identity, workdir, tty=size is not None, gids=groups, files=container["process"]["rlimits"][0]["hard"],
+            size=size,
+        )  # fmt: skip
+        (own / "process.json").write_text(json.dumps(process))
+        holder, connection = conmon.execute(self.runtime, id, own, tty=size is not None, stdin=stdin)
+        (own / "started").write_text(json.dumps(Process.of(holder).__dict__))
+        return handle, Terminal(connection.detach(), Framing.CONMON)
+
+    def exec_exit(self, id: str, handle: str) -> int:
+        own = self._process(id, handle)
+        process = Process(**json.loads((own / "started").read_text()))
+        process.wait(GONE)
+        try:
+            return int((own / "exit").read_text())
+        except FileNotFoundError as error:
+            raise Error("internal", f"the exit code of {handle} in {id} is lost: its conmon was killed") from error
+
+    def signal(self, id: str, signal: int) -> None:
+        self._record(id).init.kill(signal)
+
+    def stop(self, id: str, grace: float) -> None:
+        sandbox = self._record(id)
+        if not record.waiting(self.runtime.root, id):
+            sandbox.init.kill(signals.SIGHUP if sandbox.tty else signals.SIGTERM)
+            if sandbox.conmon.wait(grace):
+                return
+        self._kill(sandbox)
+
+    def remove(self, id: str) -> None:
+        directory = self._directory(id)
+        if not directory.exists():
+            return
+        if sandbox := record.load(directory):
+            self._kill(sandbox)
+            self.cgroups.remove(sandbox.cgroup)
+            if sandbox.network:
+                self.network.drop(sandbox.network)
+        mounts.unmount(directory / "rootfs")
+        shutil.rmtree(self.runtime.root / id, ignore_errors=True)
+        directory.rename(self.state / "trash" / secrets.token_hex(8))
+        threading.Thread(target=self._empty, name="trash", daemon=True).start()
+
+    def list(self) -> list[Found]:
+        return [
+            sandbox.found(directory, self.runtime.root, self.cgroups.oom(sandbox.cgroup))
+            for directory, sandbox in self._sandboxes()
+        ]
+
+    def watch(self) -> Iterator[str]:
+        watch = Watch(self._sandboxes)
+        self._watches.append(watch)
+        try:
+            yield ""
+            yield from watch
+        finally:
+            self._watches.remove(watch)
+            watch.close()
+
+    def logs(self, id: str, limit: int) -> bytes:
+        self._record(id)
+        return logs.tail(self._directory(id), limit)
+
+    def check(self) -> list[Finding]:
+        return []
+
+    def _directory(self, id: str) -> Path:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", id):
+            raise Error("invalid", f"{id!r} is no session id")
+        return self.state / "sessions" / id
+
+    def _process(self, id: str, handle: str) -> Path:
+        """The directory of the main process, or of an exec."""
+        directory = self._directory(id)
+        if not handle:
+            return directory
+        own = directory / "exec" / handle
+        if not re.fullmatch(r"[0-9a-f]{16}", handle) or not own.is_dir():
+            raise Error("not_found", f"{handle!r} is no process of {id}")
+        return own
+
+    def _sandboxes(self) -> Iterator[tuple[Path, Record]]:
+        """All that have been made, with their directories."""
+        for directory in (self.state / "sessions").iterdir():
+            sandbox = record.load(directory)
+            if sandbox and sandbox.made:
+                yield directory, sandbox
+
+    def _tell(self, id: str) -> None:
+        for watch in self._watches:
+            watch.tell(id)
+
+    def _record(self, id: str) -> Record:
+        sandbox = record.load(self._directory(id))
+        if not sandbox or not sandbox.made:
+            raise Error("not_found", f"there is no sandbox {id}")
+        return sandbox
+
+    def _namespace(self, uids: IdMap, gids: IdMap) -> int:
+        """A user namespace for idmapped mounts, one for each map."""
+        key = (*uids, None, *gids)
+        if key not in self._namespaces:
+            self._namespaces[key] = mounts.user_namespace(uids, gids)
+        return self._namespaces[key]
+
+    def _kill(self, sandbox: Record) -> None:
+        """Raises Error unavailable when something does not end."""
+        sandbox.init.kill()
+        if not sandbox.conmon.wait(GONE):
+            sandbox.conmon.kill()
+        if not sandbox.init.wait(GONE):
+            raise Error(
+                "unavailable", f"process {sandbox.init.pid} of {sandbox.id} cannot be killed", "restart the node"
+            )
+
+    def _install(self) -> None:
+        """The programs that every sandbox sees."""
+        init, busybox = _program(INITS), _program((BUSYBOX,))
+        entry = (resources.files("beaker_sessions.sandbox") / "entry.sh").read_bytes()
+        for name, data, mode in (
+            ("init", Path(init).read_bytes(), 0o755),
+            ("busybox", Path(busybox).read_bytes(), 0o755),
+            ("entry.sh", entry, 0o644),
+        ):
+            path = self.state / "inside" / name
+            if not path.exists() or path.read_bytes() != data:
+                temporary = path.with_suffix(".new")
+                temporary.write_bytes(data)
+                temporary.chmod(mode)
+                temporary.replace(path)
+
+    def _adopt(self) -> None:
+        """Remove what was interrupted and what belongs to no sandbox."""
+        used = set()
+        for directory in (self.state / "sessions").iterdir():
+            sandbox = record.load(directory)
+            if not sandbox or not sandbox.made or sandbox.boot != record.boot():
+                self.remove(directory.name)
+                continue
+            mounts.unmount(directory / "rootfs")
+            sandbox.conmon.kill(signals.SIGCONT)  # in case its executor was killed while it was stopped
+            used.add(sandbox.network)
+        self.network.adopt(used)
+        self.network.warm()
+        self._empty()
+
+    def _empty(self) -> None:
+        for path in (self.state / "trash").iterdir():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _program(names: Iterable[str]) -> str:
+    """The first of these programs that there is. Raises Error unavailable."""
+    for name in names:
+        if path := shutil.which(name):
+            return path
+    raise Error("unavailable", f"none of {', '.join(names)} is installed", "beaker executor doctor")
+
+
+def _node(node: cdi.DeviceNode) -> config.Node:
+    try:
+        found = os.stat(node.host_path)
+    except OSError as error:
+        raise Error("unavailable", f"{node.host_path}: {error.strerror}", "beaker executor doctor") from error
+    return config.Node(
+        node.host_path, node.path, "b" if stat.S_ISBLK(found.st_mode) else "c",
+        os.major(found.st_rdev), os.minor(found.st_rdev), node.permissions,
+    )  # fmt: skip

@@ -1,0 +1,145 @@
+"""The output of a sandbox as conmon keeps it, in the format of Kubernetes: `TIME STREAM P|F TEXT`, P without newline.
+
+Owns: the log files of one sandbox: `log`, which conmon writes, and `log.old`, what was in it before conmon was last
+told to begin a new one. That happens when somebody comes back, because it marks the place in the output where their
+connection began, and when the log is long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from . import conmon
+from .processes import Process
+
+KEEP = 8 << 20  # bytes of a log file
+REPLAY = 64 << 10  # bytes of recent output that an attach shows
+PATIENCE = 5.0  # seconds for conmon to begin a new file
+PAUSE = 0.0005
+STREAMS = (b"stdout", b"stderr")
+
+
+def payload(text: bytes) -> bytes:
+    """The output in a piece of a log that begins with a whole line."""
+    parts = []
+    for line in text.split(b"\n")[:-1]:
+        fields = line.split(b" ", 3)
+        if len(fields) == 4 and fields[1] in STREAMS:
+            parts.append(fields[3] if fields[2] == b"P" else fields[3] + b"\n")
+    return b"".join(parts)
+
+
+def tail(directory: Path, limit: int) -> bytes:
+    """The last `limit` bytes of output."""
+    result = b""
+    for name in ("log", "log.closed", "log.old"):
+        with contextlib.suppress(FileNotFoundError), open(directory / name, "rb") as file:
+            result = _tail(file.fileno(), limit - len(result)) + result
+        if len(result) >= limit:
+            break
+    return result
+
+
+def join(directory: Path, holder: Process) -> tuple[socket.socket, bytes]:
+    """A connection to the streams, and the last REPLAY bytes of output before its first.
+
+    conmon serves what is ready in an order of its own: connections, commands, output. So if it finds a connection and
+    the command to begin a new log together, the old log ends exactly where the connection begins.
+    Raises ConnectionRefusedError or FileNotFoundError when conmon has ended.
+    """
+    with _locked(directory):
+        with _paused(holder):
+            connection = conmon.connect(directory)
+            try:
+                mark = _close(directory)
+            except BaseException:
+                connection.close()
+                raise
+        _fold(directory, mark)
+        return connection, _kept(directory)
+
+
+def trim(directory: Path) -> None:
+    """Begin a new log when this one is long."""
+    with contextlib.suppress(FileNotFoundError):
+        if (directory / "log").stat().st_size > KEEP:
+            with _locked(directory):
+                _fold(directory, _close(directory))
+
+
+def _close(directory: Path) -> int:
+    """Tell conmon to begin a new log; the inode of the one that it closes."""
+    with contextlib.suppress(FileExistsError):
+        os.link(directory / "log", directory / "log.closed")
+    conmon.command(directory, "2 0 0\n")
+    return (directory / "log").stat().st_ino
+
+
+def _fold(directory: Path, closed: int) -> None:
+    """Wait for the new log, and put the closed one behind `log.old`."""
+    deadline = time.monotonic() + PATIENCE
+    while (directory / "log").stat().st_ino == closed:
+        if time.monotonic() > deadline:
+            return  # its output waits for a reader that does not read; `log.closed` is still `log`
+        time.sleep(PAUSE)
+    old = b"".join(_read(directory / name) for name in ("log.old", "log.closed"))
+    old = old[-KEEP:].partition(b"\n")[2] if len(old) > KEEP else old
+    temporary = directory / "log.new"
+    temporary.write_bytes(old)
+    temporary.replace(directory / "log.old")
+    (directory / "log.closed").unlink()
+
+
+def _kept(directory: Path) -> bytes:
+    with contextlib.suppress(FileNotFoundError), open(directory / "log.old", "rb") as file:
+        return _tail(file.fileno(), REPLAY)
+    return b""
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+def _tail(fd: int, limit: int) -> bytes:
+    """The last `limit` bytes of output in one file, reading no more of it than needed."""
+    size, length = os.fstat(fd).st_size, 4 * limit
+    while True:
+        start = max(0, size - length)
+        text = os.pread(fd, size - start, start)
+        result = payload(text.partition(b"\n")[2] if start else text)
+        if start == 0 or len(result) >= limit:
+            return result[-limit:] if limit else b""
+        length *= 4
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _paused(holder: Process) -> Iterator[None]:
+    """conmon, stopped. Should we be killed here, the next instance of the driver wakes it."""
+    holder.kill(signal.SIGSTOP)
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while holder.alive() and not holder.stopped() and time.monotonic() < deadline:
+            time.sleep(PAUSE / 10)
+        yield
+    finally:
+        holder.kill(signal.SIGCONT)

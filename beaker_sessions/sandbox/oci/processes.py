@@ -1,0 +1,79 @@
+"""Processes that outlive the executor, known by pid and start time, so that a pid used again is not taken for another.
+
+Reads proc(5), signals through pidfds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Process:
+    """pid: 0 for none. started: in clock ticks since boot."""
+
+    pid: int
+    started: int
+
+    @classmethod
+    def of(cls, pid: int) -> Process:
+        """The process that has this pid now; one that has ended is gone."""
+        return cls(pid, _started(pid))
+
+    def alive(self) -> bool:
+        return self.pid > 0 and self.started > 0 and _started(self.pid) == self.started
+
+    def stopped(self) -> bool:
+        return _stat(self.pid)[:1] == [b"T"]
+
+    def open(self) -> int | None:
+        """A pidfd, readable when the process has ended; None when it has ended already."""
+        with contextlib.suppress(OSError):
+            if self.pid > 0 and self.started > 0:
+                fd = os.pidfd_open(self.pid)
+                if _started(self.pid) == self.started:
+                    return fd
+                os.close(fd)
+        return None
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Silent when it has ended."""
+        if (fd := self.open()) is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(fd, number)
+            os.close(fd)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it has ended within this time."""
+        if (fd := self.open()) is None:
+            return True
+        try:
+            return readable(fd, seconds)
+        finally:
+            os.close(fd)
+
+
+def readable(fd: int, seconds: float) -> bool:
+    """Whether a descriptor, of any number, becomes readable or ends within this time."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(max(0.0, seconds) * 1000))
+
+
+def _started(pid: int) -> int:
+    """0 for a process that has ended, even if nobody has waited for it."""
+    fields = _stat(pid)
+    return 0 if not fields or fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def _stat(pid: int) -> list[bytes]:
+    """The fields of /proc/PID/stat from the state on, none for a process that is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2].split()
+    except OSError:
+        return []

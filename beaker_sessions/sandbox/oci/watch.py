@@ -1,0 +1,62 @@
+"""Waiting for the ends of sandboxes: conmon ends when it has written the exit code, and a pidfd tells of that at once.
+
+Owns: the pidfds of what runs. Also trims the logs of what runs, which nobody else would.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from . import logs
+from .record import Record
+
+TRIM = 5.0  # seconds between two looks at the lengths of the logs
+
+
+class Watch:
+    """sandboxes: all that there are, with their directories."""
+
+    def __init__(self, sandboxes: Callable[[], Iterator[tuple[Path, Record]]]) -> None:
+        self.sandboxes = sandboxes
+        self._reader, self._writer = os.pipe()
+        self._open: dict[str, int] = {}
+
+    def tell(self, id: str) -> None:
+        """From another thread: something may have changed with this sandbox."""
+        os.write(self._writer, id.encode() + b"\n")
+
+    def __iter__(self) -> Iterator[str]:
+        ended: set[str] = set()
+        while True:
+            known = set()
+            for directory, sandbox in self.sandboxes():
+                known.add(sandbox.id)
+                if sandbox.id in ended:
+                    continue
+                logs.trim(directory)
+                if sandbox.id not in self._open:
+                    fd = sandbox.conmon.open()
+                    if fd is None:
+                        ended.add(sandbox.id)
+                        yield sandbox.id
+                    else:
+                        self._open[sandbox.id] = fd
+            ended &= known
+            by_fd = {fd: id for id, fd in self._open.items()}
+            poll = select.poll()  # select(2) takes no descriptors above 1023
+            for fd in (self._reader, *by_fd):
+                poll.register(fd, select.POLLIN)
+            for fd, _ in poll.poll(TRIM * 1000):
+                if fd == self._reader:
+                    yield from os.read(fd, 65536).decode().split()
+                else:
+                    ended.add(by_fd[fd])
+                    os.close(self._open.pop(by_fd[fd]))
+                    yield by_fd[fd]
+
+    def close(self) -> None:
+        for fd in (self._reader, self._writer, *self._open.values()):
+            os.close(fd)
