@@ -19,8 +19,11 @@ KEPT = ("BEAKER_CONFIG", *PROXIES)  # what a step under another user sees of thi
 
 
 def owner() -> pwd.struct_passwd:
-    """Whose checkout this is, and so whose `.venv`."""
-    return pwd.getpwuid(ROOT.stat().st_uid)
+    """Whose checkout this is, and so whose `.venv`; whoever asks, where it came with an id that is nobody's here."""
+    try:
+        return pwd.getpwuid(ROOT.stat().st_uid)
+    except KeyError:
+        return pwd.getpwuid(os.geteuid())
 
 
 def caller() -> pwd.struct_passwd:

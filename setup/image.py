@@ -86,7 +86,8 @@ def _build(base: str, name: str, report: Report) -> str:
         if status == 200:
             engine.call("DELETE", f"/images/{former['Id']}")  # refused, and rightly, while a session runs from it
     _, image = engine.call("GET", f"/images/{name}/json")
-    host.write(_STAMP, key)
+    if name == NAME:
+        host.write(_STAMP, key)
     return f"{name}, {image['Size'] / 1e6:.0f} MB"
 
 

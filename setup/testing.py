@@ -5,12 +5,14 @@ What the tests start carries their mark in its environment, children included, a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from . import host
@@ -20,22 +22,40 @@ _MARK = "BEAKER_TEST_RUN"
 
 def run(arguments: list[str]) -> int:
     """Run pytest with these arguments: its exit status, or 1 when it passed but left something behind."""
-    directory = Path(tempfile.mkdtemp(prefix="bt-"))  # short: a unix socket's path has at most 107 bytes
-    directory.chmod(0o755)  # for the Unix users that tests make
-    mark = f"{_MARK}={directory}"
-    try:
-        checkout = host.ROOT if _open_to_all(host.ROOT) else _copy(directory / "checkout")
-        subprocess.run([sys.executable, "-B", "-m", "setup", "develop"], cwd=checkout, check=True)
+    with _checkout() as (checkout, directory):
         environment = {**os.environ, _MARK: str(directory), "TMPDIR": str(directory)}
         command = [".venv/bin/python", "-m", "pytest", f"--basetemp={directory}/pytest", *arguments]
         status = subprocess.run(command, cwd=checkout, env=environment).returncode
-    finally:
-        left = _left(str(directory), mark)
+        left = _left(str(directory), f"{_MARK}={directory}")
         for line in left:
             print(f"left behind: {line}", file=sys.stderr)
-        if not any(line.startswith("mount") for line in left):
-            shutil.rmtree(directory)
     return status or int(bool(left))
+
+
+def bench(arguments: list[str]) -> int:
+    """Run the comparison with docker: its exit status. Its table goes to the checkout, as its owner's."""
+    with _checkout() as (checkout, _):
+        status = subprocess.run([".venv/bin/python", "-m", "bench", *arguments], cwd=checkout).returncode
+        table = Path("bench/README.md")
+        if status == 0 and checkout != host.ROOT:
+            shutil.copyfile(checkout / table, host.ROOT / table)
+            os.chown(host.ROOT / table, host.owner().pw_uid, host.owner().pw_gid)
+    return status
+
+
+@contextlib.contextmanager
+def _checkout() -> Iterator[tuple[Path, Path]]:
+    """A checkout with an environment for tests, and a directory for their files, removed unless a mount is left."""
+    directory = Path(tempfile.mkdtemp(prefix="bt-"))  # short: a unix socket's path has at most 107 bytes
+    directory.chmod(0o755)  # for the Unix users that tests make
+    try:
+        checkout = host.ROOT if _open_to_all(host.ROOT) else _copy(directory / "checkout")
+        if status := subprocess.run([sys.executable, "-B", "-m", "setup", "develop"], cwd=checkout).returncode:
+            raise SystemExit(status)  # it has said why
+        yield checkout, directory
+    finally:
+        if not _mounts(str(directory)):
+            shutil.rmtree(directory)
 
 
 def _open_to_all(checkout: Path) -> bool:
@@ -55,16 +75,6 @@ def _copy(target: Path) -> Path:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, target / name)
     return target
-
-
-def bench(arguments: list[str]) -> int:
-    """Run the comparison with docker: its exit status. Its table is the checkout's owner's."""
-    command = [str(host.VENV / "bin/python"), "-B", "-m", "bench", *arguments]
-    status = subprocess.run(command, cwd=host.ROOT).returncode
-    table = host.ROOT / "bench/README.md"
-    if table.exists():
-        os.chown(table, host.owner().pw_uid, host.owner().pw_gid)
-    return status
 
 
 def _left(directory: str, mark: str, seconds: float = 5) -> list[str]:
