@@ -154,7 +154,7 @@ def report(rows: list[tuple[str, str, str, str, str]], rounds: int) -> str:
         "# Bench",
         "",
         f"Written by `make bench` on {datetime.now(UTC):%Y-%m-%d}: medians of {rounds} rounds, ours and the peer's by",
-        "turns, the same Debian image, bridge network, in one run on one machine. Only the ratios carry over to another.",
+        "turns, the same Debian image, bridge network, one run on one machine. Only the ratios carry over to another.",
         "",
         f"Machine: {machine()}.",
         "",
@@ -177,7 +177,7 @@ def main() -> None:
     try:
         stack.start()
         stack.image("debian", images.debian())
-        bench = Bench(stack, stack.user("beaker-bench"), options.rounds)
+        bench = Bench(stack, stack.user("bench"), options.rounds)
         bench.start_up()
         bench.commands()
         bench.terminals()

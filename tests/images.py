@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
+import platform
 import shutil
 import subprocess
 import tarfile
@@ -54,6 +56,36 @@ def missing_for_debian() -> str:
     if any(BUILD.glob("debian-*.tar")) or shutil.which("mmdebstrap"):
         return ""
     return "needs mmdebstrap to build a Debian image"
+
+
+def oci_archive(root: bytes, path: Path, env: tuple[str, ...] = ()) -> None:
+    """Write an image with one layer, the tar of a root file system, as an archive of an OCI image layout.
+
+    https://github.com/opencontainers/image-spec, `image-layout.md`.
+    """
+    blobs: dict[str, bytes] = {}
+
+    def blob(kind: str, content: bytes) -> dict[str, object]:
+        digest = hashlib.sha256(content).hexdigest()
+        blobs[f"blobs/sha256/{digest}"] = content
+        return {"mediaType": f"application/vnd.oci.image.{kind}", "digest": f"sha256:{digest}", "size": len(content)}
+
+    def encoded(data: dict[str, object]) -> bytes:
+        return json.dumps(data).encode()
+
+    layer = blob("layer.v1.tar", root)
+    config = encoded(
+        {
+            "architecture": {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine()),
+            "os": "linux",
+            "config": {"Env": list(env)},
+            "rootfs": {"type": "layers", "diff_ids": [layer["digest"]]},
+        }
+    )
+    manifest = {"schemaVersion": 2, "config": blob("config.v1+json", config), "layers": [layer]}
+    index = {"schemaVersion": 2, "manifests": [blob("manifest.v1+json", encoded(manifest))]}
+    files = {"oci-layout": encoded({"imageLayoutVersion": "1.0.0"}), "index.json": encoded(index), **blobs}
+    path.write_bytes(_tar(dict(files)))
 
 
 def _tar(files: dict[str, bytes | str]) -> bytes:

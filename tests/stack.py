@@ -137,7 +137,7 @@ class Stack:
         self._write_settings(port, settings or {})
         log = root / "log"
         log.mkdir()
-        # A network of its own: neither the machine's Docker Engine nor another test's shares a bridge or a rule with it.
+        # A network of its own: no bridge and no rule is shared with the machine's Docker Engine or another test's.
         self.docker = Process(
             log / "dockerd", "unshare", "--net", "dockerd", "--live-restore",
             "--data-root", str(root / "docker"), "--exec-root", str(root / "exec"),
@@ -219,7 +219,8 @@ class Stack:
             return [id for (id,) in ledger.execute("SELECT id FROM sessions WHERE state != 'finalized'")]
 
     def user(self, name: str, groups: tuple[str, ...] = ()) -> User:
-        """A new Unix user, its home below `root`, with an account."""
+        """A new Unix user with an account, its home below `root`. Its name is made unique on this machine."""
+        name = f"{name}-{self.root.name[-8:].strip('_').lower()}"
         home = self.root / "home" / name
         home.parent.mkdir(exist_ok=True)
         command = ["useradd", "--create-home", "--home-dir", str(home), "--shell", "/bin/bash", "--user-group", name]

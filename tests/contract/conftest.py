@@ -7,6 +7,7 @@ import itertools
 import os
 import secrets
 import select
+import shutil
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from beaker_sessions.sandbox import LABEL, LABEL_OWNER, Found, Framing, Image, M
 from beaker_sessions.sandbox.docker.driver import DockerSandboxes
 from beaker_sessions.sandbox.docker.engine import Engine
 from beaker_sessions.sandbox.fake import FakeSandboxes
+from beaker_sessions.sandbox.oci.driver import OciSandboxes
 from tests import images
 
 ADA = Identity("ada", 1500, 1500, "/home/ada", {1500: "ada", 27: "sudo", 4711: "project"})
@@ -68,6 +70,37 @@ class DockerLab:
             self.engine.call("DELETE", f"/images/{image.reference}", {"force": 1})
 
 
+class OciLab:
+    def __init__(self, root: Path, debian: Path | None) -> None:
+        self.state, self.cdi, self.debian, self.owner = root / "state", root / "cdi", debian, secrets.token_hex(4)
+        self.archives = root / "archives"
+        self.cdi.mkdir()
+        self.archives.mkdir()
+        self.known: dict[str, Image] = {}
+        self.sandboxes = self.again()
+
+    def again(self) -> OciSandboxes:
+        return OciSandboxes(self.state, self.owner, [self.cdi], bridge=f"bt{self.owner}")
+
+    def image(self, name: str) -> Image:
+        if name not in self.known:
+            if name == "debian" and not self.debian:
+                pytest.skip(images.missing_for_debian())
+            tar = self.debian.read_bytes() if name == "debian" and self.debian else BUILDERS[name]()
+            env = ("NVIDIA_VISIBLE_DEVICES=all", "NVIDIA_DRIVER_CAPABILITIES=all", "GREEDY=yes")
+            archive = self.archives / f"{name}.tar"
+            images.oci_archive(tar, archive, env if name == "greedy" else ())
+            self.sandboxes.images.load(archive, f"{name}:test")
+            archive.unlink()
+            self.known[name] = self.sandboxes.image(f"{name}:test", Pull.NEVER, print)
+        return self.known[name]
+
+    def close(self) -> None:
+        for found in self.sandboxes.list():
+            self.sandboxes.remove(found.id)
+        self.sandboxes.close()
+
+
 class FakeLab:
     def __init__(self, root: Path) -> None:
         self.sandboxes, self.state = FakeSandboxes(tuple(BUILDERS)), root
@@ -98,14 +131,28 @@ def fake_lab(tmp_path_factory: pytest.TempPathFactory) -> FakeLab:
     return FakeLab(tmp_path_factory.mktemp("fake"))
 
 
-@pytest.fixture(params=["docker"])
+@pytest.fixture(scope="session")
+def oci_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OciLab]:
+    if os.geteuid() != 0:
+        pytest.skip("needs root to start containers")
+    for program in ("conmon", "skopeo", "ip", "iptables", "tini-static"):
+        if not shutil.which(program):
+            pytest.skip(f"needs {program}")
+    if not shutil.which("runc") and not shutil.which("crun"):
+        pytest.skip("needs runc or crun")
+    lab = OciLab(tmp_path_factory.mktemp("oci"), None if images.missing_for_debian() else images.debian())
+    yield lab
+    lab.close()
+
+
+@pytest.fixture(params=["docker", "oci"])
 def lab(request: pytest.FixtureRequest) -> Lab:
     """Each driver that runs real processes."""
     result: Lab = request.getfixturevalue(f"{request.param}_lab")
     return result
 
 
-@pytest.fixture(params=["docker", "fake"])
+@pytest.fixture(params=["docker", "oci", "fake"])
 def any_lab(request: pytest.FixtureRequest) -> Lab:
     """Each driver."""
     result: Lab = request.getfixturevalue(f"{request.param}_lab")
@@ -141,7 +188,8 @@ class Stream:
 
     def write(self, data: bytes) -> None:
         while data:
-            data = data[os.write(self.terminal.fd, data) :]
+            packet = data[: 32 << 10]  # the longest that conmon takes
+            data = data[os.write(self.terminal.fd, packet) :]
 
     def read(self, until: bytes | None = None) -> bytes:
         """Standard output up to its end, or until it holds something."""
@@ -183,7 +231,7 @@ class Maker:
     def spec(self, *command: str, image: str = "alpine", **more: Any) -> Spec:
         id = f"TEST{os.getpid()}N{next(self.numbers)}"
         self.ids.append(id)
-        labels = {LABEL: id} | ({LABEL_OWNER: self.lab.owner} if isinstance(self.lab, DockerLab) else {})
+        labels = {LABEL: id} | ({LABEL_OWNER: self.lab.owner} if isinstance(self.lab, DockerLab | OciLab) else {})
         defaults: dict[str, Any] = {
             "identity": ADA, "tty": False, "host_network": True, "env": {"HOME": "/home/ada", "USER": "ada"}
         }  # fmt: skip

@@ -37,12 +37,12 @@ def stack(debian: Path) -> Iterator[Stack]:
 
 @pytest.fixture(scope="session")
 def ada(stack: Stack) -> User:
-    return stack.user("beaker-ada", groups=("video", "games"))
+    return stack.user("ada", groups=("video", "games"))
 
 
 @pytest.fixture(scope="session")
 def bob(stack: Stack) -> User:
-    return stack.user("beaker-bob")
+    return stack.user("bob")
 
 
 @pytest.fixture(autouse=True)

@@ -105,7 +105,7 @@ def test_no_server(ada: User):
 
 
 def test_no_home(stack: Stack):
-    carl = stack.user("beaker-carl")
+    carl = stack.user("carl")
     config = (carl.home / ".beaker" / "config.yml").read_bytes()
     elsewhere = stack.root / "carl.yml"
     elsewhere.write_bytes(config)

@@ -33,7 +33,7 @@ def stack(debian: Path) -> Iterator[Stack]:
 
 
 def test_a_full_disk_refuses_new_sessions_and_spares_live_ones(stack: Stack):
-    user = stack.user("beaker-dora")
+    user = stack.user("dora")
     create = ("session", "create", "--gpus", "0")
     live = user.beaker(*create, "--detach", "--", "sleep", "1000").stdout.decode().strip()
     filler = stack.state / "filler"
