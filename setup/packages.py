@@ -13,6 +13,7 @@ from .steps import Failed, Report, Step, command
 SESSION = {"docker.io": "dockerd", "mmdebstrap": "mmdebstrap"}
 TESTS = {
     **SESSION,
+    "chromium": "chromium",
     "conmon": "conmon",
     "crun": "crun",
     "docker-registry": "docker-registry",
