@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from . import host
@@ -24,9 +24,10 @@ def run(arguments: list[str]) -> int:
     """Run pytest with these arguments: its exit status, or 1 when it passed but left something behind."""
     with _checkout() as (checkout, directory):
         environment = {**os.environ, _MARK: str(directory), "TMPDIR": str(directory)}
+        before = set(_mounts(str(host.RUN)))  # a machine's own sessions may have mounts there
         command = [".venv/bin/python", "-m", "pytest", f"--basetemp={directory}/pytest", *arguments]
         status = subprocess.run(command, cwd=checkout, env=environment).returncode
-        left = _left(str(directory), f"{_MARK}={directory}")
+        left = _left(str(directory), f"{_MARK}={directory}", before)
         for line in left:
             print(f"left behind: {line}", file=sys.stderr)
     return status or int(bool(left))
@@ -77,10 +78,10 @@ def _copy(target: Path) -> Path:
     return target
 
 
-def _left(directory: str, mark: str, seconds: float = 5) -> list[str]:
+def _left(directory: str, mark: str, before: Collection[str] = (), seconds: float = 5) -> list[str]:
     """Processes and mounts of that run, after those that are just ending have had their time."""
     end = time.monotonic() + seconds
-    while found := [*_processes(mark), *_mounts(directory)]:
+    while found := [*_processes(mark), *_mounts(directory), *(set(_mounts(str(host.RUN))) - set(before))]:
         if time.monotonic() > end:
             break
         time.sleep(0.1)
@@ -89,7 +90,7 @@ def _left(directory: str, mark: str, seconds: float = 5) -> list[str]:
 
 def _processes(mark: str) -> list[str]:
     found = []
-    for process in Path("/proc").glob("[0-9]*"):
+    for process in [Path("/proc", name) for name in os.listdir("/proc") if name.isdigit()]:
         try:
             if mark.encode() in (process / "environ").read_bytes().split(b"\0"):
                 words = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
