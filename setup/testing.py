@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from . import host
@@ -24,10 +24,9 @@ def run(arguments: list[str]) -> int:
     """Run pytest with these arguments: its exit status, or 1 when it passed but left something behind."""
     with _checkout() as (checkout, directory):
         environment = {**os.environ, _MARK: str(directory), "TMPDIR": str(directory)}
-        before = set(_mounts(str(host.RUN)))  # a machine's own sessions may have mounts there
         command = [".venv/bin/python", "-m", "pytest", f"--basetemp={directory}/pytest", *arguments]
         status = subprocess.run(command, cwd=checkout, env=environment).returncode
-        left = _left(str(directory), f"{_MARK}={directory}", before)
+        left = _left(str(directory), f"{_MARK}={directory}")
         for line in left:
             print(f"left behind: {line}", file=sys.stderr)
     return status or int(bool(left))
@@ -78,10 +77,10 @@ def _copy(target: Path) -> Path:
     return target
 
 
-def _left(directory: str, mark: str, before: Collection[str] = (), seconds: float = 5) -> list[str]:
+def _left(directory: str, mark: str, seconds: float = 5) -> list[str]:
     """Processes and mounts of that run, after those that are just ending have had their time."""
     end = time.monotonic() + seconds
-    while found := [*_processes(mark), *_mounts(directory), *(set(_mounts(str(host.RUN))) - set(before))]:
+    while found := [*_processes(mark), *_mounts(directory)]:
         if time.monotonic() > end:
             break
         time.sleep(0.1)

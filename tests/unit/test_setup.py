@@ -171,9 +171,9 @@ def test_what_tests_leave_running_is_found() -> None:
     mark = f"TEST_MARK={os.getpid()}"
     left = subprocess.Popen(["sleep", "60"], env={**os.environ, "TEST_MARK": str(os.getpid())})
     try:
-        (found,) = testing._left("/nonexistent", mark, testing._mounts(str(host.RUN)), seconds=0)
+        (found,) = testing._left("/nonexistent", mark, seconds=0)
         assert f"process {left.pid}" in found
     finally:
         left.kill()
         left.wait()
-    assert testing._left("/nonexistent", mark, testing._mounts(str(host.RUN)), seconds=0) == []
+    assert testing._left("/nonexistent", mark, seconds=0) == []
