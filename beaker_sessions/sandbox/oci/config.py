@@ -131,7 +131,7 @@ def process(
         "args": [_text(word) for word in args],
         "env": [_text(f"{name}={value}") for name, value in env.items()],
         "cwd": _text(workdir),
-        "user": {"uid": identity.uid, "gid": identity.gid, "additionalGids": sorted({*gids} - {identity.gid})},
+        "user": {"uid": identity.uid, "gid": identity.gid, "additionalGids": sorted({identity.gid, *gids})},
         "capabilities": {
             "bounding": CAPABILITIES, "permitted": held, "effective": held, "inheritable": [], "ambient": [],
         },

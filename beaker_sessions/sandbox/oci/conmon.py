@@ -154,13 +154,13 @@ def _answer(pipe: io.FileIO, what: str) -> int:
     """The number in conmon's next line: `{"pid": …}` or `{"data": …}`, negative with a `message` after a failure."""
     line = b""
     deadline = time.monotonic() + START
-    while not line.endswith(b"\n"):
+    while b"\n" not in line:
         if not readable(pipe.fileno(), deadline - time.monotonic()):
             raise Error("internal", f"{what} took more than {START:.0f} seconds")
         if not (chunk := pipe.read(65536)):
             raise Error("internal", f"{what} failed without a word")
         line += chunk
-    answer = json.loads(line)
+    answer = json.loads(line.partition(b"\n")[0])  # what a process that has ended already says comes next
     number = int(answer.get("pid", answer.get("data", -1)))
     if number < 0:
         raise Error("internal", f"{what} failed: {_message(str(answer.get('message', '')))}")

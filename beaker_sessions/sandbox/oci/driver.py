@@ -9,11 +9,14 @@ was interrupted at any point is found and removed by the next instance.
     STATE/runtime/       the runtime's own state
     STATE/inside/        what every sandbox sees as /.beaker
     STATE/trash/         what is being removed
+    RUN/BRIDGE/networks/ network namespaces
+    RUN/BRIDGE/roots/    root file systems, mounted for the moment in which a container is made
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -46,7 +49,8 @@ from .watch import Watch
 BUSYBOX = "/bin/busybox"
 INITS = ("/usr/bin/tini-static", "/usr/bin/docker-init", "/usr/bin/catatonit", "/usr/libexec/podman/catatonit")
 RUNTIMES = ("runc", "crun")
-NETWORKS = Path("/run/beaker/networks")
+RUN = Path("/run/beaker/oci")  # every id may pass through it, which the state need not allow
+FULL = (errno.ENOSPC, errno.EDQUOT)
 GONE = 10.0  # seconds in which what was killed must end
 
 
@@ -67,10 +71,14 @@ class OciSandboxes:
         self.state, self.owner, self.cdi_paths = state, owner, list(cdi_paths)
         self.cgroups = cgroups.detect()
         self.cgroup = "/beaker-" + re.sub(r"[^a-z0-9]+", "-", owner.lower()).strip("-")
-        for name in ("", "sessions", "runtime", "inside", "trash", "images"):
-            (state / name).mkdir(mode=0o711, parents=True, exist_ok=True)
+        self.roots = RUN / bridge / "roots"
+        for path in (RUN.parent, RUN, RUN / bridge, self.roots, state):
+            path.mkdir(parents=True, exist_ok=True)
+            path.chmod(path.stat().st_mode | 0o111)
+        for name in ("sessions", "runtime", "inside", "trash", "images"):
+            (state / name).mkdir(mode=0o711, exist_ok=True)
         self.images = Images(state / "images", docker)
-        self.network = Network(NETWORKS / bridge, bridge)
+        self.network = Network(RUN / bridge / "networks", bridge)
         self.runtime = conmon.Runtime(_program(RUNTIMES), state / "runtime")
         self._namespaces: dict[tuple[object, ...], int] = {}
         self._watches: list[Watch] = []
@@ -97,10 +105,10 @@ class OciSandboxes:
             if network:
                 sandbox = replace(sandbox, network=network.name)
             sandbox.save(directory)
-            root = directory / "rootfs"
+            root = self.roots / spec.id
             try:
                 rootfs.make(
-                    spec, directory, image, uids, gids, self._namespace(uids, gids),
+                    spec, root, directory, image, uids, gids, self._namespace(uids, gids),
                     inside=self.state / "inside", resolvers=self.network.resolvers(),
                 )  # fmt: skip
                 host = config.Host(
@@ -110,11 +118,14 @@ class OciSandboxes:
                 (directory / "config.json").write_text(json.dumps(config.config(spec, host, edits, nodes)))
                 holder, init = conmon.create(self.runtime, spec.id, directory, tty=spec.tty, stdin=spec.stdin)
             finally:
-                mounts.unmount(root)
+                mounts.unmount(root)  # the empty directory stays: runc goes there to `exec`
             replace(sandbox, conmon=Process.of(holder), init=Process.of(init)).save(directory)
             self._tell(spec.id)
-        except BaseException:
+        except BaseException as error:
             self.remove(spec.id)
+            if isinstance(error, OSError):
+                code = "storage_full" if error.errno in FULL else "internal"
+                raise Error(code, f"the sandbox {spec.id} could not be made: {error}") from error
             raise
 
     def attach(self, id: str, *, replay: bool) -> Terminal:
@@ -126,7 +137,7 @@ class OciSandboxes:
                 return Terminal(connection.detach(), Framing.CONMON, text)
             return Terminal(conmon.connect(directory).detach(), Framing.CONMON)
         except (ConnectionRefusedError, FileNotFoundError):
-            text = logs.tail(directory, logs.REPLAY) if replay else b""
+            text = logs.recent(directory) if replay else b""
             return Terminal(conmon.ended().detach(), Framing.CONMON, text)
 
     def start(self, id: str, size: tuple[int, int] | None) -> None:
@@ -205,16 +216,10 @@ class OciSandboxes:
             self.cgroups.remove(sandbox.cgroup)
             if sandbox.network:
                 self.network.drop(sandbox.network)
-        mounts.unmount(directory / "rootfs")
+        self._unmount(id)
         shutil.rmtree(self.runtime.root / id, ignore_errors=True)
         directory.rename(self.state / "trash" / secrets.token_hex(8))
         threading.Thread(target=self._empty, name="trash", daemon=True).start()
-
-    def list(self) -> list[Found]:
-        return [
-            sandbox.found(directory, self.runtime.root, self.cgroups.oom(sandbox.cgroup))
-            for directory, sandbox in self._sandboxes()
-        ]
 
     def watch(self) -> Iterator[str]:
         watch = Watch(self._sandboxes)
@@ -232,6 +237,12 @@ class OciSandboxes:
 
     def check(self) -> list[Finding]:
         return []
+
+    def close(self) -> None:
+        """Give back what is kept ready for the next sandboxes."""
+        self.network.close()
+        while self._namespaces:
+            os.close(self._namespaces.popitem()[1])
 
     def _directory(self, id: str) -> Path:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", id):
@@ -272,6 +283,12 @@ class OciSandboxes:
             self._namespaces[key] = mounts.user_namespace(uids, gids)
         return self._namespaces[key]
 
+    def _unmount(self, id: str) -> None:
+        root = self.roots / id
+        mounts.unmount(root)
+        with contextlib.suppress(FileNotFoundError):
+            root.rmdir()
+
     def _kill(self, sandbox: Record) -> None:
         """Raises Error unavailable when something does not end."""
         sandbox.init.kill()
@@ -300,15 +317,20 @@ class OciSandboxes:
 
     def _adopt(self) -> None:
         """Remove what was interrupted and what belongs to no sandbox."""
-        used = set()
+        known, used = set(), set()
         for directory in (self.state / "sessions").iterdir():
             sandbox = record.load(directory)
             if not sandbox or not sandbox.made or sandbox.boot != record.boot():
                 self.remove(directory.name)
                 continue
-            mounts.unmount(directory / "rootfs")
             sandbox.conmon.kill(signals.SIGCONT)  # in case its executor was killed while it was stopped
+            known.add(sandbox.id)
             used.add(sandbox.network)
+        for root in self.roots.iterdir():
+            if root.name in known:
+                mounts.unmount(root)
+            else:
+                self._unmount(root.name)
         self.network.adopt(used)
         self.network.warm()
         self._empty()
@@ -316,6 +338,12 @@ class OciSandboxes:
     def _empty(self) -> None:
         for path in (self.state / "trash").iterdir():
             shutil.rmtree(path, ignore_errors=True)
+
+    def list(self) -> list[Found]:  # last: its name hides the type from what follows
+        return [
+            sandbox.found(directory, self.runtime.root, self.cgroups.oom(sandbox.cgroup))
+            for directory, sandbox in self._sandboxes()
+        ]
 
 
 def _program(names: Iterable[str]) -> str:

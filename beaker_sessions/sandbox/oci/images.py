@@ -129,7 +129,9 @@ class Images:
         raise Error("not_found", f"the image {wanted.name} is not on this machine")
 
     def _copy(self, source: str, wanted: Reference, options: list[str]) -> None:
-        target = f"containers-storage:[overlay@{self.storage}+{self.root}/run]{wanted.name}"
+        # skip_mount_home: otherwise a mount of the storage on itself stays behind.
+        storage = f"overlay@{self.storage}+{self.root}/run:overlay.skip_mount_home=true"
+        target = f"containers-storage:[{storage}]{wanted.name}"
         command = ["skopeo", "--insecure-policy", "copy", "--quiet", *options, source, target]
         done = subprocess.run(command, capture_output=True, check=False)
         if done.returncode != 0:

@@ -20,7 +20,8 @@ from . import conmon
 from .processes import Process
 
 KEEP = 8 << 20  # bytes of a log file
-REPLAY = 64 << 10  # bytes of recent output that an attach shows
+REPLAY = 64 << 10  # bytes of recent output that an attach shows,
+LINE = 4 << 10  # and at most so many more, to begin with a line
 PATIENCE = 5.0  # seconds for conmon to begin a new file
 PAUSE = 0.0005
 STREAMS = (b"stdout", b"stderr")
@@ -38,17 +39,18 @@ def payload(text: bytes) -> bytes:
 
 def tail(directory: Path, limit: int) -> bytes:
     """The last `limit` bytes of output."""
-    result = b""
+    result, inodes = b"", set()
     for name in ("log", "log.closed", "log.old"):
         with contextlib.suppress(FileNotFoundError), open(directory / name, "rb") as file:
-            result = _tail(file.fileno(), limit - len(result)) + result
-        if len(result) >= limit:
-            break
+            inode = os.fstat(file.fileno()).st_ino  # until conmon has begun a new log, the closed one is this one
+            if inode not in inodes and len(result) < limit:
+                result = _tail(file.fileno(), limit - len(result)) + result
+            inodes.add(inode)
     return result
 
 
 def join(directory: Path, holder: Process) -> tuple[socket.socket, bytes]:
-    """A connection to the streams, and the last REPLAY bytes of output before its first.
+    """A connection to the streams, and the last output before its first.
 
     conmon serves what is ready in an order of its own: connections, commands, output. So if it finds a connection and
     the command to begin a new log together, the old log ends exactly where the connection begins.
@@ -62,8 +64,10 @@ def join(directory: Path, holder: Process) -> tuple[socket.socket, bytes]:
             except BaseException:
                 connection.close()
                 raise
-        _fold(directory, mark)
-        return connection, _kept(directory)
+        if not _fold(directory, mark):
+            return connection, recent(directory)
+        with open(directory / "log.old", "rb") as file:
+            return connection, _whole_lines(_tail(file.fileno(), REPLAY + LINE))
 
 
 def trim(directory: Path) -> None:
@@ -82,12 +86,15 @@ def _close(directory: Path) -> int:
     return (directory / "log").stat().st_ino
 
 
-def _fold(directory: Path, closed: int) -> None:
-    """Wait for the new log, and put the closed one behind `log.old`."""
+def _fold(directory: Path, closed: int) -> bool:
+    """Wait for the new log, and put the closed one behind `log.old`.
+
+    False when there is none: output waits for a reader who does not read, so that nothing else happens either.
+    """
     deadline = time.monotonic() + PATIENCE
     while (directory / "log").stat().st_ino == closed:
         if time.monotonic() > deadline:
-            return  # its output waits for a reader that does not read; `log.closed` is still `log`
+            return False
         time.sleep(PAUSE)
     old = b"".join(_read(directory / name) for name in ("log.old", "log.closed"))
     old = old[-KEEP:].partition(b"\n")[2] if len(old) > KEEP else old
@@ -95,12 +102,19 @@ def _fold(directory: Path, closed: int) -> None:
     temporary.write_bytes(old)
     temporary.replace(directory / "log.old")
     (directory / "log.closed").unlink()
+    return True
 
 
-def _kept(directory: Path) -> bytes:
-    with contextlib.suppress(FileNotFoundError), open(directory / "log.old", "rb") as file:
-        return _tail(file.fileno(), REPLAY)
-    return b""
+def recent(directory: Path) -> bytes:
+    """The last REPLAY bytes of output, from the beginning of a line if there is one in LINE more bytes."""
+    return _whole_lines(tail(directory, REPLAY + LINE))
+
+
+def _whole_lines(text: bytes) -> bytes:
+    if len(text) <= REPLAY:
+        return text
+    start = text.find(b"\n", 0, len(text) - REPLAY) + 1
+    return text[start or -REPLAY :]
 
 
 def _read(path: Path) -> bytes:

@@ -112,7 +112,8 @@ def make(root: int, path: str, owner: tuple[int, int], *, directory: bool) -> in
             below = open_in(root, seen, os.O_PATH)
         except FileNotFoundError:
             if directory or number < len(parts) - 1:
-                os.mkdir(part, 0o755, dir_fd=at)
+                os.mkdir(part, dir_fd=at)
+                os.chmod(part, 0o755, dir_fd=at)
             else:
                 os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644, dir_fd=at))
             os.chown(part, *owner, dir_fd=at, follow_symlinks=False)

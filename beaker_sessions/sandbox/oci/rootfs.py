@@ -26,16 +26,26 @@ NOTHING = mounts.ATTR_NOSUID | mounts.ATTR_NODEV
 
 
 def make(
-    spec: Spec, base: Path, image: Description, uids: IdMap, gids: IdMap, userns: int, *, inside: Path, resolvers: str
+    spec: Spec,
+    root: Path,
+    base: Path,
+    image: Description,
+    uids: IdMap,
+    gids: IdMap,
+    userns: int,
+    *,
+    inside: Path,
+    resolvers: str,
 ) -> None:
-    """Mount and fill the root file system at `rootfs` in base, whose writable layer is `upper`.
+    """Mount and fill the root file system at root; its writable layer is `upper` in base.
 
     inside: the directory that the sandbox sees as INSIDE. resolvers: the text of resolv.conf.
     Raises Error not_found for a mount whose source is gone, OSError otherwise.
     """
-    root, owner = base / "rootfs", (outside(uids, 0), outside(gids, 0))
-    for name in ("rootfs", "upper", "work"):
-        (base / name).mkdir(mode=0o755)
+    owner = outside(uids, 0), outside(gids, 0)
+    for path in (root, base / "upper", base / "work"):
+        path.mkdir()
+        path.chmod(0o755)
     os.chown(base / "upper", *owner)
     mounts.overlay(root, [Path(layer) for layer in image.layers], base, userns)
     with mounts.opened(os.open(root, os.O_PATH | os.O_CLOEXEC)) as top:
@@ -43,10 +53,10 @@ def make(
             for name, (text, mode) in _files(spec, image, resolvers).items():
                 _write(etc, name, text, mode, owner)
         with (
-            contextlib.suppress(OSError),
-            mounts.opened(mounts.open_in(top, SUDOERS, os.O_PATH | os.O_DIRECTORY)) as own,
+            contextlib.suppress(FileNotFoundError, NotADirectoryError),
+            mounts.opened(mounts.open_in(top, SUDOERS, os.O_PATH | os.O_DIRECTORY)) as sudoers,
         ):
-            _write(own, "beaker", f"#{spec.identity.uid} ALL=(ALL:ALL) NOPASSWD: ALL\n", 0o440, owner)
+            _write(sudoers, "beaker", f"#{spec.identity.uid} ALL=(ALL:ALL) NOPASSWD: ALL\n", 0o440, owner)
         for mount in _binds(spec, inside):
             _bind(top, mount, owner)
         attributes = NOTHING | mounts.ATTR_RDONLY | mounts.ATTR_NOEXEC
