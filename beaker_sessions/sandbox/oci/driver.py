@@ -239,8 +239,9 @@ class OciSandboxes:
         return []
 
     def close(self) -> None:
-        """Give back what is kept ready for the next sandboxes."""
+        """Give back what is kept ready for the next sandboxes: for tests, and when the executor is uninstalled."""
         self.network.close()
+        shutil.rmtree(RUN / self.network.bridge)
         while self._namespaces:
             os.close(self._namespaces.popitem()[1])
 

@@ -13,17 +13,17 @@ import ipaddress
 import json
 import logging
 import os
-import queue
 import random
 import subprocess
 import threading
-from collections.abc import Iterable
+from collections.abc import Container
 from pathlib import Path
 
 from ...errors import Error
 from . import mounts
 
-READY = 4  # namespaces kept ready
+COUNT = 4  # namespaces kept ready
+READY = ".ready"  # beside the file of each of these
 CLONE_NEWNET = 0x40000000
 # Searched for one that nothing on this machine uses; the first are those that Docker and Podman do not take by default.
 NETWORKS = [ipaddress.IPv4Network(n) for n in ("10.213.0.0/20", "10.214.0.0/20", "192.168.208.0/20", "172.31.240.0/20")]
@@ -39,19 +39,21 @@ class Network:
 
     def __init__(self, directory: Path, bridge: str) -> None:
         self.directory, self.bridge = directory, bridge
-        self._ready: queue.SimpleQueue[Path] = queue.SimpleQueue()
+        self._network: ipaddress.IPv4Network | None = None
         self._lock = threading.Lock()
         self._filling = threading.Lock()
-        self._network: ipaddress.IPv4Network | None = None
+        self._closed = False
 
     def take(self) -> Path:
         """A namespace that nobody has used. Raises Error unavailable when none can be made."""
         try:
-            return self._ready.get_nowait()
-        except queue.Empty:
+            for ready in self._ready():
+                with contextlib.suppress(FileNotFoundError):
+                    ready.unlink()  # whoever succeeds in this has it
+                    return ready.with_suffix("")
             return self._make()
         finally:
-            threading.Thread(target=self._fill, name="network", daemon=True).start()
+            self.warm()
 
     def drop(self, name: str) -> None:
         """Forget a namespace; it goes with the last process in it. Silent if there is none."""
@@ -59,11 +61,12 @@ class Network:
         mounts.unmount(path)
         path.unlink(missing_ok=True)
 
-    def adopt(self, used: Iterable[str]) -> None:
-        """After a restart: the namespaces in use stay, the others go."""
+    def adopt(self, used: Container[str]) -> None:
+        """After a restart: the namespaces that are in use or ready stay, the others go."""
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        ready = {path.stem for path in self._ready()}
         for path in self.directory.iterdir():
-            if path.name not in used:
+            if path.suffix != READY and path.name not in ready and path.name not in used:
                 self.drop(path.name)
 
     def warm(self) -> None:
@@ -71,28 +74,32 @@ class Network:
         threading.Thread(target=self._fill, name="network", daemon=True).start()
 
     def close(self) -> None:
-        """Remove the bridge, its rules and the namespaces that are ready; for tests and an uninstallation."""
+        """Remove everything: for tests, and when the executor is uninstalled."""
+        self._closed = True
         with self._filling:
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    self.drop(self._ready.get_nowait().name)
+            for path in self.directory.iterdir():
+                self.drop(path.name)
             if network := self._address():
                 for table, rule in self._rules(network):
                     while _run(["iptables", "-w", "-t", table, "-D", *rule]):
                         pass
-            _run(["ip", "link", "delete", self.bridge])
+                _run(["ip", "link", "delete", self.bridge])
 
     def resolvers(self) -> str:
         """The text of `/etc/resolv.conf` for a sandbox: this machine's, without resolvers that only it can reach."""
         text = next((Path(path).read_text() for path in RESOLVERS if Path(path).exists()), "")
         return "".join(line + "\n" for line in text.splitlines() if not _loopback(line))
 
+    def _ready(self) -> list[Path]:
+        return list(self.directory.glob(f"*{READY}"))
+
     def _fill(self) -> None:
         if not self._filling.acquire(blocking=False):
             return
         try:
-            while self._ready.qsize() < READY:
-                self._ready.put(self._make())
+            while not self._closed and len(self._ready()) < COUNT:
+                path = self._make()
+                path.with_suffix(READY).touch()
         except Error as error:
             log.error("%s", error.message)
         finally:
