@@ -39,6 +39,7 @@ class ExecutorSettings:
     mount_paths: list[str] = field(default_factory=lambda: ["/net"], metadata={"key": "mountPaths"})
     accounts: dict[str, str] = field(default_factory=dict, metadata={"key": "accounts"})
     driver: str = field(default="docker", metadata={"key": "driver"})
+    bridge: str = field(default="beaker0", metadata={"key": "bridge"})
     docker_socket: str = field(default="/var/run/docker.sock", metadata={"key": "dockerSocket"})
     cdi_paths: list[str] = field(default_factory=lambda: ["/etc/cdi", "/var/run/cdi"], metadata={"key": "cdiPaths"})
     default_image: str = field(default="beaker-sessions/base", metadata={"key": "defaultImage"})

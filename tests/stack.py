@@ -25,6 +25,7 @@ import yaml
 
 from beaker_sessions.client import Client
 from beaker_sessions.errors import Error
+from beaker_sessions.ids import is_ulid
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -119,8 +120,10 @@ class User:
 class Stack:
     """root: an empty directory that other users can pass through. gpus: how many to make up."""
 
-    def __init__(self, root: Path, gpus: int = 0, settings: Mapping[str, object] | None = None) -> None:
-        self.root = root
+    def __init__(
+        self, root: Path, gpus: int = 0, driver: str = "docker", settings: Mapping[str, object] | None = None
+    ) -> None:
+        self.root, self.driver = root, driver
         self.docker_socket, self.socket = root / "docker.sock", root / "executor.sock"
         self.state, self.cdi = root / "state", root / "cdi"
         with socket.socket() as probe:
@@ -134,7 +137,8 @@ class Stack:
         )
         self.users: list[User] = []
         self.devices = [self._make_gpu(number) for number in range(gpus)]
-        self._write_settings(port, settings or {})
+        bridge = f"b{root.name[-8:]}"  # a network of its own, with a name of at most 15 characters
+        self._write_settings(port, {"driver": driver, "bridge": bridge, **(settings or {})})
         log = root / "log"
         log.mkdir()
         # A network of its own: no bridge and no rule is shared with the machine's Docker Engine or another test's.
@@ -209,9 +213,21 @@ class Stack:
         """Stop all sessions, and wait until the node is as if there had been none. Raises TimeoutError."""
         for job in self.admin.jobs(kind="session", finalized=False):
             self.admin.update_job(job["id"], {"status": {"canceled": True}})
-        wait_for("the end of all sessions", lambda: not self.containers() and not self.live())
-        left = [str(path) for path in (self.state / "executor" / "sandboxes").glob("*") if len(path.name) == 26]
-        assert left == [], "files of ended sessions are left"
+        wait_for("the end of all sessions", lambda: not self.sandboxes() and not self.live())
+        assert not self.files(), "files of ended sessions are left"
+
+    def files(self) -> list[Path]:
+        """The directories of sandboxes."""
+        return [path for path in (self.state / "executor" / "sandboxes").rglob("*") if is_ulid(path.name)]
+
+    def sandboxes(self) -> dict[str, int]:
+        """Every sandbox that exists, running or not: session id -> pid of its init, 0 when it does not run."""
+        if self.driver == "oci":
+            records = [json.loads((path / "sandbox.json").read_text()) for path in self.files()]
+            return {record["id"]: record["init"]["pid"] for record in records}
+        ids = self.docker_cli("ps", "-aq", "--no-trunc", "--filter", "label=beaker.session").stdout.split()
+        found = json.loads(self.docker_cli("inspect", *ids).stdout or "[]")
+        return {one["Config"]["Labels"]["beaker.session"]: one["State"]["Pid"] for one in found}
 
     def live(self) -> list[str]:
         """Ids of sessions that the executor has not finished."""

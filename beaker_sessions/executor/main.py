@@ -31,7 +31,12 @@ def sandboxes(settings: ExecutorSettings) -> Sandboxes:
         from ..sandbox.docker.driver import DockerSandboxes
 
         return DockerSandboxes(settings.docker_socket, state, settings.storage_path, cdi_paths)
-    raise Error("invalid", f"driver: {settings.driver!r} is not one of: docker", "correct the settings")
+    if settings.driver == "oci":
+        from ..sandbox.oci.driver import OciSandboxes
+
+        docker, bridge = settings.docker_socket, settings.bridge
+        return OciSandboxes(state, settings.storage_path, cdi_paths, docker=docker, bridge=bridge)
+    raise Error("invalid", f"driver: {settings.driver!r} is not one of: docker, oci", "correct the settings")
 
 
 def main() -> int:

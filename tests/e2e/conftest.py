@@ -17,8 +17,8 @@ from tests.stack import BIN, Stack, User
 PROMPT = r"[$#] (\x1b\[K)?$"  # readline clears the rest of a line that it draws again
 
 
-@pytest.fixture(scope="session")
-def stack(debian: Path) -> Iterator[Stack]:
+@pytest.fixture(scope="session", params=["docker", "oci"])
+def stack(request: pytest.FixtureRequest, debian: Path) -> Iterator[Stack]:
     """A node with two made-up GPUs and the image `debian`, which is also its default."""
     if os.geteuid() != 0:
         pytest.skip("needs root: it starts Docker Engine and an executor")
@@ -26,7 +26,7 @@ def stack(debian: Path) -> Iterator[Stack]:
         pytest.skip("needs Docker Engine (dockerd)")
     root = Path(tempfile.mkdtemp(prefix="beaker-"))
     root.chmod(0o755)
-    stack = Stack(root, gpus=2, settings={"defaultImage": "debian"})
+    stack = Stack(root, gpus=2, driver=request.param, settings={"defaultImage": "debian"})
     try:
         stack.start()
         stack.image("debian", debian)

@@ -52,7 +52,7 @@ def test_a_wrong_value_is_named(stack: Stack, ada: User, words: tuple[str, ...],
     got, line = refused(ada, "session", "create", *words, "--", "true")
     assert (got, says in line) == (code, True), line
     assert "\x1b" not in line
-    wait_for("nothing to be left", lambda: stack.live() == [] and stack.containers() == [])
+    wait_for("nothing to be left", lambda: not stack.live() and not stack.sandboxes())
 
 
 @pytest.mark.parametrize("command", ["attach", "stop", "describe", "get", "logs", "exec"])

@@ -1,10 +1,11 @@
-"""A full disk of the node: new sessions are refused with the reason, live ones do not notice, and it passes by itself."""
+"""A full disk of the node: new sessions are refused with the reason, live ones do not notice, and it passes."""
 
 from __future__ import annotations
 
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -37,9 +38,9 @@ def test_a_full_disk_refuses_new_sessions_and_spares_live_ones(stack: Stack):
     create = ("session", "create", "--gpus", "0")
     live = user.beaker(*create, "--detach", "--", "sleep", "1000").stdout.decode().strip()
     filler = stack.state / "filler"
-    with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
-        while True:
-            file.write(bytes(4096))  # whole blocks, so that no room is left in between
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(4096)):  # whole blocks, so that no room is left in between
+            pass
     done = user.beaker(*create, "--", "true")
     assert (done.returncode, done.stdout) == (74, b""), done.stderr
     assert b"full" in done.stderr
