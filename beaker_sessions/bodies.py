@@ -156,12 +156,31 @@ class AccountBody(Body):
 
 
 class TokenBody(Body):
-    """expiry: how long it lives. scope: never more than the caller may. account: whose, for administrators."""
+    """expiry: how long it lives. scope: never more than the caller may. account: whose, for administrators.
+
+    session: for the scope session, the id of the session that it lives as long as.
+    """
 
     account: Name | None = None
     name: Line = ""
-    scope: Literal["user", "executor", "admin"] = "user"
+    scope: Literal["user", "executor", "admin", "session"] = "user"
+    session: Ulid | None = None
     expiry: Duration | None = None
+
+
+class WorkspaceBody(Body):
+    """org: its owner, where that is not part of the name."""
+
+    name: Reference
+    org: Name | None = None
+
+
+class SecretBody(Body):
+    name: Name
+
+
+class WorkspacePatch(Body):
+    archive: bool | None = None
 
 
 class Limits(Report):

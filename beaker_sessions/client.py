@@ -85,6 +85,10 @@ class Client:
     def revoke_token(self, id: str) -> None:
         self._json("DELETE", f"auth/tokens/{_part(id)}")
 
+    def create_link(self) -> JSON:
+        """A `path` of the console that signs one browser in, once."""
+        return self._json("POST", "auth/links")
+
     # clusters and nodes
 
     def list_clusters(self, org: str) -> JSON:
@@ -150,6 +154,37 @@ class Client:
     def put_logs(self, id: str, output: bytes) -> None:
         """For executors. output: the last 1 MiB of it."""
         self._call("PUT", f"jobs/{_part(id)}/logs", output, {"Content-Type": "application/octet-stream"})
+
+    # workspaces and secrets
+
+    def list_workspaces(self) -> JSON:
+        return self._json("GET", "workspaces")
+
+    def create_workspace(self, body: JSON, key: str = "") -> JSON:
+        return self._create("workspaces", body, key)
+
+    def get_workspace(self, workspace: str) -> JSON:
+        """workspace: `owner/name`, the name of one's own, or an id, here and below."""
+        return self._json("GET", f"workspaces/{_part(workspace)}")
+
+    def update_workspace(self, workspace: str, body: JSON) -> JSON:
+        return self._json("PATCH", f"workspaces/{_part(workspace)}", body)
+
+    def list_secrets(self, workspace: str) -> JSON:
+        return self._json("GET", f"workspaces/{_part(workspace)}/secrets")
+
+    def get_secret(self, workspace: str, name: str) -> JSON:
+        return self._json("GET", f"workspaces/{_part(workspace)}/secrets/{_part(name)}")
+
+    def read_secret(self, workspace: str, name: str) -> bytes:
+        return self._call("GET", f"workspaces/{_part(workspace)}/secrets/{_part(name)}/value")
+
+    def write_secret(self, workspace: str, name: str, value: bytes) -> JSON:
+        path = f"workspaces/{_part(workspace)}/secrets/{_part(name)}/value"
+        return self._decode(self._call("PUT", path, value, {"Content-Type": "application/octet-stream"}))
+
+    def delete_secret(self, workspace: str, name: str) -> None:
+        self._json("DELETE", f"workspaces/{_part(workspace)}/secrets/{_part(name)}")
 
     # plumbing
 

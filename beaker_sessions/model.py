@@ -39,11 +39,12 @@ class Pull(enum.StrEnum):
 
 
 class Scope(enum.StrEnum):
-    """What a token may do: act as its account, act as a node's executor, or administer."""
+    """What a token may do: act as its account, act as a node's executor, administer, or what a session may inside."""
 
     USER = "user"
     EXECUTOR = "executor"
     ADMIN = "admin"
+    SESSION = "session"
 
 
 @dataclass(frozen=True)

@@ -51,12 +51,16 @@ class ExecutorSettings:
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """What the server is told. database: a SQLAlchemy URL, by default SQLite below storage_path."""
+    """What the server is told. database: a SQLAlchemy URL, by default SQLite below storage_path.
+
+    key: the file with the key that secrets are sealed with, by default server.key there; not in the database's backup.
+    """
 
     storage_path: str = field(default="/var/lib/beaker", metadata={"key": "storagePath"})
     host: str = field(default="127.0.0.1", metadata={"key": "host"})
     port: int = field(default=8420, metadata={"key": "port"})
     database: str = field(default="", metadata={"key": "database"})
+    key: str = field(default="", metadata={"key": "key"})
 
     prefix: typing.ClassVar[str] = "BEAKER_SERVER_"
     section: typing.ClassVar[str] = "server"

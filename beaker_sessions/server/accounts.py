@@ -49,6 +49,8 @@ class Accounts(Rules):
         def make(rows: Rows) -> JSON:
             if ids.is_ulid(body.name):
                 raise Error("invalid", f"name: {body.name!r} looks like an id", "choose another name")
+            if rows.organization(body.name) is not None:  # both own workspaces
+                raise Error("conflict", f"there is an organization {body.name!r}", "choose another name")
             if rows.account(body.name) is not None:
                 raise Error("conflict", f"there is an account {body.name!r} already", "choose another name")
             id = add_account(rows, body)
@@ -74,8 +76,10 @@ class Accounts(Rules):
         No token outlives the one that made it, unless that was an administrator's.
         """
         caller.need_user()
-        if body is not None and (body.scope != "user" or body.account is not None):
+        if body is not None and (body.scope in ("executor", "admin") or body.account is not None):
             caller.need_admin()
+        if body is not None and (body.scope == "session") != (body.session is not None):
+            raise Error("invalid", "session: goes with the scope session, and only with it", "name both, or neither")
         token = caller.new_token()
 
         def make(rows: Rows) -> JSON:
@@ -87,9 +91,12 @@ class Accounts(Rules):
                 expiry = None if body.expiry is None else rows.now + timedelta(seconds=body.expiry)
                 if asking.expiry is not None and not caller.admin:
                     expiry = min(expiry or asking.expiry, asking.expiry)
+                session = next(iter(rows.jobs(id=body.session)), None) if body.session else None
+                if session is not None and session.account_id != caller.account_id:
+                    raise Error("forbidden", f"session {body.session} is {session.author}'s", "name one of yours")
                 name = body.account or caller.account
                 account = found(rows.account(name), "account", name)
-                id = add_token(rows, account.id, token, body.name, Scope(body.scope), expiry)
+                id = add_token(rows, account.id, token, body.name, Scope(body.scope), expiry, body.session)
             self.record(
                 rows, caller, "create_token", id, scope=body.scope if body else asking.scope, rotated=body is None
             )
@@ -99,7 +106,8 @@ class Accounts(Rules):
 
     def revoke_token(self, caller: Caller, id: str) -> None:
         """One of the caller's own tokens, or for an administrator anybody's. Revoking it again is no error."""
-        caller.need_user()
+        if caller.scope != Scope.SESSION or id != caller.token_id:  # a session's token may end itself
+            caller.need_user()
         with self.store.write() as rows:
             row = rows.one(tables.tokens, id=id)
             if row is None or (row.account_id != caller.account_id and not caller.admin):
@@ -132,9 +140,11 @@ def add_account(rows: Rows, body: AccountBody) -> str:
     return id
 
 
-def add_token(rows: Rows, account: str, token: str, name: str, scope: Scope, expiry: object = None) -> str:
+def add_token(
+    rows: Rows, account: str, token: str, name: str, scope: Scope, expiry: object = None, session: str | None = None
+) -> str:
     id = ids.ulid()
-    values = {"id": id, "account_id": account, "name": name, "scope": scope.value, "expiry": expiry}
+    values = {"id": id, "account_id": account, "name": name, "scope": scope.value, "expiry": expiry, "session": session}
     rows.insert(tables.tokens, hash=ids.hash_token(token), created=rows.now, **values)
     return id
 

@@ -32,6 +32,7 @@ class Jobs(Rules):
         *,
         kind: str | None = None,
         node: str | None = None,
+        nodes: Sequence[str] | None = None,
         cluster: str | None = None,
         author: str | None = None,
         finalized: bool | None = None,
@@ -39,7 +40,10 @@ class Jobs(Rules):
         cursor: str | None = None,
         limit: int = PAGE,
     ) -> JSON:
-        """One page, newest first. node, cluster, author: ids or names. cursor: `next` of the page before."""
+        """One page, newest first. node, cluster, author: ids or names. cursor: `next` of the page before.
+
+        nodes: ids of nodes, for the console, which shows many at once.
+        """
         if cursor is not None and not ids.is_ulid(cursor):
             raise Error("invalid", f"cursor: {cursor!r} is not one of ours", "take it from the page before")
         where: dict[str, Any] = {} if scheduled is None else {"scheduled": scheduled}
@@ -48,6 +52,8 @@ class Jobs(Rules):
                 return {"data": []}
             if node is not None:
                 where["node_id"] = node_of(rows, node).id
+            if nodes is not None:
+                where["nodes"] = nodes
             if cluster is not None:
                 where["cluster_id"] = cluster_of(rows, cluster).id
             if author is not None:
@@ -79,7 +85,8 @@ class Jobs(Rules):
 
     def update_job(self, caller: Caller, id: str, body: JobPatch) -> JSON:
         """Cancel: at once when the node never heard of the session, else the node is asked to. Once is enough."""
-        caller.need_user()
+        if caller.session != id:  # a session may stop itself
+            caller.need_user()
         with self.store.write() as rows:
             row = job_of(rows, id)
             if row.account_id != caller.account_id and not caller.admin:
@@ -202,6 +209,8 @@ def _private(row: Row, caller: Caller) -> bool:
     """Whether the caller may see what is the author's business."""
     if caller.scope == model.Scope.EXECUTOR:
         return bool(caller.node == row.node_id)
+    if caller.scope == model.Scope.SESSION:
+        return bool(caller.session == row.id)
     return bool(row.account_id == caller.account_id) or caller.admin
 
 

@@ -12,6 +12,7 @@ from .. import __version__, ids
 from ..errors import Error
 from ..model import Scope
 from ..settings import ServerSettings, load
+from .seal import Seal
 from .service import Service
 from .store import Store, sqlite_url
 
@@ -21,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    names = ("storage_path", "host", "port", "database")
+    names = ("storage_path", "host", "port", "database", "key")
     try:
         settings = load(ServerSettings, options.config, flags={name: getattr(options, name, None) for name in names})
         service = _service(settings)
@@ -82,7 +83,13 @@ def _service(settings: ServerSettings) -> Service:
             hint = "run it as a user who may write there, or set --storage-path"
             raise Error("unavailable", f"cannot keep the database in {path}: {error.strerror}", hint) from error
         url = sqlite_url(file)
-    return Service(Store(url))
+    store = Store(url)
+    path = Path(settings.key or Path(settings.storage_path, "server.key"))
+    if not path.exists() and store.holds_secrets():
+        store.close()
+        hint = "restore it from its backup, or delete the rows of the table secrets"
+        raise Error("unavailable", f"the key {path} is missing, which the database's secrets are sealed with", hint)
+    return Service(store, Seal(path))
 
 
 def _read(path: Path) -> str | None:
@@ -117,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help="settings, under `server` (default /etc/beaker/config.yml)")
     parser.add_argument("--storage-path", metavar="DIR", help="where the SQLite database is (default /var/lib/beaker)")
     parser.add_argument("--database", metavar="URL", help="a SQLAlchemy URL instead")
+    parser.add_argument("--key", metavar="FILE", help="what secrets are sealed with (default server.key there)")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("serve", help="serve the REST API")
     command.add_argument("--host", help="address to listen on (default 127.0.0.1)")

@@ -30,6 +30,7 @@ def _caller(request: Request) -> Caller:
 
 Does = Annotated[Service, Depends(_service)]
 Who = Annotated[Caller, Depends(_caller)]
+BYTES = "application/octet-stream"
 FAILURE = {  # in place of FastAPI's own 422
     "description": "What failed, and what to do next",
     "content": {
@@ -113,6 +114,11 @@ def revoke_token(does: Does, who: Who, id: str) -> None:
     does.revoke_token(who, id)
 
 
+@router.post("/auth/links", status_code=201)
+def create_link(does: Does, who: Who) -> JSON:
+    return does.create_link(who)
+
+
 @router.get("/users/{account}")
 def get_account(does: Does, who: Who, account: str) -> JSON:
     return does.get_account(who, account)
@@ -126,6 +132,55 @@ def list_accounts(does: Does, who: Who) -> JSON:
 @router.post("/admin/users", status_code=201)
 def create_account(does: Does, who: Who, body: b.AccountBody) -> JSON:
     return does.create_account(who, body)
+
+
+@router.get("/workspaces")
+def list_workspaces(does: Does, who: Who) -> JSON:
+    return does.list_workspaces(who)
+
+
+@router.post("/workspaces", status_code=201)
+def create_workspace(does: Does, who: Who, body: b.WorkspaceBody) -> JSON:
+    return does.create_workspace(who, body)
+
+
+# The longer paths come first: a workspace's reference may hold a slash, encoded or not.
+@router.get("/workspaces/{workspace:path}/secrets/{name}/value", response_class=Response)
+def read_secret(does: Does, who: Who, workspace: str, name: str) -> Response:
+    value = does.read_secret(who, workspace, name)
+    return Response(value, media_type="application/octet-stream", headers={"Cache-Control": "no-store"})
+
+
+@router.put("/workspaces/{workspace:path}/secrets/{name}/value")
+def write_secret(
+    does: Does, who: Who, workspace: str, name: str, value: Annotated[bytes, Body(media_type=BYTES)] = b""
+) -> JSON:
+    return does.write_secret(who, workspace, name, value)
+
+
+@router.get("/workspaces/{workspace:path}/secrets/{name}")
+def get_secret(does: Does, who: Who, workspace: str, name: str) -> JSON:
+    return does.get_secret(who, workspace, name)
+
+
+@router.delete("/workspaces/{workspace:path}/secrets/{name}", status_code=204)
+def delete_secret(does: Does, who: Who, workspace: str, name: str) -> None:
+    does.delete_secret(who, workspace, name)
+
+
+@router.get("/workspaces/{workspace:path}/secrets")
+def list_secrets(does: Does, who: Who, workspace: str) -> JSON:
+    return does.list_secrets(who, workspace)
+
+
+@router.get("/workspaces/{workspace:path}")
+def get_workspace(does: Does, who: Who, workspace: str) -> JSON:
+    return does.get_workspace(who, workspace)
+
+
+@router.patch("/workspaces/{workspace:path}")
+def update_workspace(does: Does, who: Who, workspace: str, body: b.WorkspacePatch) -> JSON:
+    return does.update_workspace(who, workspace, body)
 
 
 @router.get("/clusters/{org}")

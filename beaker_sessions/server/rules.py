@@ -14,17 +14,21 @@ from typing import Any
 
 from .. import ids
 from ..errors import Error
-from ..model import Scope
+from ..model import Scope, State
 from . import tables
+from .seal import Seal
 from .store import Row, Rows, Store
 
 JSON = dict[str, Any]
+LOG_IN = "log in with a valid token: see `beaker account token`, or ask an administrator"
 LISTED = {
     "account": "beaker account list",
     "organization": "beaker account organizations",
     "cluster": "beaker cluster list",
     "node": "beaker node list",
     "session": "beaker session list --all",
+    "workspace": "beaker workspace list",
+    "secret": "beaker secret list",
 }
 
 
@@ -32,7 +36,7 @@ LISTED = {
 class Caller:
     """The account and the token behind a request. node: the one that an executor's token registered.
 
-    secret: the token itself. key: the request's Idempotency-Key, or "".
+    secret: the token itself. key: the request's Idempotency-Key, or "". session: the one that a session's token is of.
     """
 
     account_id: str
@@ -44,14 +48,20 @@ class Caller:
     expiry: datetime | None
     secret: str = field(repr=False)
     key: str
+    session: str | None = None
 
     @property
     def admin(self) -> bool:
         return self.scope == Scope.ADMIN and self.role == "admin"
 
     def need_user(self) -> None:
-        if self.scope == Scope.EXECUTOR:
-            raise Error("forbidden", "a token of scope executor cannot do this", "use a token of your own account")
+        if self.scope in (Scope.EXECUTOR, Scope.SESSION):
+            raise Error("forbidden", f"a token of scope {self.scope} cannot do this", "use a token of your own account")
+
+    def need_person(self) -> None:
+        """A user, here or in a session of theirs."""
+        if self.scope != Scope.SESSION:
+            self.need_user()
 
     def need_admin(self) -> None:
         if not self.admin:
@@ -73,27 +83,23 @@ class Caller:
 class Rules:
     """What the parts of `Service` share."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    def __init__(self, store: Store, seal: Seal) -> None:
+        self.store, self.seal = store, seal
 
     def authenticate(self, token: str, key: str = "") -> Caller:
         """The caller with this token. Raises Error unauthorized, which does not say whether the token ever existed."""
-        hint = "log in with a valid token: see `beaker account token`, or ask an administrator"
         if not token:
-            raise Error("unauthorized", "no token was given", hint)
+            raise Error("unauthorized", "no token was given", LOG_IN)
         if not ids.looks_like_token(token):
-            raise Error("unauthorized", "this is not a token, or it was not copied whole", hint)
+            raise Error("unauthorized", "this is not a token, or it was not copied whole", LOG_IN)
         if len(key) > 128 or not key.isascii() or not key.isprintable():
             raise Error("invalid", "the Idempotency-Key is not up to 128 printable characters", "use a random one")
         with self.store.read() as rows:
-            row = rows.token(ids.hash_token(token))
-            if row is None or row.revoked is not None:
-                raise Error("unauthorized", "the token is not valid, or was revoked", hint)
-            if row.expiry is not None and row.expiry <= rows.now:
-                raise Error("unauthorized", f"the token expired at {row.expiry:%Y-%m-%d %H:%M} UTC", hint)
-        return Caller(
-            row.account_id, row.account, row.role, row.id, Scope(row.scope), row.node_id, row.expiry, token, key
-        )
+            caller = caller_of(rows.token(ids.hash_token(token)), rows.now, token, key)
+            job = rows.one(tables.jobs, id=caller.session) if caller.session else None
+        if job is not None and (job.state == State.FINALIZED or job.account_id != caller.account_id):
+            raise Error("unauthorized", f"the session {caller.session} of this token has ended", LOG_IN)
+        return caller
 
     def once(self, caller: Caller, action: str, request: JSON, make: Callable[[Rows], JSON]) -> JSON:
         """The answer of `make`, or the one it gave when the caller first sent this request with the same key."""
@@ -115,6 +121,17 @@ class Rules:
 
     def record(self, rows: Rows, caller: Caller, action: str, object: str, **details: Any) -> None:
         rows.record(caller.account_id, caller.token_id, action, object, **details)
+
+
+def caller_of(row: Row | None, now: datetime, secret: str, key: str = "") -> Caller:
+    """The caller with a token's row, as `Rows.token` gives it. Raises Error unauthorized unless it works."""
+    if row is None or row.revoked is not None:
+        raise Error("unauthorized", "the token is not valid, or was revoked", LOG_IN)
+    if row.expiry is not None and row.expiry <= now:
+        raise Error("unauthorized", f"the token expired at {row.expiry:%Y-%m-%d %H:%M} UTC", LOG_IN)
+    scope = Scope(row.scope)
+    values = (row.account_id, row.account, row.role, row.id, scope, row.node_id, row.expiry, secret, key)
+    return Caller(*values, session=row.session)
 
 
 def found(row: Row | None, what: str, ref: str) -> Row:

@@ -13,12 +13,14 @@ from . import tables
 from .accounts import Accounts, add_account, add_token
 from .jobs import Jobs
 from .nodes import Nodes, add_cluster
+from .signins import Signins
+from .workspaces import Workspaces
 
 ORGANIZATION, CLUSTER = "lab", "main"
 
 
-class Service(Accounts, Nodes, Jobs):
-    """The three parts over one store."""
+class Service(Accounts, Signins, Workspaces, Nodes, Jobs):
+    """The parts over one store."""
 
     def healthy(self) -> None:
         """Raises Error unavailable unless the database answers."""

@@ -67,6 +67,23 @@ class Rows:
         query = sa.select(tokens, accounts.c.name.label("account"), accounts.c.role).join(accounts)
         return self.connection.execute(query.where(tokens.c.hash == hash)).one_or_none()
 
+    def signin(self, hash: str, link: bool) -> Row | None:
+        """The token behind a browser's cookie or a one-time link, as `token` gives it; None when that has expired."""
+        signins = tables.signins
+        query = sa.select(tokens, accounts.c.name.label("account"), accounts.c.role).join(accounts).join(signins)
+        query = query.where(signins.c.hash == hash, signins.c.link == link, signins.c.expiry > self.now)
+        return self.connection.execute(query).one_or_none()
+
+    def add_signin(self, hash: str, token: str, link: bool, life: timedelta) -> None:
+        self.connection.execute(sa.delete(tables.signins).where(tables.signins.c.expiry <= self.now))
+        values = {"hash": hash, "token_id": token, "link": link, "created": self.now, "expiry": self.now + life}
+        self.insert(tables.signins, **values)
+
+    def remove_signin(self, hash: str) -> bool:
+        """Whether it was there."""
+        gone = self.connection.execute(sa.delete(tables.signins).where(tables.signins.c.hash == hash))
+        return gone.rowcount == 1
+
     def account(self, ref: str) -> Row | None:
         """By id or name."""
         return self.one(accounts, **{"id" if ids.is_ulid(ref) else "name": ref})
@@ -125,8 +142,10 @@ class Rows:
             .join(nodes, jobs.c.node_id == nodes.c.id)
             .join(clusters, jobs.c.cluster_id == clusters.c.id)
             .join(organizations)
-            .where(*(jobs.c[name] == value for name, value in where.items() if name != "scheduled"))
+            .where(*(jobs.c[name] == value for name, value in where.items() if name not in ("scheduled", "nodes")))
         )
+        if "nodes" in where:
+            query = query.where(jobs.c.node_id.in_(where["nodes"]))
         if before is not None:
             query = query.where(jobs.c.id < before)
         if final is not None:
@@ -146,6 +165,18 @@ class Rows:
     def keep_logs(self, job: str, output: bytes) -> None:
         self.connection.execute(sa.delete(tables.logs).where(tables.logs.c.job_id == job))
         self.insert(tables.logs, job_id=job, output=output)
+
+    # secrets
+
+    def keep_secret(self, workspace: str, name: str, sealed: bytes, created: datetime | None) -> None:
+        """created: of the value before, None for a new secret."""
+        self.forget_secret(workspace, name)
+        values = {"sealed": sealed, "created": created or self.now, "updated": self.now}
+        self.insert(tables.secrets, workspace_id=workspace, name=name, **values)
+
+    def forget_secret(self, workspace: str, name: str) -> None:
+        secrets = tables.secrets
+        self.connection.execute(sa.delete(secrets).where(secrets.c.workspace_id == workspace, secrets.c.name == name))
 
     # idempotency
 
@@ -171,6 +202,10 @@ class Store:
 
     def close(self) -> None:
         self.engine.dispose()
+
+    def holds_secrets(self) -> bool:
+        with self.read() as rows:
+            return rows.connection.execute(sa.select(tables.secrets.c.name).limit(1)).first() is not None
 
     @contextmanager
     def read(self) -> Iterator[Rows]:

@@ -109,9 +109,20 @@ tokens = sa.Table(
     sa.Column("hash", sa.String(64), nullable=False, unique=True),
     sa.Column("name", sa.Text, nullable=False),
     sa.Column("scope", sa.Text, nullable=False),
+    sa.Column("session", sa.String(26)),  # whose token it is; reported by its node a little later, hence no reference
     sa.Column("created", Time, nullable=False),
     sa.Column("expiry", Time),
     sa.Column("revoked", Time),
+)
+signins = sa.Table(  # browsers that are signed in, and one-time links that will sign one in
+    "signins",
+    METADATA,
+    sa.Column("hash", sa.String(64), primary_key=True),  # of the cookie's or link's secret, which is not kept
+    _ref("tokens"),  # what it may do is what this token may, as long as it may
+    sa.Column("link", sa.Boolean, nullable=False),
+    sa.Column("created", Time, nullable=False),
+    sa.Column("expiry", Time, nullable=False),
+    sa.Index("signins_expiry", "expiry"),
 )
 jobs = sa.Table(
     "jobs",
@@ -129,6 +140,25 @@ jobs = sa.Table(
     sa.Column("body", sa.Text, nullable=False),  # JSON: `wire.job`
     sa.Index("jobs_node", "node_id", "state"),
     sa.Index("jobs_account", "account_id"),
+)
+workspaces = sa.Table(
+    "workspaces",
+    METADATA,
+    _id(),
+    _ref("accounts"),
+    sa.Column("full_name", sa.Text, nullable=False, unique=True),
+    sa.Column("created", Time, nullable=False),
+    sa.Column("modified", Time, nullable=False),
+    sa.Column("archived", sa.Boolean, nullable=False),
+)
+secrets = sa.Table(
+    "secrets",
+    METADATA,
+    sa.Column("workspace_id", sa.String(26), sa.ForeignKey("workspaces.id"), primary_key=True),
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("sealed", sa.LargeBinary, nullable=False),  # by `seal.Seal`
+    sa.Column("created", Time, nullable=False),
+    sa.Column("updated", Time, nullable=False),
 )
 logs = sa.Table(
     "logs",

@@ -17,6 +17,7 @@ from beaker_sessions import ids
 from beaker_sessions.client import Client
 from beaker_sessions.model import Scope
 from beaker_sessions.server.routes import api
+from beaker_sessions.server.seal import Seal
 from beaker_sessions.server.service import Service
 from beaker_sessions.server.store import Store, sqlite_url
 
@@ -34,7 +35,7 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def server(tmp_path: Path, migrated: Path) -> Iterator[SimpleNamespace]:
     """address, service, and `client(token)`; tokens: admin, executor, and ann's and bob's."""
-    service = Service(Store(sqlite_url(Path(shutil.copy(migrated, tmp_path)))))
+    service = Service(Store(sqlite_url(Path(shutil.copy(migrated, tmp_path)))), Seal(tmp_path / "server.key"))
     admin, executor = ids.mint_token(), ids.mint_token()
     service.initialize("root", {Scope.ADMIN: admin, Scope.EXECUTOR: executor})
     with socket.socket() as listening:

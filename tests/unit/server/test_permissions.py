@@ -14,18 +14,22 @@ from beaker_sessions.ids import ulid
 
 from .conftest import LIMITS
 
-WHO = ("nobody", "bob", "ann", "root", "executor", "stranger")
-EVERYBODY = (401, 200, 200, 200, 200, 200)
-USERS = (401, 200, 200, 200, 403, 403)
-ADMIN = (401, 403, 403, 200, 403, 403)
-NODE = (401, 403, 403, 403, 200, 403)
-NODE_OR_ADMIN = (401, 403, 403, 200, 200, 403)
-AUTHOR = (401, 403, 200, 200, 403, 403)
-AUTHOR_OR_NODE = (401, 403, 200, 200, 200, 403)
-PUBLIC = (200,) * 6
+WHO = ("nobody", "bob", "ann", "root", "executor", "stranger", "inside")
+EVERYBODY = (401, 200, 200, 200, 200, 200, 200)
+USERS = (401, 200, 200, 200, 403, 403, 403)
+PERSONS = (401, 200, 200, 200, 403, 403, 200)
+ADMIN = (401, 403, 403, 200, 403, 403, 403)
+NODE = (401, 403, 403, 403, 200, 403, 403)
+NODE_OR_ADMIN = (401, 403, 403, 200, 200, 403, 403)
+AUTHOR = (401, 403, 200, 200, 403, 403, 200)
+AUTHOR_ALONE = (401, 403, 200, 403, 403, 403, 200)
+AUTHOR_OUTSIDE = (401, 403, 200, 403, 403, 403, 403)
+AUTHOR_OR_NODE = (401, 403, 200, 200, 200, 403, 200)
+PUBLIC = (200,) * 7
 
 # method and path -> (statuses in the order of WHO, 200 standing for any success, body). The session is ann's, on the
-# node of `executor`; `stranger` is the executor of another node.
+# node of `executor`; `stranger` is the executor of another node, `inside` the
+# session's own token.
 TABLE: dict[tuple[str, str], tuple[tuple[int, ...], Any]] = {
     ("get", "/healthz"): (PUBLIC, None),
     ("get", "/api/v3/user"): (EVERYBODY, None),
@@ -34,17 +38,27 @@ TABLE: dict[tuple[str, str], tuple[tuple[int, ...], Any]] = {
     ("get", "/api/v3/orgs/{org}/members"): (EVERYBODY, None),
     ("get", "/api/v3/auth/tokens"): (EVERYBODY, None),
     ("post", "/api/v3/auth/tokens"): (USERS, {"name": "other"}),
-    ("delete", "/api/v3/auth/tokens/{id}"): ((401, 404, 200, 200, 403, 403), None),
+    ("post", "/api/v3/auth/links"): (USERS, None),
+    ("delete", "/api/v3/auth/tokens/{id}"): ((401, 404, 200, 200, 403, 403, 403), None),
     ("get", "/api/v3/users/{account}"): (EVERYBODY, None),
     ("get", "/api/v3/admin/users"): (ADMIN, None),
     ("post", "/api/v3/admin/users"): (ADMIN, {"name": "carl"}),
+    ("get", "/api/v3/workspaces"): (PERSONS, None),
+    ("post", "/api/v3/workspaces"): (USERS, {"name": "more"}),
+    ("get", "/api/v3/workspaces/{workspace}"): (AUTHOR_ALONE, None),
+    ("patch", "/api/v3/workspaces/{workspace}"): (AUTHOR_OUTSIDE, {"archive": False}),
+    ("get", "/api/v3/workspaces/{workspace}/secrets"): (AUTHOR_ALONE, None),
+    ("get", "/api/v3/workspaces/{workspace}/secrets/{name}"): (AUTHOR_ALONE, None),
+    ("delete", "/api/v3/workspaces/{workspace}/secrets/{name}"): ((401, 403, 200, 403, 403, 403, 404), None),
+    ("get", "/api/v3/workspaces/{workspace}/secrets/{name}/value"): (AUTHOR_ALONE, None),
+    ("put", "/api/v3/workspaces/{workspace}/secrets/{name}/value"): (AUTHOR_OUTSIDE, b"value"),
     ("get", "/api/v3/clusters/{org}"): (EVERYBODY, None),
     ("post", "/api/v3/clusters/{org}"): (ADMIN, {"name": "second"}),
     ("get", "/api/v3/clusters/{org}/{name}"): (EVERYBODY, None),
     ("patch", "/api/v3/clusters/{org}/{name}"): (ADMIN, {"capacity": 3}),
     ("delete", "/api/v3/clusters/{org}/{name}"): (ADMIN, None),
     ("get", "/api/v3/clusters/{org}/{name}/nodes"): (EVERYBODY, None),
-    ("post", "/api/v3/clusters/{org}/{name}/nodes"): ((401, 403, 403, 403, 200, 409), "register"),
+    ("post", "/api/v3/clusters/{org}/{name}/nodes"): ((401, 403, 403, 403, 200, 409, 403), "register"),
     ("get", "/api/v3/nodes/{node}"): (EVERYBODY, None),
     ("patch", "/api/v3/nodes/{node}"): (NODE_OR_ADMIN, {"cordoned": False}),
     ("delete", "/api/v3/nodes/{node}"): (ADMIN, None),
@@ -92,6 +106,10 @@ def test_matrix(server: SimpleNamespace, node: SimpleNamespace, audited: Any) ->
         hostname = f"other-{number}"
         server.client(stranger).register_node("lab/main", {"hostname": hostname, "limits": {}})
         values = {"org": "lab", "name": "main", "node": node.id, "account": "ann", "id": session.id}
+        if "workspaces" in path:
+            workspace = server.client(server.ann).create_workspace({"name": f"notes-{number}"})["fullName"]
+            server.client(server.ann).write_secret(workspace, "key", b"value")
+            values |= {"workspace": workspace, "name": "key"}
         if "tokens" in path:
             values["id"] = server.client(server.ann).create_token({"name": "to revoke"})["id"]
         if method == "delete" and "clusters" in path:  # only an empty one can be deleted
@@ -104,7 +122,8 @@ def test_matrix(server: SimpleNamespace, node: SimpleNamespace, audited: Any) ->
             "report": wire.job(model.Session(session.id, "ann", node.id, model.Request(), revision=2, message="news")),
         }
         body = bodies[body] if isinstance(body, str) else body
-        tokens = ("", server.bob, server.ann, server.admin, server.executor, stranger)
+        inside = server.client(server.ann).create_token({"scope": "session", "session": session.id})["token"]
+        tokens = ("", server.bob, server.ann, server.admin, server.executor, stranger, inside)
         for who, token, status in zip(WHO, tokens, expected, strict=True):
             if who == "stranger" and values["node"] == hostname:
                 continue  # the deletion by root just before ended this token, as it should
