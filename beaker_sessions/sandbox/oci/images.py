@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import json
+import logging
 import os
+import shutil
 import stat
 import subprocess
 import tarfile
@@ -24,13 +27,17 @@ from typing import Any
 from ...errors import Error
 from ...model import Pull
 from .. import Image, Progress
-from . import mounts
-from .reference import Reference, parse
+from ..docker.engine import Engine
+from . import mounts, registry
+from .reference import HUB, Reference, parse
 
 SHELLS = ("/bin/bash", "/usr/bin/bash", "/usr/local/bin/bash", "/bin/sh")
 PAUSE = 0.1  # seconds between two reports of progress
 LONGEST = 4 << 20  # bytes of an account file
+FULL = 256 << 20  # bytes of free space below which a failure is one of space
 ACCOUNTS = ("passwd", "group", "shadow")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,14 +60,21 @@ class Images:
     def __init__(self, root: Path, docker: str = "") -> None:
         self.root, self.docker = root, docker
         self.storage = root / "storage"
-        self._lock = threading.Lock()
+        (root / "images").mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._fetching: dict[str, threading.Lock] = {}
+        for pattern in ("pull-*", "mount-*"):  # of an executor that was killed
+            for path in root.glob(pattern):
+                mounts.unmount(path / "root")
+                shutil.rmtree(path)
 
     def get(self, reference: str, pull: Pull, progress: Callable[[Progress], None]) -> Image:
         """As `Sandboxes.image`."""
         wanted = parse(reference)
-        with self._lock:
-            if pull is Pull.ALWAYS or not (id := self._find(wanted)):
-                id = self._fetch(wanted, pull, progress)
+        id = self._current(wanted) if pull is not Pull.ALWAYS else ""
+        if not id:
+            with self._fetching.setdefault(wanted.name, threading.Lock()):
+                # Who waited for another's fetch has what that fetched.
+                id = (self._current(wanted) if pull is not Pull.ALWAYS else "") or self._fetch(wanted, pull, progress)
         description = self.describe(id)
         return Image(description.id, reference, tuple(description.env), description.size)
 
@@ -75,11 +89,21 @@ class Images:
         with contextlib.suppress(FileNotFoundError, ValueError):
             return Description(**json.loads(path.read_text()))
         description = self._describe(id)
-        path.parent.mkdir(mode=0o700, exist_ok=True)
         temporary = path.with_suffix(f".{os.urandom(4).hex()}")
         temporary.write_text(json.dumps(asdict(description)))
         temporary.replace(path)
         return description
+
+    def _current(self, wanted: Reference) -> str:
+        """The id of the image of this name, "" for none, or when Docker Engine has built another since we had it there."""
+        id = self._find(wanted)
+        if id and self._origin(wanted).exists() and (docker := self._in_docker(wanted)) and docker["Id"] != id:
+            return ""
+        return id
+
+    def _origin(self, wanted: Reference) -> Path:
+        """A file that exists when the image of this name came from Docker Engine."""
+        return self.root / "images" / f"{hashlib.sha256(wanted.name.encode()).hexdigest()}.docker"
 
     def _find(self, wanted: Reference) -> str:
         """The id of the image of this name, "" for none."""
@@ -126,16 +150,85 @@ class Images:
                 mounts.unmount(base / "root")
 
     def _fetch(self, wanted: Reference, pull: Pull, progress: Callable[[Progress], None]) -> str:
-        raise Error("not_found", f"the image {wanted.name} is not on this machine")
+        if pull is not Pull.ALWAYS and (docker := self._in_docker(wanted)):
+            size = int(docker["Size"])
+            progress(Progress(0, size, (0, 1)))
+            self._copy(f"docker-daemon:{_familiar(wanted)}", wanted, ["--src-daemon-host", f"unix://{self.docker}"])
+            progress(Progress(size, size, (1, 1)))
+            self._origin(wanted).touch()
+        elif pull is Pull.NEVER:
+            what = f"the image {wanted.name} is not on this machine, and --pull is never"
+            raise Error("not_found", what, "--pull missing")
+        else:
+            self._pull(wanted, progress)
+            self._origin(wanted).unlink(missing_ok=True)
+        return self._find(wanted)
+
+    def _in_docker(self, wanted: Reference) -> dict[str, Any]:
+        """What the local Docker Engine says about the image of this name, empty for none."""
+        if not self.docker or not os.path.exists(self.docker):
+            return {}
+        try:
+            return dict(Engine(self.docker).call("GET", f"/images/{_familiar(wanted)}/json"))
+        except Error:  # also when the engine is away: then its images are not on this machine
+            return {}
+
+    def _pull(self, wanted: Reference, progress: Callable[[Progress], None]) -> None:
+        """Fetch from the registry, by way of a directory in which one can see how far it is."""
+        exact, sizes = registry.manifest(wanted)
+        with tempfile.TemporaryDirectory(dir=self.root, prefix="pull-") as name:
+            command = ["skopeo", "--insecure-policy", "copy", "--quiet"]
+            command += [f"--src{option[1:]}" for option in registry.options(wanted)]
+            with subprocess.Popen(
+                [*command, f"docker://{exact.name}", f"dir:{name}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            ) as process:
+                # Its complaint fits into the pipe, and it says nothing else.
+                while True:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(PAUSE)
+                        break
+                    progress(_progress(Path(name), sizes))
+                complaint = process.stderr.read() if process.stderr else b""
+            if process.returncode != 0:
+                raise self._failure(complaint) or registry.failure(wanted)
+            progress(Progress(sum(sizes), sum(sizes), (len(sizes), len(sizes))))
+            self._copy(f"dir:{name}", wanted, [])
 
     def _copy(self, source: str, wanted: Reference, options: list[str]) -> None:
+        """Bring an image into the storage, under a name."""
         # skip_mount_home: otherwise a mount of the storage on itself stays behind.
         storage = f"overlay@{self.storage}+{self.root}/run:overlay.skip_mount_home=true"
-        target = f"containers-storage:[{storage}]{wanted.name}"
-        command = ["skopeo", "--insecure-policy", "copy", "--quiet", *options, source, target]
-        done = subprocess.run(command, capture_output=True, check=False)
+        name = wanted.name if wanted.tag else f"{wanted.host}/{wanted.path}@{wanted.digest}"
+        command = ["skopeo", "--insecure-policy", "copy", "--quiet", *options, source]
+        done = subprocess.run([*command, f"containers-storage:[{storage}]{name}"], capture_output=True, check=False)
         if done.returncode != 0:
-            raise Error("internal", f"skopeo failed: {done.stderr.decode(errors='replace').strip()}")
+            message = " ".join(done.stderr.decode(errors="replace").split())
+            raise self._failure(done.stderr) or Error("internal", f"{wanted.name}: skopeo failed: {message}")
+
+    def _failure(self, complaint: bytes) -> Error | None:
+        """A full disk, if that is what it is; what the tool said goes to the log."""
+        log.warning("skopeo: %s", " ".join(complaint.decode(errors="replace").split()))
+        disk = os.statvfs(self.root)
+        if disk.f_bavail * disk.f_frsize < FULL:
+            return Error("storage_full", f"no space for the image in {self.root}", "beaker executor images prune")
+        return None
+
+
+def _familiar(wanted: Reference) -> str:
+    """The name as Docker Engine has it."""
+    return wanted.name.removeprefix(f"{HUB}/").removeprefix("library/")
+
+
+def _progress(directory: Path, sizes: list[int]) -> Progress:
+    """How much of the layers has come: skopeo gives a file its digest as name when it is whole."""
+    done = finished = 0
+    with contextlib.suppress(FileNotFoundError):  # renamed while we look
+        for entry in os.scandir(directory):
+            if size := entry.stat().st_size:
+                whole = len(entry.name) == 64 and size in sizes
+                done += size if whole or entry.name.startswith("dir-put-blob") else 0
+                finished += whole
+    return Progress(min(done, sum(sizes)), sum(sizes), (min(finished, len(sizes)), len(sizes)))
 
 
 def _holds(archive: Path, name: str) -> bool:
