@@ -24,7 +24,8 @@ from ..errors import Error
 from .service import Service
 
 BODY_LIMIT = 2 << 20  # bytes
-PUBLIC = ("/healthz", "/openapi.json")  # all else needs a token, also what does not exist
+PUBLIC = ("/healthz", "/openapi.json")  # all else of the API needs a token, also what does not exist
+API = ("/api/", "/metrics")  # for programs, which send a token; all other paths are the console's
 log = logging.getLogger(__name__)
 
 
@@ -36,11 +37,15 @@ class Ascii(JSONResponse):
 
 
 class Guard:
-    """Lets nothing pass without a token, nor more than BODY_LIMIT; what nobody foresaw becomes an id in the log."""
+    """Lets nothing pass without a token, nor more than BODY_LIMIT; what nobody foresaw becomes an id in the log.
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
+    console: the application for people, which asks for a cookie instead, and shows failures as pages.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service, console: ASGIApp) -> None:
         self.app = app
         self.service = service
+        self.console = console
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -58,15 +63,18 @@ class Guard:
 
         try:
             headers = Headers(scope=scope)
-            if scope["path"] not in PUBLIC:
+            app = self.app
+            if scope["path"].startswith(API):
                 kind, _, token = headers.get("authorization", "").partition(" ")
                 token = token.strip() if kind.lower() == "bearer" else ""
                 key = headers.get("idempotency-key", "")
                 scope.setdefault("state", {})["caller"] = await run_in_threadpool(self.service.authenticate, token, key)
+            elif scope["path"] not in PUBLIC:
+                app = self.console
             length = headers.get("content-length", "0")
             if "transfer-encoding" in headers or not length.isdecimal() or int(length) > BODY_LIMIT:
                 raise Error("invalid", f"the request's length is not known, or over {BODY_LIMIT} bytes", "send less")
-            await self.app(scope, receive, sending)
+            await app(scope, receive, sending)
         except Error as error:
             await answer(error)(scope, receive, send)
         except Exception:

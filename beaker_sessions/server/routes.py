@@ -13,6 +13,7 @@ from fastapi.security import HTTPBearer
 from .. import __version__, ids
 from .. import bodies as b
 from ..errors import CODES
+from .console.routes import console
 from .guard import Ascii, Guard, handlers
 from .rules import JSON, Caller
 from .service import Service
@@ -67,7 +68,7 @@ def api(service: Service) -> FastAPI:
     app.state.service = service
     app.include_router(router)
     app.add_api_route("/healthz", healthy, response_model=None)
-    app.add_middleware(Guard, service=service)
+    app.add_middleware(Guard, service=service, console=console(service))
     return app
 
 

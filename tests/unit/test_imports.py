@@ -30,7 +30,7 @@ BELOW: dict[str, set[str]] = {
 }
 # inside the server: the store knows nothing of the rules, and nobody but the rules knows of the store
 STORE = ("server.store", "server.tables", "server.migrations")
-WEB = ("server.routes", "server.guard", "server.main")
+WEB = ("server.routes", "server.guard", "server.main", "server.console")
 STANDARD_LIBRARY_ALONE = ("", "errors", "client", "cli")
 PYTHON_OF_FOREIGN_IMAGES = (3, 9)
 

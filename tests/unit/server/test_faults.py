@@ -189,7 +189,7 @@ def test_unforeseen_failure_has_an_id(server: SimpleNamespace, caplog: pytest.Lo
     ("method", "path", "body", "status"),
     [
         ("get", "/api/v3/nothing", None, 404),
-        ("get", "/", None, 404),
+        ("get", "/api/", None, 404),
         ("put", "/api/v3/user", None, 405),
         ("post", "/api/v3/jobs", b"{", 400),
         ("post", "/api/v3/jobs", {}, 400),
@@ -212,8 +212,10 @@ def test_failures_have_one_shape(server: SimpleNamespace, method: str, path: str
 
 
 def test_without_a_token_nothing_is_told(server: SimpleNamespace) -> None:
-    for path in ("/api/v3/nothing", "/nothing", "/", "/api/v3/jobs", "/docs"):
+    for path in ("/api/v3/nothing", "/api/", "/api/v3/jobs", "/metrics"):
         assert call(server.address, "get", path, "", None)[0] == 401
+    for path in ("/nothing", "/", "/docs"):  # the console's, which asks people to sign in
+        assert call(server.address, "get", path, "", None)[0] == 303
     assert json.loads(call(server.address, "get", "/healthz", "", None)[1])["status"] == "ok"
 
 

@@ -1,0 +1,190 @@
+"""What the pages show of sessions: view models, pure functions of the service's jobs and of the time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from .pages import ago, size, span
+
+JSON = Mapping[str, Any]
+STAGES = (  # what the time between two states was spent on
+    ("created", "scheduled", "Queued"),
+    ("scheduled", "started", "Starting"),
+    ("started", "exited", "Running"),
+    ("exited", "finalized", "Cleaning up"),
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of a session's life. share: of the whole, 0 to 100. now: it is still going on."""
+
+    name: str
+    time: str
+    share: float
+    now: bool
+
+
+@dataclass(frozen=True)
+class Job:
+    """A session. word: its state for people. place: in its node's queue, 0 when it does not wait."""
+
+    id: str
+    name: str
+    author: str
+    mine: bool
+    node: str
+    hostname: str
+    cluster: str
+    word: str
+    tone: str
+    gpus: tuple[str, ...]
+    asks: str
+    age: str
+    image: str
+    command: str
+    message: str
+    exit_code: int | None
+    stages: tuple[Stage, ...]
+    live: bool
+    stopping: bool
+    canceled_for: str
+    created: str
+    place: int = 0
+    reason: str = ""
+
+    @property
+    def title(self) -> str:
+        return self.name or self.id
+
+
+def job(json: JSON, me: str, now: datetime, silent: bool = False, place: int = 0, reason: str = "") -> Job:
+    """me: the account that looks. silent: its node does not report, so that what it does now is not known."""
+    status, claim = json["status"], json.get("limits") or {}
+    word, tone = state(status, silent)
+    session = json.get("session") or {}
+    return Job(
+        id=json["id"],
+        name=json.get("name") or "",
+        author=json["author"]["name"],
+        mine=json["author"]["id"] == me,
+        node=json["node"],
+        hostname=json.get("nodeHostname") or json["node"],
+        cluster=json["cluster"],
+        word=word,
+        tone=tone,
+        gpus=tuple(claim.get("gpus") or ()),
+        asks=asks(json),
+        age=ago(status.get("started") or status.get("created"), now),
+        image="".join((session.get("image") or {}).values()),
+        command=" ".join(session.get("command") or ()),
+        message=status.get("message") or "",
+        exit_code=status.get("exitCode"),
+        stages=stages(status, now, silent),
+        live=not status.get("finalized"),
+        stopping=bool(status.get("canceled")) and not status.get("finalized"),
+        canceled_for=status.get("canceledFor") or "",
+        created=status.get("created") or "",
+        place=place,
+        reason=reason,
+    )
+
+
+def state(status: JSON, silent: bool = False) -> tuple[str, str]:
+    """A session's state in a word for people, as the command line has it, and one for style sheets."""
+    if status.get("finalized"):
+        if status.get("canceled") and not status.get("started"):
+            return "canceled", "done"
+        return ("succeeded", "done") if status.get("exitCode") == 0 else ("failed", "failed")
+    if silent:
+        return "unknown", "unknown"
+    for name, word in (("exited", "uploading"), ("started", "running"), ("scheduled", "starting")):
+        if status.get(name):
+            return word, "running" if name == "started" else "waiting"
+    return "pending", "waiting"
+
+
+def asks(json: JSON) -> str:
+    """The resources it holds, or else asks for."""
+    claim, wanted = json.get("limits") or {}, json.get("requests") or {}
+    count = len(claim["gpus"]) if "gpus" in claim else wanted.get("gpuCount")
+    parts = [] if count is None else [f"{count} GPU{'' if count == 1 else 's'}"]
+    if cpus := claim.get("cpuCount") or wanted.get("cpuCount"):
+        parts.append(f"{cpus:g} CPUs")
+    memory = size(claim.get("memory") or wanted.get("memory"))
+    if memory and memory != "0B":
+        parts.append(memory)
+    return ", ".join(parts)
+
+
+def stages(status: JSON, now: datetime, silent: bool = False) -> tuple[Stage, ...]:
+    """The life so far. What a silent node's session does now is not known, so that nothing goes on then."""
+    spans: list[tuple[str, float, bool]] = []
+    final = status.get("finalized")
+    for start, end, name in STAGES:
+        if not status.get(start):
+            continue
+        until = status.get(end) or next(
+            (status[later] for later in ("started", "exited", "finalized") if status.get(later)
+             and status[later] >= status[start] and later != start), None
+        )  # fmt: skip
+        going = until is None and not final
+        moment = now if until is None else datetime.fromisoformat(until)
+        if going and silent:
+            continue
+        seconds = max(0.0, (moment - datetime.fromisoformat(status[start])).total_seconds())
+        spans.append((name, seconds, going))
+    whole = sum(seconds for _, seconds, _ in spans) or 1.0
+    return tuple(Stage(name, precise(seconds), 100 * seconds / whole, going) for name, seconds, going in spans)
+
+
+def precise(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 10 else span(seconds)
+
+
+def queue(waiting: Sequence[JSON], free: int | None, me: str, now: datetime) -> list[Job]:
+    """The sessions that wait on one node, in their order, each with its place and why it waits."""
+    result = []
+    for place, json in enumerate(sorted(waiting, key=lambda one: (one["status"].get("created") or "", one["id"])), 1):
+        count = (json.get("requests") or {}).get("gpuCount")
+        if free is None:
+            reason = "its node is not reporting"
+        elif place > 1:
+            reason = f"after {place - 1} other{'' if place == 2 else 's'}"
+        elif count is not None and count > free:
+            reason = f"needs {count} GPU{'' if count == 1 else 's'}, {free} free"
+        else:
+            reason = "its node is about to take it, or lacks CPUs or memory"
+        result.append(job(json, me, now, free is None, place, json["status"].get("message") or reason))
+    return result
+
+
+def output(data: bytes, lines: int = 200) -> list[str]:
+    """The last lines of a terminal's output as text: no escape sequences, a line that was drawn again as it was last.
+
+    Sequences as in ECMA-48: CSI to its final byte, OSC and other strings to BEL or ST.
+    """
+    text, out, at = data.decode(errors="replace"), [], 0
+    while at < len(text):
+        char = text[at]
+        if char != "\x1b":
+            out.append(char)
+            at += 1
+            continue
+        at += 2
+        kind = text[at - 1 : at]
+        if kind == "[":
+            while at < len(text) and not "@" <= text[at] <= "~":
+                at += 1
+            at += 1
+        elif kind and kind in "]PX^_":
+            while at < len(text) and text[at] != "\x07" and text[at : at + 2] != "\x1b\\":
+                at += 1
+            at += 1 if text[at : at + 1] == "\x07" else 2
+        elif kind and " " <= kind <= "/":
+            at += 1
+    shown = "".join(out).replace("\r\n", "\n").split("\n")
+    return [line.rstrip("\r").rpartition("\r")[2].replace("\t", "    ") for line in shown[-lines:]]

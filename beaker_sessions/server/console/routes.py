@@ -1,0 +1,195 @@
+"""The console's paths. Owns which page answers which path; rules are the service's, words are `pages`'.
+
+`console` makes an ASGI application. Every path needs a signed-in browser but those in PUBLIC.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from ... import ids
+from ...bodies import NodePatch, check
+from ...errors import Error
+from ..service import Service
+from . import jobs, pages, templates
+from .visit import FORM_LIMIT, Visit, begin, finish, local, sign_in_first
+
+Handler = Callable[[Visit], Response]
+log = logging.getLogger(__name__)
+
+
+def console(service: Service) -> ASGIApp:
+    routes = [
+        _route(service, "GET", "/", lambda visit: visit.go("/clusters")),
+        _route(service, "GET", "/sign-in", sign_in_page, public=True),
+        _route(service, "POST", "/sign-in", sign_in, public=True),
+        _route(service, "POST", "/sign-out", sign_out, public=True),
+        _route(service, "GET", "/clusters", clusters),
+        _route(service, "GET", "/cl/{org}/{name}", cluster),
+        _route(service, "GET", "/node/{id}", node),
+        _route(service, "POST", "/node/{id}/cordon", cordon),
+        Route("/static/{hash}/{name}", static),
+    ]
+    return Starlette(routes=routes, exception_handlers={HTTPException: _missing(service)})
+
+
+def _route(service: Service, method: str, path: str, handler: Handler, public: bool = False) -> Route:
+    async def endpoint(request: Request) -> Response:
+        body = b""
+        if request.method == "POST":
+            if int(request.headers.get("content-length", "0")) > FORM_LIMIT:
+                return await run_in_threadpool(_refused, request, service)
+            body = await request.body()
+        return await run_in_threadpool(_answer, request, service, body, handler, public)
+
+    return Route(path, endpoint, methods=[method])
+
+
+def _answer(request: Request, service: Service, body: bytes, handler: Handler, public: bool) -> Response:
+    """The page, or the page that says why not, with the headers that every page has."""
+    visit = Visit(request, service)
+    try:
+        visit = begin(request, service, body)
+        if visit.caller is None and not public:
+            return finish(visit, sign_in_first(visit))
+        return finish(visit, handler(visit))
+    except Error as error:
+        if error.code == "unauthorized" and visit.caller is not None and not public:
+            return finish(visit, sign_in_first(visit))  # the token ended just now
+        return finish(visit, problem(visit, error))
+    except Exception:
+        id = ids.ulid()
+        log.exception("%s %s failed, error id %s", request.method, request.url.path, id)
+        hint = f"tell an administrator this id: {id}"
+        return finish(visit, problem(visit, Error("internal", "something unexpected happened in the server", hint)))
+
+
+def _refused(request: Request, service: Service) -> Response:
+    error = Error("invalid", f"the form is longer than {FORM_LIMIT} bytes", "shorten it")
+    visit = Visit(request, service)
+    return finish(visit, problem(visit, error))
+
+
+def _missing(service: Service) -> Callable[[Request, Exception], Response]:
+    def handler(visit: Visit) -> Response:
+        raise Error("not_found", f"there is no page {visit.request.url.path}", "start at the list of clusters")
+
+    async def answer(request: Request, _: Exception) -> Response:
+        return await run_in_threadpool(_answer, request, service, b"", handler, False)
+
+    return answer  # type: ignore[return-value]
+
+
+def problem(visit: Visit, error: Error) -> Response:
+    return visit.page("problem.html", error.status, error=error)
+
+
+async def static(request: Request) -> Response:
+    """A file for the pages. Addresses hold the content's hash, so an answer never gets old."""
+    content, type, hash = templates.files().get(request.path_params["name"], (b"", "", ""))
+    if hash != request.path_params["hash"]:
+        return Response(status_code=404)
+    headers = {"Cache-Control": "public, max-age=31536000, immutable", "X-Content-Type-Options": "nosniff"}
+    return Response(content, media_type=type, headers=headers)
+
+
+# signing in and out
+
+
+def sign_in_page(visit: Visit) -> Response:
+    if link := visit.ask("link"):
+        return visit.page("link.html", link=link, account=visit.service.linked(link).account)
+    return visit.page("sign_in.html", next=local(visit.ask("next")), error=None)
+
+
+def sign_in(visit: Visit) -> Response:
+    if link := visit.form.get("link"):
+        return visit.let_in(visit.service.redeem(link), "/clusters")
+    next = local(visit.form.get("next", ""))
+    try:
+        secret = visit.service.sign_in(visit.form.get("token", "").strip())
+    except Error as error:
+        return visit.page("sign_in.html", error.status, next=next, error=error)
+    return visit.let_in(secret, next)
+
+
+def sign_out(visit: Visit) -> Response:
+    if visit.caller is not None:
+        visit.service.sign_out(visit.caller)
+    return visit.go("/sign-in")
+
+
+# pages
+
+
+def clusters(visit: Visit) -> Response:
+    service, who = visit.service, visit.who
+    found = [
+        pages.cluster(json, service.list_nodes(who, json["fullName"])["data"])
+        for org in service.list_organizations(who)["data"]
+        for json in service.list_clusters(who, org["name"])["data"]
+    ]
+    return visit.page("clusters.html", clusters=found)
+
+
+def cluster(visit: Visit) -> Response:
+    service, who, now = visit.service, visit.who, datetime.now(UTC)
+    ref = f"{visit.request.path_params['org']}/{visit.request.path_params['name']}"
+    json = service.get_cluster(who, ref)
+    every = service.list_nodes(who, ref)["data"]
+    text, show, sort = visit.ask("q")[:100], visit.ask("show", "all"), visit.ask("sort", "name")
+    chosen = pages.choose(every, text, show, sort)
+    last = max(1, -(-len(chosen) // pages.PAGE))
+    number = min(max(1, int(visit.ask("page", "1")) if visit.ask("page", "1").isdecimal() else 1), last)
+    shown = chosen[(number - 1) * pages.PAGE : number * pages.PAGE]
+    holding: dict[str, list[pages.JSON]] = {}
+    nodes = [one["id"] for one in shown]
+    for job in service.list_jobs(who, nodes=nodes, finalized=False, scheduled=True, limit=1000)["data"]:
+        holding.setdefault(job["node"], []).append(job)
+    return visit.page(
+        "cluster.html",
+        cluster=pages.cluster(json, every),
+        nodes=[pages.node(one, holding.get(one["id"], ()), who.account_id, now) for one in shown],
+        found=len(chosen),
+        number=number,
+        last=last,
+        query={
+            "q": text,
+            "show": show if show in pages.SHOWS else "all",
+            "sort": sort if sort in pages.SORTS else "name",
+        },
+        sorts=pages.SORTS,
+        shows=pages.SHOWS,
+    )
+
+
+def node(visit: Visit) -> Response:
+    service, who, now = visit.service, visit.who, datetime.now(UTC)
+    json = service.get_node(who, visit.request.path_params["id"])
+    live = service.list_jobs(who, node=json["id"], finalized=False, limit=1000)["data"]
+    waiting = [job for job in live if not job["status"].get("scheduled")]
+    silent, me = json["status"] == "not reporting", who.account_id
+    return visit.page(
+        "node.html",
+        node=pages.node(json, live, me, now),
+        sessions=[jobs.job(job, me, now, silent) for job in reversed(live) if job["status"].get("scheduled")],
+        queue=jobs.queue(waiting, pages.free_gpus(json), me, now),
+    )
+
+
+def cordon(visit: Visit) -> Response:
+    """Set or lift it, as the form's `cordoned` says."""
+    node, cordoned = visit.request.path_params["id"], visit.form.get("cordoned") == "yes"
+    body = {"cordoned": cordoned, "cordonReason": visit.form.get("reason", "")} if cordoned else {"cordoned": False}
+    visit.service.update_node(visit.who, node, check(NodePatch, body))
+    return visit.go(f"/node/{node}")
