@@ -104,12 +104,18 @@ class User:
         return {"user": self.uid, "group": self.gid, "extra_groups": groups, "env": self.env, "cwd": self.home}
 
     def beaker(
-        self, *words: str, input: bytes | None = b"", timeout: float = 120, env: Mapping[str, str] | None = None
+        self, *words: str, input: bytes = b"", env: Mapping[str, str] | None = None, cwd: str | None = None
     ) -> subprocess.CompletedProcess:
-        """Run `beaker` without a terminal."""
+        """Run `beaker` without a terminal, from home if not told otherwise."""
+        return self.run(str(BIN / "beaker"), *words, input=input, env=env, cwd=cwd)
+
+    def run(
+        self, *command: str, input: bytes = b"", env: Mapping[str, str] | None = None, cwd: str | None = None
+    ) -> subprocess.CompletedProcess:
+        """Run a program as this user."""
         process = self.process()
-        process["env"] = {**process["env"], **(env or {})}
-        return subprocess.run([BIN / "beaker", *words], input=input, capture_output=True, timeout=timeout, **process)
+        process.update(env={**process["env"], **(env or {})}, cwd=cwd or process["cwd"])
+        return subprocess.run(command, input=input, capture_output=True, timeout=120, **process)
 
     def json(self, *words: str) -> object:
         done = self.beaker(*words, "--format", "json")

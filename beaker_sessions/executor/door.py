@@ -88,10 +88,10 @@ class Door:
                 caller.refuse(Error("internal", message, "tell the administrator, who finds it in the executor's log"))
 
     def _converse(self, caller: Caller) -> None:
-        who = peer(caller.connection)
-        request = caller.receive()
+        request = caller.receive()  # first: an answer to what was not read is lost with the connection
         if request is None:
             return
+        who = peer(caller.connection)
         operation = request.get("op")
         handler = HANDLERS.get(str(operation))
         if request.get("v") != 1 or handler is None:

@@ -136,7 +136,8 @@ def pin(path: str, identity: Identity) -> int:
         libc.setfsgid(identity.gid)
         libc.setfsuid(identity.uid)
         try:
-            result.append(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+            # "/." because that takes the right to enter the directory itself, not only to find it.
+            result.append(os.open(f"{path}/.", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
         except OSError as error:
             result.append(error)
 
