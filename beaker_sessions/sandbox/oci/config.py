@@ -18,6 +18,7 @@ from ..cdi import Edits
 from ..environment import variables
 from .mounts import IdMap
 from .seccomp import profile
+from .userns import mapped
 
 INSIDE = "/.beaker"  # where a sandbox sees the programs that start it
 INIT = [f"{INSIDE}/init", "--"]
@@ -56,13 +57,11 @@ class Node:
 class Host:
     """What the configuration depends on beside the `Spec`.
 
-    rootfs: the mounted root file system. network: path of the network namespace, "" for this machine's own. cgroup:
-    path below the controllers' roots. unified: whether cgroups are pure version 2. swap: whether it can be limited.
-    files: the hard limit of open files.
+    rootfs: the mounted root file system. cgroup: path below the controllers' roots. unified: whether cgroups are pure
+    version 2. swap: whether it can be limited. files: the hard limit of open files.
     """
 
     rootfs: Path
-    network: str
     cgroup: str
     uids: IdMap
     gids: IdMap
@@ -76,20 +75,16 @@ def config(spec: Spec, host: Host, edits: Edits, nodes: Sequence[Node]) -> dict[
 
     Raises Error invalid for text that JSON cannot carry unchanged.
     """
-    mapped = {id for first, _, count in host.gids for id in range(first, first + count)}
     main = process(
         [*INIT, *ENTRY, *spec.command],
         environment(spec.image.env, variables(spec.image.env, spec.env, edits.env)),
         spec.identity,
         spec.workdir,
         tty=spec.tty,
-        gids=[gid for gid in (*spec.identity.groups, *edits.gids) if gid in mapped],
+        gids=[gid for gid in (*spec.identity.groups, *edits.gids) if mapped(host.gids, gid)],
         files=host.files,
     )
     main["oomScoreAdj"] = spec.oom_score_adj
-    namespaces: list[dict[str, str]] = [{"type": type} for type in ("pid", "ipc", "uts", "mount", "user", "cgroup")]
-    if not spec.host_network:
-        namespaces.append({"type": "network", "path": host.network})
     return {
         "ociVersion": "1.0.2",
         "hostname": spec.hostname,
@@ -100,7 +95,9 @@ def config(spec: Spec, host: Host, edits: Edits, nodes: Sequence[Node]) -> dict[
         "linux": {
             "uidMappings": _ids(host.uids),
             "gidMappings": _ids(host.gids),
-            "namespaces": namespaces,
+            # Not the network: the runtime is started in it. runc before 1.2 could not `exec` in one that belongs to
+            # this machine's user namespace, as it must lest root inside change it.
+            "namespaces": [{"type": type} for type in ("pid", "ipc", "uts", "mount", "user", "cgroup")],
             "cgroupsPath": host.cgroup,
             "resources": _resources(spec, host, nodes),
             "maskedPaths": MASKED if spec.host_network else MASKED + HOST_INTERFACES,

@@ -27,7 +27,6 @@ import shutil
 import signal as signals
 import stat
 import struct
-import subprocess
 import termios
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -39,6 +38,7 @@ from ...errors import Error
 from ...model import Identity, Pull
 from .. import LABEL, LABEL_OWNER, Finding, Found, Framing, Image, Progress, Spec, Status, Terminal, cdi
 from . import cgroups, config, conmon, logs, mounts, record, rootfs, userns
+from .check import check
 from .images import Images
 from .mounts import IdMap
 from .network import Network
@@ -112,11 +112,11 @@ class OciSandboxes:
                     inside=self.state / "inside", resolvers=self.network.resolvers(),
                 )  # fmt: skip
                 host = config.Host(
-                    root, str(network or ""), sandbox.cgroup, uids, gids, self.cgroups.unified, self.cgroups.swap,
+                    root, sandbox.cgroup, uids, gids, self.cgroups.unified, self.cgroups.swap,
                     resource.getrlimit(resource.RLIMIT_NOFILE)[1],
                 )  # fmt: skip
                 (directory / "config.json").write_text(json.dumps(config.config(spec, host, edits, nodes)))
-                holder, init = conmon.create(self.runtime, spec.id, directory, tty=spec.tty, stdin=spec.stdin)
+                holder, init = conmon.create(self.runtime, spec.id, directory, network, tty=spec.tty, stdin=spec.stdin)
             finally:
                 mounts.unmount(root)  # the empty directory stays: runc goes there to `exec`
             replace(sandbox, conmon=Process.of(holder), init=Process.of(init)).save(directory)
@@ -142,7 +142,7 @@ class OciSandboxes:
 
     def start(self, id: str, size: tuple[int, int] | None) -> None:
         directory, sandbox = self._directory(id), self._record(id)
-        if not record.waiting(self.runtime.root, id):
+        if not conmon.waiting(self.runtime, id):
             return
         if size:
             # Through the sandbox's own end, because conmon would do it at some later moment.
@@ -151,11 +151,7 @@ class OciSandboxes:
                 with mounts.opened(fd):
                     fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
         (directory / "started").touch()
-        done = subprocess.run(
-            [self.runtime.path, f"--root={self.runtime.root}", "start", id], capture_output=True, check=False
-        )
-        if done.returncode != 0 and record.waiting(self.runtime.root, id):
-            raise Error("internal", f"{id} could not be started: {done.stderr.decode(errors='replace').strip()}")
+        conmon.start(self.runtime, id, directory)
         self._tell(id)
 
     def resize(self, id: str, size: tuple[int, int], process: str = "") -> None:
@@ -166,7 +162,7 @@ class OciSandboxes:
         size: tuple[int, int] | None, stdin: bool,
     ) -> tuple[str, Terminal]:  # fmt: skip
         directory, sandbox = self._directory(id), self._record(id)
-        if sandbox.found(directory, self.runtime.root, False).status is not Status.RUNNING:
+        if self._found(directory, sandbox).status is not Status.RUNNING:
             raise Error("conflict", f"{id} does not run")
         container = json.loads((directory / "config.json").read_text())
         groups = {
@@ -183,7 +179,9 @@ class OciSandboxes:
             size=size,
         )  # fmt: skip
         (own / "process.json").write_text(json.dumps(process))
-        holder, connection = conmon.execute(self.runtime, id, own, tty=size is not None, stdin=stdin)
+        holder, connection = conmon.execute(
+            self.runtime, id, own, self._network(sandbox), tty=size is not None, stdin=stdin
+        )
         (own / "started").write_text(json.dumps(Process.of(holder).__dict__))
         return handle, Terminal(connection.detach(), Framing.CONMON)
 
@@ -201,7 +199,7 @@ class OciSandboxes:
 
     def stop(self, id: str, grace: float) -> None:
         sandbox = self._record(id)
-        if not record.waiting(self.runtime.root, id):
+        if not conmon.waiting(self.runtime, id):
             sandbox.init.kill(signals.SIGHUP if sandbox.tty else signals.SIGTERM)
             if sandbox.conmon.wait(grace):
                 return
@@ -236,7 +234,8 @@ class OciSandboxes:
         return logs.tail(self._directory(id), limit)
 
     def check(self) -> list[Finding]:
-        return []
+        registry = cdi.load(self.cdi_paths)
+        return check(self.state, self.runtime.path, self.cgroups, _program(INITS), BUSYBOX, registry)
 
     def close(self) -> None:
         """Give back what is kept ready for the next sandboxes: for tests, and when the executor is uninstalled."""
@@ -266,6 +265,13 @@ class OciSandboxes:
             sandbox = record.load(directory)
             if sandbox and sandbox.made:
                 yield directory, sandbox
+
+    def _found(self, directory: Path, sandbox: Record) -> Found:
+        waiting = conmon.waiting(self.runtime, sandbox.id)
+        return sandbox.found(directory, waiting=waiting, oom=self.cgroups.oom(sandbox.cgroup))
+
+    def _network(self, sandbox: Record) -> Path | None:
+        return self.network.directory / sandbox.network if sandbox.network else None
 
     def _tell(self, id: str) -> None:
         for watch in self._watches:
@@ -341,10 +347,7 @@ class OciSandboxes:
             shutil.rmtree(path, ignore_errors=True)
 
     def list(self) -> list[Found]:  # last: its name hides the type from what follows
-        return [
-            sandbox.found(directory, self.runtime.root, self.cgroups.oom(sandbox.cgroup))
-            for directory, sandbox in self._sandboxes()
-        ]
+        return [self._found(directory, sandbox) for directory, sandbox in self._sandboxes()]
 
 
 def _program(names: Iterable[str]) -> str:

@@ -95,7 +95,7 @@ class Images:
         return description
 
     def _current(self, wanted: Reference) -> str:
-        """The id of the image of this name, "" for none, or when Docker Engine has built another since we had it there."""
+        """The id of the image of this name, "" for none and for one that Docker Engine has built anew since."""
         id = self._find(wanted)
         if id and self._origin(wanted).exists() and (docker := self._in_docker(wanted)) and docker["Id"] != id:
             return ""

@@ -7,6 +7,7 @@ nothing about them; what it needs (low ports, ping) is set here.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import ctypes
 import ipaddress
@@ -16,8 +17,9 @@ import os
 import random
 import subprocess
 import threading
-from collections.abc import Container
+from collections.abc import Callable, Container
 from pathlib import Path
+from typing import TypeVar
 
 from ...errors import Error
 from . import mounts
@@ -29,6 +31,8 @@ CLONE_NEWNET = 0x40000000
 NETWORKS = [ipaddress.IPv4Network(n) for n in ("10.213.0.0/20", "10.214.0.0/20", "192.168.208.0/20", "172.31.240.0/20")]
 SYSCTLS = {"ipv4/ip_unprivileged_port_start": "0", "ipv4/ping_group_range": "0 2147483647"}
 RESOLVERS = ("/run/systemd/resolve/resolv.conf", "/etc/resolv.conf")  # the first names no resolver on loopback
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -127,13 +131,7 @@ class Network:
         raise Error("unavailable", f"all addresses of {network} are in use", "stop some sessions")
 
     def _populate(self, path: Path, network: ipaddress.IPv4Network) -> None:
-        # A thread can change its network namespace alone, and is of no other use afterwards.
-        failures: list[Exception] = []
-        thread = threading.Thread(target=_namespace, args=[path, failures])
-        thread.start()
-        thread.join()
-        if failures:
-            raise failures[0]
+        _apart(lambda: _namespace(path))
         name = f"{self.bridge}-{path.name}"
         _output(
             ["ip", "-batch", "-"],
@@ -141,13 +139,13 @@ class Network:
             f"link set {name} master {self.bridge} up\n"
             f"link set {name} type bridge_slave isolated on\n",
         )
-        _output(
-            ["nsenter", f"--net={path}", "ip", "-batch", "-"],
+        within = (
             "link set lo up\n"
             f"address add {network[int(path.name)]}/{network.prefixlen} dev eth0\n"
             "link set eth0 up\n"
-            f"route add default via {network[1]}\n",
+            f"route add default via {network[1]}\n"
         )
+        inside(path, lambda: _output(["ip", "-batch", "-"], within))
 
     def _bridge(self) -> ipaddress.IPv4Network:
         """The bridge's network, made when it is missing."""
@@ -199,16 +197,47 @@ def _loopback(line: str) -> bool:
     return len(words) > 1 and words[0] == "nameserver" and (words[1].startswith("127.") or words[1] == "::1")
 
 
-def _namespace(path: Path, failures: list[Exception]) -> None:
+def inside(namespace: Path | None, call: Callable[[], T]) -> T:
+    """Call in a network namespace, None for this machine's own; programs started by it are in it too."""
+    if namespace is None:
+        return call()
+
+    def entered() -> T:
+        with mounts.opened(os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)) as fd:
+            _check(_libc.setns(fd, CLONE_NEWNET))
+        return call()
+
+    return _apart(entered)
+
+
+def _apart(call: Callable[[], T]) -> T:
+    """Call in a thread of its own: a thread can change its network namespace alone, and is of no use afterwards."""
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return future.result()
+
+
+def _namespace(path: Path) -> None:
     """Make a network namespace and keep it by a mount at path."""
-    try:
-        if _libc.unshare(CLONE_NEWNET) != 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        mounts.mount(f"/proc/self/task/{threading.get_native_id()}/ns/net", path, None, mounts.MS_BIND)
-        for name, value in SYSCTLS.items():
-            Path("/proc/sys/net", name).write_text(value)
-    except OSError as error:
-        failures.append(error)
+    _check(_libc.unshare(CLONE_NEWNET))
+    mounts.mount(f"/proc/self/task/{threading.get_native_id()}/ns/net", path, None, mounts.MS_BIND)
+    for name, value in SYSCTLS.items():
+        Path("/proc/sys/net", name).write_text(value)
+
+
+def _check(result: int) -> None:
+    if result != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
 
 
 def _run(command: list[str]) -> bool:

@@ -44,7 +44,7 @@ class Record:
     def made(self) -> bool:
         return self.conmon.pid > 0
 
-    def found(self, directory: Path, runtime: Path, oom: bool) -> Found:
+    def found(self, directory: Path, *, waiting: bool, oom: bool) -> Found:
         """What there is now. Without conmon nothing holds the streams and the exit code: that counts as killed."""
         alive = self.conmon.alive()
         code = _number(directory / "exit")  # looked for after conmon, which writes it before it ends
@@ -54,7 +54,7 @@ class Record:
         if code is not None:
             finished = _time(directory / "exit") or datetime.now(UTC)
             return Found(self.id, self.labels, Status.EXITED, 0, code, oom, started, finished)
-        if waiting(runtime, self.id):
+        if waiting:
             return Found(self.id, self.labels, Status.CREATED)
         return Found(self.id, self.labels, Status.RUNNING, self.init.pid, None, oom, started)
 
@@ -66,11 +66,6 @@ def load(directory: Path) -> Record | None:
     except FileNotFoundError:
         return None
     return Record(**{**data, "conmon": Process(**data["conmon"]), "init": Process(**data["init"])})
-
-
-def waiting(runtime: Path, id: str) -> bool:
-    """Whether a container that was made has not been started: until then both runc and crun keep this FIFO."""
-    return (runtime / id / "exec.fifo").exists()
 
 
 def boot() -> str:

@@ -1,8 +1,8 @@
 """Registries: how big an image is before it is fetched, and why it could not be fetched.
 
 Owns: manifests, and the one question that is put to a registry directly, because a status says what the exit code of
-`skopeo` does not. Sources: https://github.com/opencontainers/distribution-spec, image-spec's `manifest.md` and `image-index.md`,
-and Docker's token authentication. Must not see credentials: those are skopeo's.
+`skopeo` does not. Sources: https://github.com/opencontainers/distribution-spec, image-spec's `manifest.md` and
+`image-index.md`, and Docker's token authentication. Must not see credentials: those are skopeo's.
 """
 
 from __future__ import annotations

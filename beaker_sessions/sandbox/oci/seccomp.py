@@ -2,11 +2,13 @@
 
 Pure. Everything else fails with EPERM. The set is that of Docker's default profile for a container without
 CAP_SYS_ADMIN (https://docs.docker.com/engine/security/seccomp/), less io_uring, kernel AF_ALG crypto and VM sockets.
-In particular no namespaces, mounts, keyrings, BPF, performance counters, modules, clocks or file handles.
+In particular no namespaces, mounts, keyrings, BPF, performance counters, modules, clocks or file handles. Programs for
+the machine's 32-bit mode are killed: their calls would be a second way into the kernel, and a sixth of a start's time.
 """
 
 from __future__ import annotations
 
+import functools
 import platform
 from typing import Any
 
@@ -61,9 +63,9 @@ TIME_AND_MACHINE = """
     timer_getoverrun timer_gettime timer_gettime64 timer_settime timer_settime64 times uname
 """
 MACHINES = {
-    "x86_64": (["SCMP_ARCH_X86_64", "SCMP_ARCH_X86"], "arch_prctl modify_ldt"),
+    "x86_64": (["SCMP_ARCH_X86_64"], "arch_prctl modify_ldt"),
     "aarch64": (
-        ["SCMP_ARCH_AARCH64", "SCMP_ARCH_ARM"],
+        ["SCMP_ARCH_AARCH64"],
         "arm_fadvise64_64 arm_sync_file_range breakpoint cacheflush set_tls sync_file_range2",
     ),
 }
@@ -75,6 +77,7 @@ NAMESPACES = 0x20000 | 0x2000000 | 0x4000000 | 0x8000000 | 0x10000000 | 0x200000
 PERSONALITIES = (0x0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF)
 
 
+@functools.cache
 def profile(machine: str = platform.machine()) -> dict[str, Any]:
     """`linux.seccomp` of the OCI runtime specification for this kind of machine, as uname(2) calls it."""
     architectures, special = MACHINES.get(machine, ([], ""))

@@ -47,6 +47,10 @@ def id_map(start: int, own: Iterable[int]) -> IdMap:
     return result + [(id, id, 1) for id in kept if id >= SIZE]
 
 
+def mapped(map: IdMap, id: int) -> bool:
+    return any(first <= id < first + count for first, _, count in map)
+
+
 def outside(map: IdMap, id: int) -> int:
     """What an id inside is on this machine. Raises KeyError for one that is not mapped."""
     for first, start, count in map:
@@ -66,7 +70,7 @@ def subordinate(identity: Identity, directory: Path = Path("/etc")) -> int:
     Raises Error conflict when its range overlaps another account's or holds a real account.
     """
     for attempt in (1, 2):
-        uids, gids = _ranges(directory / "subuid"), _ranges(directory / "subgid")
+        uids, gids = ranges(directory / "subuid"), ranges(directory / "subgid")
         names = {identity.name, str(identity.uid)}
         start = next((s for name, s, n in uids if name in names and n >= SIZE and _covered(gids, names, s)), None)
         if start is not None:
@@ -97,7 +101,8 @@ def _account(start: int) -> str:
     return next((entry.pw_name for entry in pwd.getpwall() if start <= entry.pw_uid < start + SIZE), "")
 
 
-def _ranges(path: Path) -> list[tuple[str, int, int]]:
+def ranges(path: Path) -> list[tuple[str, int, int]]:
+    """The (name or uid, first id, count) of such a file."""
     try:
         lines = path.read_text("utf-8", "surrogateescape").splitlines()
     except FileNotFoundError:
@@ -110,7 +115,7 @@ def _allot(identity: Identity, directory: Path) -> None:
     """Add the first range that is free in both files. Raises Error unavailable when there is none, or no lock."""
     files = (directory / "subuid", directory / "subgid")
     with _locked(files[0]), _locked(files[1]):
-        taken = [(s, n) for file in files for _, s, n in _ranges(file)]
+        taken = [(s, n) for file in files for _, s, n in ranges(file)]
         taken += [(entry.pw_uid, 1) for entry in pwd.getpwall()]
         free = (s for s in range(FIRST, LAST, SIZE) if all(s + SIZE <= first or first + n <= s for first, n in taken))
         start = next(free, None)
