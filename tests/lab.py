@@ -38,7 +38,11 @@ class Lab:
         self._listening = socket.socket()
         self._listening.bind(("127.0.0.1", 0))
         self.address = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
-        self._web = uvicorn.Server(uvicorn.Config(api(self.service), log_config=None, access_log=False, lifespan="off"))
+        self._web = uvicorn.Server(
+            uvicorn.Config(
+                api(self.service), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1
+            )
+        )
         self._thread = threading.Thread(target=self._web.run, args=([self._listening],))
         self._thread.start()
         while not self._web.started:

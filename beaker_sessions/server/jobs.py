@@ -79,6 +79,7 @@ class Jobs(Rules):
             values |= {"account_id": caller.account_id, "canceled_for": "", "body": json.dumps(wire.job(session))}
             rows.insert(tables.jobs, id=session.id, node_id=node.id, **values)
             self.record(rows, caller, "create_job", session.id, node=node.hostname)
+            rows.touch(node.id, node.cluster_id)
             return job_json(job_of(rows, session.id), caller)
 
         return self.once(caller, "create_job", body.model_dump(), make)
@@ -104,6 +105,7 @@ class Jobs(Rules):
                     values |= {"state": session.state.value, "body": json.dumps(wire.job(session))}
                 rows.update(tables.jobs, id, **values)
                 self.record(rows, caller, "update_job", id, canceled=True, canceledFor=reason)
+                rows.touch(row.node_id, row.cluster_id)
             return job_json(job_of(rows, id), caller)
 
     def report_job(self, caller: Caller, id: str, body: JSON) -> JSON:
@@ -135,6 +137,7 @@ class Jobs(Rules):
                 created = wire.session(json.loads(row.body)).created  # when and whose it is was settled then
                 session = replace(session, account=row.author, created=created or session.created)
                 rows.update(tables.jobs, id, taken=row.taken or rows.now, **_record(session, body))
+            rows.touch(id, here.id, here.cluster_id)
             if row is None or row.state != session.state:
                 self.record(rows, caller, "report_job", id, state=session.state.value, revision=session.revision)
             return job_json(job_of(rows, id), caller)

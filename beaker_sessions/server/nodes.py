@@ -68,6 +68,11 @@ class Nodes(Rules):
         with self.store.read() as rows:
             return page([node_json(row, rows.now) for row in rows.nodes(cluster_id=cluster_of(rows, cluster).id)])
 
+    def fallen_silent(self, since: datetime) -> set[str]:
+        """Ids of nodes that stopped reporting since then, and of their clusters: what no commit tells."""
+        with self.store.read() as rows:
+            return rows.fallen_silent(since)
+
     def get_node(self, caller: Caller, node: str) -> JSON:  # noqa: ARG002
         with self.store.read() as rows:
             return node_json(node_of(rows, node), rows.now)
@@ -102,6 +107,7 @@ class Nodes(Rules):
                 id = known.id
                 rows.update(tables.nodes, id, **values)
             rows.update(tables.tokens, caller.token_id, node_id=id)
+            rows.touch(home.id)
             self.record(rows, caller, "register_node", id, hostname=body.hostname, instance=body.instance or "")
             return node_json(node_of(rows, id), rows.now)
 
@@ -125,6 +131,7 @@ class Nodes(Rules):
                 values["cordon_reason"] = (body.cordon_reason or "") if body.cordoned else ""
             if values:
                 rows.update(tables.nodes, row.id, **values)
+                rows.touch(row.cluster_id)
                 said = body.model_dump(exclude_none=True, by_alias=True, exclude={"limits"})
                 self.record(rows, caller, "update_node", row.id, **said)
             return node_json(node_of(rows, row.id), rows.now)
@@ -139,6 +146,7 @@ class Nodes(Rules):
                 raise Error("conflict", what, "stop them first: `beaker session list --node`")
             rows.update(tables.nodes, row.id, deleted=rows.now)
             rows.revoke_tokens_of_node(row.id)
+            rows.touch(row.cluster_id)
             self.record(rows, caller, "delete_node", row.id, hostname=row.hostname)
 
     def heartbeat(self, caller: Caller, node: str, body: Heartbeat) -> JSON:
@@ -150,6 +158,8 @@ class Nodes(Rules):
             free = json.dumps(body.free.as_json())
             values = {"version": body.version, "free": free, "queue": body.queue}
             rows.update(tables.nodes, row.id, seen=rows.now, expiry=rows.now + SILENCE, **values)
+            if row.expiry <= rows.now or (row.free, row.queue) != (free, body.queue):
+                rows.touch(row.id, row.cluster_id)
             waiting = [] if row.cordoned else rows.waiting(row.id)[:HANDED]
             for job in waiting:
                 if job.handed is None:

@@ -10,7 +10,7 @@ import json
 import logging
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -35,6 +35,7 @@ class Rows:
     def __init__(self, connection: sa.Connection) -> None:
         self.connection = connection
         self.now = datetime.now(UTC)
+        self.touched: set[str] = set()
 
     # any table
 
@@ -59,6 +60,11 @@ class Rows:
         """The audit row of a change, in the change's own transaction."""
         values = {"account_id": account, "token_id": token, "action": action, "object": object}
         self.insert(audit, id=ids.ulid(), at=self.now, details=json.dumps(details), **values)
+        self.touch(object)
+
+    def touch(self, *ids: str) -> None:
+        """Say that these things look different from now on, to whoever watches them; after the commit."""
+        self.touched.update(ids)
 
     # accounts
 
@@ -115,6 +121,11 @@ class Rows:
             org, _, name = full_name.partition("/")
             query = query.where(organizations.c.name == org, clusters.c.name == name, clusters.c.deleted.is_(None))
         return self.connection.execute(query.order_by(clusters.c.name)).all()
+
+    def fallen_silent(self, since: datetime) -> set[str]:
+        """Ids of the nodes that became "not reporting" since then, and of their clusters."""
+        query = sa.select(nodes.c.id, nodes.c.cluster_id).where(nodes.c.expiry > since, nodes.c.expiry <= self.now)
+        return {id for row in self.connection.execute(query) for id in row}
 
     def nodes(self, **where: Any) -> Sequence[Row]:
         """Nodes that are not deleted, with their cluster's `cluster` and `organization` names."""
@@ -190,6 +201,7 @@ class Store:
     """The database at `url`, a SQLAlchemy URL, migrated to the newest version. Raises Error invalid or unavailable."""
 
     def __init__(self, url: str) -> None:
+        self.on_commit: Callable[[set[str]], None] = lambda _: None  # told the ids of what was changed
         try:
             self.engine = sa.create_engine(url, pool_size=8, max_overflow=32, pool_timeout=10)
         except (sa.exc.ArgumentError, ModuleNotFoundError, TypeError) as error:
@@ -216,7 +228,9 @@ class Store:
     def write(self) -> Iterator[Rows]:
         """A transaction that is committed at the end of the block, and rolled back by any exception."""
         with self._translated(), self.engine.begin() as connection:
-            yield Rows(connection)
+            rows = Rows(connection)
+            yield rows
+        self.on_commit(rows.touched)
 
     @contextmanager
     def _translated(self) -> Iterator[None]:

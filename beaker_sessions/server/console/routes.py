@@ -20,8 +20,10 @@ from starlette.types import ASGIApp
 from ... import ids
 from ...bodies import NodePatch, check
 from ...errors import Error
+from ..changes import Changes
 from ..service import Service
 from . import jobs, pages, templates
+from .events import events
 from .visit import FORM_LIMIT, Visit, begin, finish, local, sign_in_first
 
 Handler = Callable[[Visit], Response]
@@ -29,6 +31,12 @@ log = logging.getLogger(__name__)
 
 
 def console(service: Service) -> ASGIApp:
+    changes = Changes()
+    service.store.on_commit = changes.publish
+
+    async def live(request: Request) -> Response:
+        return await events(request, service, changes)
+
     routes = [
         _route(service, "GET", "/", lambda visit: visit.go("/clusters")),
         _route(service, "GET", "/sign-in", sign_in_page, public=True),
@@ -38,6 +46,7 @@ def console(service: Service) -> ASGIApp:
         _route(service, "GET", "/cl/{org}/{name}", cluster),
         _route(service, "GET", "/node/{id}", node),
         _route(service, "POST", "/node/{id}/cordon", cordon),
+        Route("/events", live),
         Route("/static/{hash}/{name}", static),
     ]
     return Starlette(routes=routes, exception_handlers={HTTPException: _missing(service)})
@@ -139,7 +148,7 @@ def clusters(visit: Visit) -> Response:
         for org in service.list_organizations(who)["data"]
         for json in service.list_clusters(who, org["name"])["data"]
     ]
-    return visit.page("clusters.html", clusters=found)
+    return visit.page("clusters.html", clusters=found, watch="*")
 
 
 def cluster(visit: Visit) -> Response:
@@ -158,6 +167,7 @@ def cluster(visit: Visit) -> Response:
         holding.setdefault(job["node"], []).append(job)
     return visit.page(
         "cluster.html",
+        watch=json["id"],
         cluster=pages.cluster(json, every),
         nodes=[pages.node(one, holding.get(one["id"], ()), who.account_id, now) for one in shown],
         found=len(chosen),
@@ -181,6 +191,7 @@ def node(visit: Visit) -> Response:
     silent, me = json["status"] == "not reporting", who.account_id
     return visit.page(
         "node.html",
+        watch=json["id"],
         node=pages.node(json, live, me, now),
         sessions=[jobs.job(job, me, now, silent) for job in reversed(live) if job["status"].get("scheduled")],
         queue=jobs.queue(waiting, pages.free_gpus(json), me, now),

@@ -1,0 +1,49 @@
+"""Tells open pages that something changed, not what: they ask again. Owns who watches what; keeps nothing else.
+
+It knows the commits of this process alone. With several servers on one database, a page hears of the others' changes
+when it polls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+EVERYTHING = "*"  # to watch every cluster, node and session
+LIMIT = 1000  # watchers at a time
+
+
+class Changes:
+    """Watchers by the ids that they watch. `publish` may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._watchers: dict[asyncio.Event, tuple[frozenset[str], asyncio.AbstractEventLoop]] = {}
+
+    def publish(self, touched: Collection[str]) -> None:
+        if not touched:
+            return
+        with self._lock:
+            watchers = list(self._watchers.items())
+        for event, (ids, loop) in watchers:
+            if EVERYTHING in ids or not ids.isdisjoint(touched):
+                try:
+                    loop.call_soon_threadsafe(event.set)
+                except RuntimeError:  # its loop has just closed
+                    continue
+
+    @contextmanager
+    def watch(self, ids: Collection[str]) -> Iterator[asyncio.Event | None]:
+        """An event of the running loop that is set at each change of these; None when too many watch already."""
+        event = asyncio.Event()
+        with self._lock:
+            full = len(self._watchers) >= LIMIT
+            if not full:
+                self._watchers[event] = (frozenset(ids), asyncio.get_running_loop())
+        try:
+            yield None if full else event
+        finally:
+            with self._lock:
+                self._watchers.pop(event, None)
