@@ -26,6 +26,7 @@ import yaml
 from beaker_sessions.client import Client
 from beaker_sessions.errors import Error
 from beaker_sessions.ids import is_ulid
+from beaker_sessions.sandbox.oci.driver import OciSandboxes
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -143,8 +144,8 @@ class Stack:
         )
         self.users: list[User] = []
         self.devices = [self._make_gpu(number) for number in range(gpus)]
-        bridge = f"b{root.name[-8:]}"  # a network of its own, with a name of at most 15 characters
-        self._write_settings(port, {"driver": driver, "bridge": bridge, **(settings or {})})
+        self.bridge = f"b{root.name[-8:]}"  # a network of its own, with a name of at most 15 characters
+        self._write_settings(port, {"driver": driver, "bridge": self.bridge, **(settings or {})})
         log = root / "log"
         log.mkdir()
         # A network of its own: no bridge and no rule is shared with the machine's Docker Engine or another test's.
@@ -229,8 +230,9 @@ class Stack:
     def sandboxes(self) -> dict[str, int]:
         """Every sandbox that exists, running or not: session id -> pid of its init, 0 when it does not run."""
         if self.driver == "oci":
-            records = [json.loads((path / "sandbox.json").read_text()) for path in self.files()]
-            return {record["id"]: record["init"]["pid"] for record in records}
+            found = (self.state / "executor" / "sandboxes" / "sessions").glob("*/sandbox.json")
+            records = [json.loads(path.read_text()) for path in found]
+            return {record["id"]: (record["init"] or {}).get("pid", 0) for record in records}
         ids = self.docker_cli("ps", "-aq", "--no-trunc", "--filter", "label=beaker.session").stdout.split()
         found = json.loads(self.docker_cli("inspect", *ids).stdout or "[]")
         return {one["Config"]["Labels"]["beaker.session"]: one["State"]["Pid"] for one in found}
@@ -252,8 +254,13 @@ class Stack:
         return user
 
     def close(self) -> None:
-        """Stop and remove everything. The containers first, as they would outlive Docker Engine."""
+        """Stop and remove everything. The sandboxes first, as they would outlive their engine."""
         self.executor.kill()
+        if self.driver == "oci":
+            driver = OciSandboxes(self.state / "executor" / "sandboxes", str(self.state), bridge=self.bridge)
+            for found in driver.list():
+                driver.remove(found.id)
+            driver.close()
         if containers := self.containers():
             self.docker_cli("rm", "-f", "-v", *containers)
         self.admin.close()

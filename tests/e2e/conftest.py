@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ import pytest
 
 from tests.stack import BIN, Stack, User
 
+_NUMBERS = itertools.count(1000)
 PROMPT = r"[$#] (\x1b\[K)?$"  # readline clears the rest of a line that it draws again
 
 
@@ -69,13 +70,14 @@ class Tty(pexpect.spawn):
         )  # fmt: skip
 
     def run(self, line: str) -> str:
-        """What a command line prints, given and taken at a Bash prompt."""
+        """What a command line prints, given at a Bash prompt; the next prompt is not read yet."""
+        number = next(_NUMBERS)
         self.expect(PROMPT)
-        self.sendline(line)
-        self.expect(PROMPT)
-        output = re.sub(r"\x1b\[\?2004[hl]\r?", "", self.before).replace("\r\n", "\n").partition("\n")[2]
-        self.sendline("")
-        return output
+        # The marks as typed differ from the marks as printed.
+        self.sendline(f"echo begin-$(({number})); {line}; echo end-$(({number}))")
+        self.expect_exact(f"begin-{number}\r\n")
+        self.expect_exact(f"end-{number}\r\n")
+        return self.before.replace("\r\n", "\n")
 
     def end(self) -> int:
         """Wait for the command's end; its exit code."""

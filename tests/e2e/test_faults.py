@@ -39,7 +39,7 @@ def test_killing_the_executor_ends_no_session(stack: Stack, ada: User, bob: User
     before = stack.sandboxes()
 
     stack.executor.kill(signal.SIGKILL)
-    assert terminal.run("echo $mark-$((40+2))").startswith("kept-42")  # an open terminal does not even notice
+    assert terminal.run("echo $mark") == "kept\n"  # an open terminal does not even notice
     wait_for("the short one's end", lambda: not Path(f"/proc/{before[short]}").exists())
     stack.start_executor()
 
@@ -53,7 +53,7 @@ def test_killing_the_executor_ends_no_session(stack: Stack, ada: User, bob: User
     assert held == {"example.com/gpu=0", "example.com/gpu=1"}
 
     terminal.setwinsize(20, 70)
-    wait_for("a resize through the new executor", lambda: terminal.run("stty size").startswith("20 70"))
+    wait_for("a resize through the new executor", lambda: terminal.run("stty size") == "20 70\n")
     terminal.expect(PROMPT)
     terminal.sendline("exit 6")
     assert terminal.end() == 6
@@ -67,7 +67,7 @@ def test_an_exec_survives_the_executor_too(stack: Stack, ada: User, tty: type[Tt
     second = tty(ada, "session", "exec")
     second.run("true")
     stack.executor.kill(signal.SIGKILL)
-    assert second.run("echo $((40+2))").startswith("42")
+    assert second.run("echo here") == "here\n"
     stack.start_executor()
     second.expect(PROMPT)
     second.sendline("exit 11")

@@ -49,17 +49,11 @@ def test_the_exit_code_is_the_commands(ada: User, command: list[str], code: int)
 
 
 def test_one_is_oneself_at_home(ada: User):
-    script = "id -un; id -u; id -Gn; pwd; echo $HOME; touch new; stat -c %U new; sudo -n true || echo no root"
+    script = "id -un; id -u; id -Gn; pwd; echo $HOME; touch new; stat -c %U new"
     done = ada.beaker("session", "create", "--gpus", "0", "--", "bash", "-c", script)
-    name, uid, groups, cwd, home, owner, root = done.stdout.decode().splitlines()
-    assert (name, uid, cwd, home, owner, root) == (
-        ada.name,
-        str(ada.uid),
-        str(ada.home),
-        str(ada.home),
-        ada.name,
-        "no root",
-    )
+    name, uid, groups, cwd, home, owner = done.stdout.decode().splitlines()
+    assert (name, uid, owner) == (ada.name, str(ada.uid), ada.name)
+    assert cwd == home == str(ada.home)
     assert set(groups.split()) == {ada.name, "video", "games"}
     assert (ada.home / "new").stat().st_uid == ada.uid
 
@@ -71,9 +65,9 @@ def test_all_but_home_is_gone_afterwards(ada: User):
 
 def test_bash_in_a_terminal_with_the_right_size(ada: User, tty: type[Tty]):
     terminal = tty(ada, "session", "create", "--gpus", "0")
-    assert terminal.run("stty size; whoami").splitlines()[:2] == ["33 111", ada.name]
+    assert terminal.run("stty size; whoami") == f"33 111\n{ada.name}\n"
     terminal.setwinsize(40, 90)
-    wait_for("the new size", lambda: terminal.run("stty size").startswith("40 90"))
+    wait_for("the new size", lambda: terminal.run("stty size") == "40 90\n")
     terminal.expect(PROMPT)
     terminal.sendline("exit 7")
     assert terminal.end() == 7
@@ -88,7 +82,7 @@ def test_the_first_program_sees_the_size(ada: User, tty: type[Tty]):
 
 def test_detach_attach_exec_stop(ada: User, tty: type[Tty]):
     first = tty(ada, "session", "create", "--gpus", "0", "--name", "work")
-    assert first.run("mark=still-here; echo ready-$((40+2))").startswith("ready-42")
+    assert first.run("mark=still-here; echo ready-$((40+2))") == "ready-42\n"
     first.expect(PROMPT)
     first.send(DETACH)
     assert first.end() == 0
@@ -98,12 +92,12 @@ def test_detach_attach_exec_stop(ada: User, tty: type[Tty]):
 
     second = tty(ada, "session", "attach", "work")
     second.expect("ready-42")  # its recent output
-    assert second.run("echo $mark").startswith("still-here")
+    assert second.run("echo $mark") == "still-here\n"
 
     done = ada.beaker("session", "exec", "--", "sh", "-c", "echo second; exit 3")
-    assert (done.returncode, done.stdout) == (3, b"second\n")
+    assert (done.returncode, done.stdout) == (3, b"second\n"), done.stderr
     other = tty(ada, "session", "exec", job["id"])
-    assert other.run("tty; stty size").splitlines()[1] == "33 111"
+    assert other.run("stty size") == "33 111\n"
     other.expect(PROMPT)
     other.sendline("exit 5")
     assert other.end() == 5
@@ -115,11 +109,11 @@ def test_detach_attach_exec_stop(ada: User, tty: type[Tty]):
 
 def test_killing_the_command_line_ends_nothing(ada: User, tty: type[Tty]):
     first = tty(ada, "session", "create", "--gpus", "0")
-    assert first.run("echo $((40+2))").startswith("42")
+    assert first.run("echo here") == "here\n"
     first.kill(signal.SIGKILL)
     first.close()
     again = tty(ada, "session", "attach")
-    assert again.run("echo $((50+2))").startswith("52")
+    assert again.run("echo again") == "again\n"
     again.expect(PROMPT)
     again.sendline("exit")
     assert again.end() == 0
