@@ -28,14 +28,14 @@ ALPINE_GROUP = "root:x:0:root\nguest:x:1500:guest\nstaff:x:44:guest\nvideo:x:27:
 
 
 def scratch() -> bytes:
-    return _tar({"busybox": BUSYBOX.read_bytes()})
+    return tar({"busybox": BUSYBOX.read_bytes()})
 
 
 def alpine() -> bytes:
     files: dict[str, bytes | str] = {f"bin/{name}": "busybox" for name in APPLETS.split()}
     files |= {"bin/busybox": BUSYBOX.read_bytes(), "etc/passwd": ALPINE_PASSWD.encode()}
     files |= {"etc/group": ALPINE_GROUP.encode(), "etc/not-a-program": b"text\n"}
-    return _tar(files)
+    return tar(files)
 
 
 def debian() -> Path:
@@ -85,10 +85,10 @@ def oci_archive(root: bytes, path: Path, env: tuple[str, ...] = ()) -> None:
     manifest = {"schemaVersion": 2, "config": blob("config.v1+json", config), "layers": [layer]}
     index = {"schemaVersion": 2, "manifests": [blob("manifest.v1+json", encoded(manifest))]}
     files = {"oci-layout": encoded({"imageLayoutVersion": "1.0.0"}), "index.json": encoded(index), **blobs}
-    path.write_bytes(_tar(dict(files)))
+    path.write_bytes(tar(dict(files)))
 
 
-def _tar(files: dict[str, bytes | str]) -> bytes:
+def tar(files: dict[str, bytes | str]) -> bytes:
     """A tar of programs (bytes) and symbolic links (the target as str)."""
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w") as tar:

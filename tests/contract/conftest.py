@@ -73,14 +73,14 @@ class DockerLab:
 class OciLab:
     def __init__(self, root: Path, debian: Path | None) -> None:
         self.state, self.cdi, self.debian, self.owner = root / "state", root / "cdi", debian, secrets.token_hex(4)
-        self.archives = root / "archives"
-        self.cdi.mkdir()
-        self.archives.mkdir()
+        self.archives, self.etc = root / "archives", root / "etc"
+        for directory in (self.cdi, self.archives, self.etc):
+            directory.mkdir()
         self.known: dict[str, Image] = {}
         self.sandboxes = self.again()
 
     def again(self) -> OciSandboxes:
-        return OciSandboxes(self.state, self.owner, [self.cdi], bridge=f"bt{self.owner}")
+        return OciSandboxes(self.state, self.owner, [self.cdi], bridge=f"bt{self.owner}", etc=self.etc)
 
     def image(self, name: str) -> Image:
         if name not in self.known:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -95,7 +96,7 @@ def _cgroups(cgroups: Cgroups) -> Finding:
 def _subordinate() -> Iterator[Finding]:
     for file in ("/etc/subuid", "/etc/subgid"):
         ranges = sorted(userns.ranges(Path(file)), key=lambda entry: entry[1])
-        for (name, start, count), (other, second, _) in zip(ranges, ranges[1:], strict=False):
+        for (name, start, count), (other, second, _) in itertools.pairwise(ranges):
             if name != other and second < start + count:
                 yield Finding("error", f"{file}: the ranges of {name} and {other} overlap", f"edit {file}")
 

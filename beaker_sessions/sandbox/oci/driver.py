@@ -29,6 +29,7 @@ import stat
 import struct
 import termios
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from importlib import resources
@@ -42,7 +43,7 @@ from .check import check
 from .images import Images
 from .mounts import IdMap
 from .network import Network
-from .processes import Process
+from .processes import Process, mentioning
 from .record import Record
 from .watch import Watch
 
@@ -59,16 +60,16 @@ class OciSandboxes:
 
     state: a directory of the driver's own, on a file system that overlays can be on. owner: labels its sandboxes.
     cdi_paths: directories of CDI specs. docker: the socket of a Docker Engine whose images may be used, "" for none.
-    bridge: the network bridge of this executor's sessions.
+    bridge: the network bridge of this executor's sessions. etc: the directory of `subuid` and `subgid`.
     """
 
     name = "oci"
 
     def __init__(
         self, state: Path, owner: str, cdi_paths: Iterable[str | os.PathLike[str]] = (), *,
-        docker: str = "", bridge: str = "beaker0",
+        docker: str = "", bridge: str = "beaker0", etc: Path = userns.ETC,
     ) -> None:  # fmt: skip
-        self.state, self.owner, self.cdi_paths = state, owner, list(cdi_paths)
+        self.state, self.owner, self.cdi_paths, self.etc = state, owner, list(cdi_paths), etc
         self.cgroups = cgroups.detect()
         self.cgroup = "/beaker-" + re.sub(r"[^a-z0-9]+", "-", owner.lower()).strip("-")
         self.roots = RUN / bridge / "roots"
@@ -92,7 +93,7 @@ class OciSandboxes:
         image = self.images.describe(spec.image.id)
         edits = cdi.load(self.cdi_paths).edits(spec.gpus) if spec.gpus else cdi.Edits()
         nodes = [_node(node) for node in edits.nodes]
-        uids, gids = userns.maps(spec.identity, userns.subordinate(spec.identity), edits.gids)
+        uids, gids = userns.maps(spec.identity, userns.subordinate(spec.identity, self.etc), edits.gids)
         directory = self._directory(spec.id)
         try:
             directory.mkdir(mode=0o711)
@@ -203,14 +204,14 @@ class OciSandboxes:
             sandbox.init.kill(signals.SIGHUP if sandbox.tty else signals.SIGTERM)
             if sandbox.conmon.wait(grace):
                 return
-        self._kill(sandbox)
+        self._kill(sandbox, self._directory(id))
 
     def remove(self, id: str) -> None:
         directory = self._directory(id)
         if not directory.exists():
             return
         if sandbox := record.load(directory):
-            self._kill(sandbox)
+            self._kill(sandbox, directory)
             self.cgroups.remove(sandbox.cgroup)
             if sandbox.network:
                 self.network.drop(sandbox.network)
@@ -267,6 +268,8 @@ class OciSandboxes:
                 yield directory, sandbox
 
     def _found(self, directory: Path, sandbox: Record) -> Found:
+        if not sandbox.conmon.alive() and sandbox.init.alive():
+            self._kill(sandbox, directory)  # its conmon was killed: nobody holds its streams and its exit code
         waiting = conmon.waiting(self.runtime, sandbox.id)
         return sandbox.found(directory, waiting=waiting, oom=self.cgroups.oom(sandbox.cgroup))
 
@@ -296,15 +299,23 @@ class OciSandboxes:
         with contextlib.suppress(FileNotFoundError):
             root.rmdir()
 
-    def _kill(self, sandbox: Record) -> None:
-        """Raises Error unavailable when something does not end."""
+    def _kill(self, sandbox: Record, directory: Path) -> None:
+        """End all that runs in a sandbox, and its conmon. Raises Error unavailable when something does not end."""
         sandbox.init.kill()
         if not sandbox.conmon.wait(GONE):
             sandbox.conmon.kill()
-        if not sandbox.init.wait(GONE):
-            raise Error(
-                "unavailable", f"process {sandbox.init.pid} of {sandbox.id} cannot be killed", "restart the node"
-            )
+        deadline = time.monotonic() + GONE
+        # Without pids in the record its executor was killed while this was made, and conmon may still be at it.
+        while left := [
+            *map(Process.of, self.cgroups.processes(sandbox.cgroup)),
+            *([] if sandbox.made else mentioning(directory)),
+        ]:
+            for process in left:
+                process.kill()
+            if time.monotonic() > deadline:
+                what = f"process {left[0].pid} of {sandbox.id} does not end, although it was killed"
+                raise Error("unavailable", what, "restart the machine")
+            time.sleep(0.001)
 
     def _install(self) -> None:
         """The programs that every sandbox sees."""
@@ -327,12 +338,18 @@ class OciSandboxes:
         known, used = set(), set()
         for directory in (self.state / "sessions").iterdir():
             sandbox = record.load(directory)
-            if not sandbox or not sandbox.made or sandbox.boot != record.boot():
+            if not sandbox or not sandbox.made:
                 self.remove(directory.name)
                 continue
             sandbox.conmon.kill(signals.SIGCONT)  # in case its executor was killed while it was stopped
             known.add(sandbox.id)
             used.add(sandbox.network)
+        for name in self.cgroups.children(self.cgroup) - known:
+            self._kill(Record(name, {}, False, f"{self.cgroup}/{name}"), self._directory(name))
+            self.cgroups.remove(f"{self.cgroup}/{name}")
+        for path in self.runtime.root.iterdir():
+            if path.name not in known:
+                shutil.rmtree(path)
         for root in self.roots.iterdir():
             if root.name in known:
                 mounts.unmount(root)

@@ -27,8 +27,9 @@ from . import mounts
 COUNT = 4  # namespaces kept ready
 READY = ".ready"  # beside the file of each of these
 CLONE_NEWNET = 0x40000000
-# Searched for one that nothing on this machine uses; the first are those that Docker and Podman do not take by default.
-NETWORKS = [ipaddress.IPv4Network(n) for n in ("10.213.0.0/20", "10.214.0.0/20", "192.168.208.0/20", "172.31.240.0/20")]
+# Searched for one that nothing on this machine uses; Docker and Podman take others by default.
+BLOCKS = [ipaddress.IPv4Network(block) for block in ("10.213.0.0/16", "10.214.0.0/16", "172.31.192.0/18")]
+PREFIX = 22  # of a bridge's network: a thousand sessions
 SYSCTLS = {"ipv4/ip_unprivileged_port_start": "0", "ipv4/ping_group_range": "0 2147483647"}
 RESOLVERS = ("/run/systemd/resolve/resolv.conf", "/etc/resolv.conf")  # the first names no resolver on loopback
 
@@ -156,7 +157,8 @@ class Network:
                 for route in json.loads(_output(["ip", "-4", "-json", "route", "show", "table", "all"]))
                 if route["dst"] != "default" and route.get("type") != "broadcast"
             ]
-            network = next((n for n in NETWORKS if not any(n.overlaps(t) for t in taken)), None)
+            free = (n for b in BLOCKS for n in b.subnets(new_prefix=PREFIX) if not any(n.overlaps(t) for t in taken))
+            network = next(free, None)
             if not network:
                 raise Error("unavailable", "every network for sessions is in use on this machine", "ip route")
             _output(

@@ -58,6 +58,20 @@ class Process:
             os.close(fd)
 
 
+def mentioning(path: Path) -> list[Process]:
+    """The processes that were started with this path, or one below it, as an argument."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if any(word == os.fsencode(path) or word.startswith(os.fsencode(path) + b"/") for word in words):
+                found.append(Process.of(int(entry.name)))
+    return found
+
+
 def readable(fd: int, seconds: float) -> bool:
     """Whether a descriptor, of any number, becomes readable or ends within this time."""
     poll = select.poll()

@@ -60,12 +60,14 @@ class Record:
 
 
 def load(directory: Path) -> Record | None:
-    """None when the executor was killed before it wrote the file."""
+    """None when the executor was killed before it wrote the file. After a reboot, none of its processes is alive."""
     try:
         data = json.loads((directory / FILE).read_text())
     except FileNotFoundError:
         return None
-    return Record(**{**data, "conmon": Process(**data["conmon"]), "init": Process(**data["init"])})
+    same = data["boot"] == boot()
+    processes = {name: Process(data[name]["pid"], data[name]["started"] if same else 0) for name in ("conmon", "init")}
+    return Record(**data | processes)
 
 
 def boot() -> str:

@@ -20,6 +20,7 @@ from ...errors import Error
 from ...model import Identity
 from .mounts import IdMap
 
+ETC = Path("/etc")
 SIZE = 65536
 # The ids that systemd's documentation (UIDS-GIDS.md) sets aside for containers; multiples of SIZE.
 FIRST, LAST = 0x80000, 0x6FFF0000
@@ -64,7 +65,7 @@ def maps(identity: Identity, start: int, gids: Iterable[int] = ()) -> tuple[IdMa
     return id_map(start, [identity.uid]), id_map(start, [identity.gid, *sorted(identity.groups), *gids])
 
 
-def subordinate(identity: Identity, directory: Path = Path("/etc")) -> int:
+def subordinate(identity: Identity, directory: Path = ETC) -> int:
     """The first id of the account's own range of SIZE, in both files, allotted when there is none.
 
     Raises Error conflict when its range overlaps another account's or holds a real account.
