@@ -86,7 +86,24 @@ class Requests(Body):
 class EnvVar(Body):
     name: EnvName
     value: Text | None = None
-    secret: Absent = None
+    secret: Name | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _one(self) -> EnvVar:
+        if self.value is not None and self.secret is not None:
+            raise ValueError("give either value or secret, not both")
+        return self
+
+
+class Source(Body):
+    secret: Name
+    host_path: Absent = None
+    beaker: Absent = None
+
+
+class Dataset(Body):
+    mount_path: Path
+    source: Source
 
 
 class Image(Body):
@@ -110,7 +127,7 @@ class SessionBody(Body):
     requests: Requests | None = None
     command: Annotated[list[Text], Field(max_length=4096)] | None = None
     env_vars: Annotated[list[EnvVar], Field(max_length=1024)] | None = None
-    datasets: Absent = None
+    datasets: Annotated[list[Dataset], Field(max_length=256)] | None = None
     image: Image | None = None
     save_image: Absent = None
     ports: Absent = None
@@ -130,7 +147,9 @@ class SessionBody(Body):
             image=image.docker or image.beaker,
             pull=model.Pull(self.pull or "missing"),
             command=tuple(self.command or ()),
-            env=tuple((pair.name, pair.value or "") for pair in self.env_vars or ()),
+            env=tuple((pair.name, pair.value or "") for pair in self.env_vars or () if pair.secret is None),
+            secret_env=tuple((pair.name, pair.secret) for pair in self.env_vars or () if pair.secret is not None),
+            secret_mounts=tuple((each.source.secret, each.mount_path) for each in self.datasets or ()),
             gpus=wanted.gpu_count,
             cpus=wanted.cpu_count,
             memory=wanted.memory,

@@ -74,6 +74,10 @@ class Client:
         """The account, with its first token in `token`."""
         return self._create("admin/users", body, key)
 
+    def list_audit(self, text: str = "", cursor: str = "") -> JSON:
+        """One page of what was changed, newest first: for administrators."""
+        return self._json("GET", "admin/audit?" + urlencode({"text": text} | ({"cursor": cursor} if cursor else {})))
+
     def list_tokens(self, *, account: str | None = None) -> JSON:
         """One's own tokens, or for administrators those of another account."""
         return self._json("GET", "auth/tokens" + ("" if account is None else f"?account={_part(account)}"))
@@ -187,6 +191,10 @@ class Client:
         self._json("DELETE", f"workspaces/{_part(workspace)}/secrets/{_part(name)}")
 
     # plumbing
+
+    def forward(self, method: str, path: str, body: bytes | None, headers: JSON) -> bytes:
+        """The answer to somebody else's request. path: below `/api/v3/`, percent-encoded."""
+        return self._call(method, path, body, headers)
 
     def jobs(self, **filters: str | bool | int | None) -> Iterator[JSON]:
         """Every job of every page."""

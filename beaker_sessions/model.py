@@ -104,6 +104,8 @@ class Request:
     """What a user asked for. None means "the default", which only the node can know.
 
     command: empty for an interactive shell. env: pairs in the order given. shared_memory and memory: bytes.
+    secret_env: variable and the secret's name; secret_mounts: the secret's name and the path of a file. Values are
+    never part of a request.
     """
 
     name: str | None = None
@@ -112,6 +114,8 @@ class Request:
     pull: Pull = Pull.MISSING
     command: tuple[str, ...] = ()
     env: tuple[tuple[str, str], ...] = ()
+    secret_env: tuple[tuple[str, str], ...] = ()
+    secret_mounts: tuple[tuple[str, str], ...] = ()
     gpus: int | None = None
     cpus: float | None = None
     memory: int | None = None

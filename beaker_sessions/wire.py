@@ -46,7 +46,9 @@ def signal(number: Any) -> int:
 def redacted(job: Mapping[str, Any]) -> dict[str, Any]:
     """A job as everybody may see it: without its command, its environment and where it works."""
     session = {
-        key: value for key, value in job.get("session", {}).items() if key not in ("command", "envVars", "workDir")
+        key: value
+        for key, value in job.get("session", {}).items()
+        if key not in ("command", "datasets", "envVars", "workDir")
     }
     return {**job, "session": session}
 
@@ -82,7 +84,13 @@ def job(session: model.Session, **directory: Any) -> dict[str, Any]:
         },
         "session": {
             "command": list(wanted.command) or None,
-            "envVars": [{"name": name, "value": value} for name, value in wanted.env] or None,
+            "envVars": [
+                *({"name": name, "value": value} for name, value in wanted.env),
+                *({"name": name, "secret": secret} for name, secret in wanted.secret_env),
+            ]
+            or None,
+            "datasets": [{"mountPath": path, "source": {"secret": secret}} for secret, path in wanted.secret_mounts]
+            or None,
             "image": {kind: image.removeprefix("beaker://")} if image else None,
             "workDir": wanted.workdir,
             "priority": wanted.priority,

@@ -199,8 +199,7 @@ def _unknown(name: str, names: dict[str, Flag]) -> Error:
 
 
 LATER = (
-    "--budget", "--mount", "--no-update-default-image", "--port", "--remote", "--save-image", "--secret-env",
-    "--secret-mount",
+    "--budget", "--mount", "--no-update-default-image", "--port", "--remote", "--save-image",
 )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 SOCKET = "/run/beaker/executor.sock"
+SESSION = "/run/beaker/session.sock"  # in a session: its own, which knows whose it is without a token
 FRAME = 128 << 10  # bytes
 ANSWER = 30.0  # seconds that a question about the present may take
 
@@ -37,7 +38,12 @@ class Away(Exception):
 
 
 def path() -> str:
-    return os.environ.get("BEAKER_SOCKET") or SOCKET
+    return os.environ.get("BEAKER_SOCKET") or (SESSION if inside() else SOCKET)
+
+
+def inside() -> bool:
+    """Whether this runs in a session."""
+    return os.path.exists(SESSION)
 
 
 class Door:

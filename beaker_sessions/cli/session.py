@@ -38,6 +38,8 @@ WORKDIR = Flag("workdir", "text", "directory to start in (default: home)", value
     Flag("hostname", "text", "host name inside the session", value="NAME"),
     Flag("detach", "switch", "start it, print its id and leave it running", "d"),
     ENV,
+    Flag("secret-env", "text", "set a variable to the value of a secret", value="NAME=SECRET", repeat=True),
+    Flag("secret-mount", "text", "put a secret in a file that is gone afterwards", value="SECRET=/PATH", repeat=True),
     WORKDIR,
     Flag("bare", "switch", "without your home directory and /net"),
     Flag("timeout", "text", "end it after so long", value="8h"),
@@ -51,7 +53,7 @@ def create(options: Options) -> int:
     tty = terminal.is_terminal() or (detach and not options.command)
     session = body(options, settings, tty)
     try:
-        token = settings.token or log_in(settings)
+        token = "" if door.inside() else settings.token or log_in(settings)
         request = door.request(
             "create", token, key=os.urandom(16).hex(), session=session, tty=tty, stdin=tty or not detach,
             size=terminal.size() if tty else None, detach=detach,
@@ -122,7 +124,8 @@ def body(options: Options, settings: config.Config, tty: bool) -> dict[str, Any]
         "cluster": clusters[0] if clusters else None,
         "requests": {key: value for key, value in requests.items() if value is not None},
         "command": options.command or None,
-        "envVars": environment(options["env"], tty) or None,
+        "envVars": environment(options["env"], tty) + _secret_variables(options["secret-env"]) or None,
+        "datasets": _secret_files(options["secret-mount"]) or None,
         "image": {kind: name} if image else None,
         "pull": options["pull"],
         "workDir": options["workdir"],
@@ -148,8 +151,27 @@ def environment(pairs: list[str], tty: bool) -> list[dict[str, str]]:
     return [{"name": name, "value": value} for name, value in variables.items()]
 
 
+def _secret_variables(pairs: list[str]) -> list[dict[str, str]]:
+    """`--secret-env VAR=SECRET` as `envVars`; a name alone is both."""
+    split = [(pair.partition("=")[0], pair.partition("=")[2] or pair) for pair in pairs]
+    return [{"name": name, "secret": secret} for name, secret in split]
+
+
+def _secret_files(pairs: list[str]) -> list[dict[str, Any]]:
+    """`--secret-mount SECRET=/path` as `datasets`. Raises Error invalid."""
+    for pair in pairs:
+        if "=" not in pair:
+            raise Error(
+                "invalid", f"--secret-mount: {pair!r} has no path", "for example --secret-mount KEY=/secrets/key"
+            )
+    split = [pair.partition("=") for pair in pairs]
+    return [{"mountPath": path, "source": {"secret": secret}} for secret, _, path in split]
+
+
 def require_token(settings: config.Config) -> str:
-    """The user's token. Raises Error unauthorized that says where to get one."""
+    """The user's token, "" in a session, which needs none. Raises Error unauthorized that says where to get one."""
+    if door.inside():
+        return ""
     if not settings.token:
         hint = f"find your token at {settings.address}/user and save it with: beaker config set user_token"
         raise Error("unauthorized", "you are not logged in", hint)

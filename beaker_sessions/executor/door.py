@@ -43,6 +43,7 @@ class Door:
         self.path, self.lifecycle, self.access, self.findings = path, lifecycle, access, findings
         self.sessions = lifecycle.sessions
         self.following = Following(lifecycle, access.account, nodes, self._job)
+        lifecycle.inside.answer = self.answer_inside
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
     def listen(self) -> None:
@@ -132,13 +133,23 @@ class Door:
         key = request.get("key")
         if key is not None and not (isinstance(key, str) and 0 < len(key) <= 200):
             raise Error("invalid", f"key: {key!r} is not an idempotency key", "send up to 200 characters")
-        session = self.sessions.create(account["name"], identity, wanted, key)
+        plan.check_mounts(wanted, identity, settings.mount_paths)
+        id, inside = ids.ulid(), self.lifecycle.inside
+        inside.introduce(id, caller.token)
+        try:
+            session = self.sessions.create(account["name"], identity, wanted, key, id=id)
+        except BaseException:
+            inside.forget(id)
+            raise
+        if session.id != id:  # made before, with this key
+            inside.forget(id)
         caller.send({"event": "created", "job": self._job(self.sessions.view(session.id))})
         detach = bool(request.get("detach"))
         self.following.session(caller, session.id, terminal=not detach, size=wanted.size, brief=detach)
 
     def _attach(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> None:
         session = self._own(request, account)
+        self.lifecycle.inside.introduce(session.id, caller.token)
         size = wire.window(request["size"]) if request.get("size") else None
         replay = request.get("replay", True) is True
         self.following.session(
@@ -149,6 +160,7 @@ class Door:
         session = self._own(request, account)
         if session.state != State.STARTED:
             raise Error("conflict", f"session {session.id} is not running: it is {session.state}", "wait until it runs")
+        self.lifecycle.inside.introduce(session.id, caller.token)
         body = {"command": request.get("command"), "envVars": request.get("env"), "workDir": request.get("workdir")}
         terminal = request.get("size") is not None
         wanted = wire.request(body, tty=terminal, stdin=request.get("stdin", False), size=request.get("size"))
@@ -209,6 +221,19 @@ class Door:
         for finding in self.findings():
             caller.send({"finding": finding.__dict__})
         caller.send({"end": True})
+
+    def answer_inside(self, id: str, operation: str, request: dict) -> list[dict] | None:
+        """What a session is told from inside about itself, which is all that it may name; None: nothing of the kind."""
+        view = self.sessions.view(id)
+        if request.get("id") not in (None, id, view.session.request.name):
+            raise Error("forbidden", f"this session cannot see {request.get('id')!r}", "run this on the machine itself")
+        if operation == "stop":
+            self.sessions.cancel(id, view.session.account)
+            self.following.end(id, view.session.account)
+            return [{"job": self._job(self.sessions.view(id))}]
+        if operation == "list":
+            return [{"job": self._job(view)}, {"end": True}]
+        return [{"job": self._job(view)}] if operation == "get" else None
 
     def _own(self, request: dict, account: dict, admin: bool = False) -> Session:
         """The session that a request means. An administrator may mean another's, but never enter its terminal."""

@@ -24,6 +24,8 @@ from ..model import Claim, Identity, Request, Session, State
 from ..sandbox import LABEL_OWNER, Found, Mount, Progress, Sandboxes, Spec, Status
 from ..settings import ExecutorSettings
 from . import inventory, plan
+from .inside import Inside
+from .rundir import TARGET
 from .sessions import Sessions
 
 log = logging.getLogger(__name__)
@@ -37,7 +39,10 @@ RECONCILE_EVERY = 10.0
 class Lifecycle:
     """Wires itself to `sessions`; `run` starts its threads."""
 
-    def __init__(self, sessions: Sessions, sandboxes: Sandboxes, settings: ExecutorSettings, owner: str) -> None:
+    def __init__(
+        self, sessions: Sessions, sandboxes: Sandboxes, settings: ExecutorSettings, inside: Inside, owner: str
+    ) -> None:
+        self.inside = inside
         self.sessions, self.sandboxes, self.settings, self.owner = sessions, sandboxes, settings, owner
         self.output = Path(settings.storage_path, "executor", "output")
         self.output.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -94,9 +99,12 @@ class Lifecycle:
         request, claim = session.request, session.claim or Claim()
         assert request.image  # `plan.defaults` has filled it in
         image = self.sandboxes.image(request.image, request.pull, lambda p: self._progress(id, p))
+        rundir, files = self.inside.prepare(id, request, identity)
+        own = [Mount(str(rundir), TARGET, read_only=True)]
+        own += [Mount(str(f), path, read_only=True) for f, (_, path) in zip(files, request.secret_mounts, strict=True)]
         with ExitStack() as pins:
             spec: Spec = plan.spec(
-                id, request, claim, identity, image, self._mounts(request, identity, pins),
+                id, request, claim, identity, image, [*self._mounts(request, identity, pins), *own],
                 capacity=self.sessions.capacity, node=self.node(), owner=self.owner, job=wire.job(session),
             )  # fmt: skip
             self.sandboxes.create(spec)
@@ -183,6 +191,7 @@ class Lifecycle:
                 if time.monotonic() - since > STUCK:
                     self.sessions.cordon(id, f"session {id} cannot be removed: {error.message}")
                 time.sleep(2)
+        self.inside.close(id)
         self.sessions.cordon(id, "")
         self.sessions.release(id)
 
@@ -251,6 +260,7 @@ class Lifecycle:
                 self._spawn(session.id, self._clean_up)
         for found in exists.values():
             self._adopt(found)
+        self.inside.resume(lambda: [session.id for session in self.sessions.live()])
         if not self.ready.is_set():
             self.ready.set()
             self.sessions.cordon("start", "")

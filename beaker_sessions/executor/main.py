@@ -17,6 +17,7 @@ from ..settings import ExecutorSettings, load
 from . import doctor, inventory
 from .access import Access
 from .door import Door
+from .inside import Inside
 from .ledger import Ledger
 from .lifecycle import Lifecycle
 from .report import Reporter
@@ -64,7 +65,8 @@ def serve(settings: ExecutorSettings) -> None:
     ledger = Ledger(Path(settings.storage_path, "executor", "ledger.db"))
     driver = sandboxes(settings)
     sessions = Sessions(ledger, inventory.read(settings))
-    lifecycle = Lifecycle(sessions, driver, settings, owner=settings.storage_path)
+    inside = Inside(Path(settings.socket).parent / "sessions", settings.address)
+    lifecycle = Lifecycle(sessions, driver, settings, inside, owner=settings.storage_path)
     access = Access(ledger, settings.address, settings.accounts)
     reporter = Reporter(lifecycle, access, settings)
     door = Door(settings.socket, lifecycle, access, reporter.nodes, lambda: doctor.findings(settings, driver))

@@ -16,6 +16,8 @@ from ..sandbox import LABEL, LABEL_OWNER, Image, Mount, Spec
 LABEL_JOB = "beaker.job"  # the session without its environment, from which a lost ledger is rebuilt
 LABEL_UID = "beaker.uid"
 
+RESERVED = ("/.beaker", "/dev", "/proc", "/run/beaker", "/sys")  # what a session has of the system
+
 # A session that reserved nothing must be the first to yield, to the kernel's CPU scheduler and to its OOM killer alike.
 IDLE_WEIGHT, IDLE_OOM_SCORE = 1, 800
 SESSION_OOM_SCORE = 200  # before the machine's own services
@@ -43,6 +45,18 @@ def defaults(request: Request, capacity: Resources, image: str) -> Request:
             "ask for less memory",
         )
     return replace(request, gpus=gpus, cpus=cpus, memory=memory, image=request.image or image)
+
+
+def check_mounts(request: Request, identity: Identity, taken: Sequence[str]) -> None:
+    """Raises Error invalid for a secret's file where one cannot be, or would leave something behind.
+
+    taken: what is mounted from the machine beside the home: the empty file that a mount needs would stay there.
+    """
+    for secret, path in request.secret_mounts:
+        below = [place for place in (*RESERVED, identity.home, *taken) if path == place or path.startswith(f"{place}/")]
+        if below or path.endswith("/") or "//" in path:
+            why = f"{below[0]} is not the session's own" if below else "it is not the path of a file"
+            raise Error("invalid", f"--secret-mount {secret}={path}: {why}", f"for example /secrets/{secret}")
 
 
 def amount(request: Request) -> Resources:

@@ -173,6 +173,7 @@ class Reporter:
             wanted = plan.defaults(session.request, self.sessions.capacity, self.settings.default_image)
             if not wanted.bare:
                 os.close(home(identity))
+            plan.check_mounts(wanted, identity, self.settings.mount_paths)
             self.sessions.create(session.account, identity, wanted, None, id=session.id)
         except Error as error:
             if error.code == "unavailable":

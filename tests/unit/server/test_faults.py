@@ -275,7 +275,7 @@ def test_client_has_the_methods_of_service_and_routes(server: SimpleNamespace) -
     inside = {"authenticate", "once", "record", "healthy", "initialize", "is_cluster"}
     inside |= {"sign_in", "sign_out", "linked", "redeem", "visitor", "fallen_silent"}  # for the console
     methods = public(Service) - inside
-    assert public(Client) - {"close", "jobs"} == methods
+    assert public(Client) - {"close", "forward", "jobs"} == methods
     document = api(server.service).openapi()
     named = {route["operationId"] for path in document["paths"].values() for route in path.values()}
     assert named == methods | {"healthy"}
