@@ -76,11 +76,12 @@ class OciLab:
         self.archives, self.etc = root / "archives", root / "etc"
         for directory in (self.cdi, self.archives, self.etc):
             directory.mkdir()
+        self.bridge = f"bt{self.owner}"
         self.known: dict[str, Image] = {}
         self.sandboxes = self.again()
 
     def again(self) -> OciSandboxes:
-        return OciSandboxes(self.state, self.owner, [self.cdi], bridge=f"bt{self.owner}", etc=self.etc)
+        return OciSandboxes(self.state, self.owner, [self.cdi], bridge=self.bridge, etc=self.etc)
 
     def image(self, name: str) -> Image:
         if name not in self.known:

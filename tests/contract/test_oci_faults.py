@@ -1,0 +1,118 @@
+"""The oci driver when something is killed: what runs goes on, what was interrupted leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from beaker_sessions.sandbox import Status
+from beaker_sessions.sandbox.oci.processes import Process, mentioning
+
+from .conftest import SECONDS, Maker, OciLab
+
+# An executor that makes, starts and removes sessions until it is killed.
+EXECUTOR = """
+import itertools, json, sys
+from pathlib import Path
+from beaker_sessions.model import Identity, Pull
+from beaker_sessions.sandbox import Spec
+from beaker_sessions.sandbox.oci.driver import OciSandboxes
+state, owner, bridge, etc = sys.argv[1:]
+sandboxes = OciSandboxes(Path(state), owner, bridge=bridge, etc=Path(etc))
+image = sandboxes.image("alpine:test", Pull.NEVER, print)
+print("ready", flush=True)
+for number in itertools.count():
+    spec = Spec(f"KILLED{number}", {}, image, Identity("ada", 1500, 1500, "/", {}), ("sleep", "1000"))
+    sandboxes.create(spec)
+    sandboxes.start(spec.id, (24, 80))
+    sandboxes.remove(spec.id)
+"""
+
+
+@pytest.fixture
+def make(oci_lab: OciLab) -> Iterator[Maker]:
+    maker = Maker(oci_lab)
+    yield maker
+    maker.close()
+
+
+def left_behind(lab: OciLab) -> dict[str, list[str]]:
+    """What there is of sessions that are not listed."""
+    driver = lab.sandboxes
+    listed = {found.id for found in driver.list()}
+    mounted = Path("/proc/self/mountinfo").read_text().splitlines()
+    networks = [path.name for path in driver.network.directory.iterdir() if path.suffix != ".ready"]
+    ready = [path.stem for path in driver.network.directory.glob("*.ready")]
+    return {
+        "directories": [d.name for d in (lab.state / "sessions").iterdir() if d.name not in listed],
+        "runtime": [d.name for d in (lab.state / "runtime").iterdir() if d.name not in listed],
+        "roots": [d.name for d in driver.roots.iterdir() if d.name not in listed],
+        "mounts": [line for line in mounted if f" {lab.state}/" in line or f" {driver.roots}/" in line],
+        "cgroups": sorted(driver.cgroups.children(driver.cgroup) - listed),
+        "processes": [str(process.pid) for process in mentioning(lab.state / "sessions")],
+        "networks": [name for name in networks if name not in ready],
+    }
+
+
+def test_executor_killed_at_any_moment_leaves_nothing(oci_lab: OciLab, tmp_path: Path) -> None:
+    oci_lab.image("alpine")
+    for number in range(16):
+        command = [sys.executable, "-c", EXECUTOR, str(oci_lab.state), oci_lab.owner, oci_lab.bridge, str(oci_lab.etc)]
+        with open(tmp_path / "log", "wb") as log:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
+        with process:
+            assert process.stdout
+            assert process.stdout.readline() == b"ready\n", (tmp_path / "log").read_text()
+            time.sleep(0.007 * number)
+            process.kill()
+        again = oci_lab.again()
+        for found in again.list():  # whole, hence adopted; the ledger would say what becomes of it
+            assert found.id.startswith("KILLED")
+            assert found.status in (Status.CREATED, Status.RUNNING)
+            again.remove(found.id)
+        deadline = time.monotonic() + SECONDS
+        while any(left := left_behind(oci_lab).values()) and time.monotonic() < deadline:
+            time.sleep(0.1)  # a namespace that is just being made ready
+        assert not any(left), (number, left_behind(oci_lab))
+
+
+def test_without_its_conmon_a_session_has_ended(make: Maker) -> None:
+    spec = make.spec("sleep", "1000", tty=True)
+    make.start(spec)
+    pid = make.wait(spec.id, Status.RUNNING).pid
+    holder = json.loads((make.lab.state / "sessions" / spec.id / "sandbox.json").read_text())["conmon"]["pid"]
+    os.kill(holder, signal.SIGKILL)
+    assert make.exit_code(spec.id) == 128 + 9
+    assert not Process.of(pid).alive()
+
+
+def test_conmon_left_stopped_is_woken(make: Maker) -> None:
+    """An executor that was killed while somebody came back."""
+    spec = make.spec("cat", tty=True)
+    stream = make.start(spec)
+    holder = json.loads((make.lab.state / "sessions" / spec.id / "sandbox.json").read_text())["conmon"]["pid"]
+    os.kill(holder, signal.SIGSTOP)
+    make.lab.again()
+    stream.write(b"awake\n")
+    stream.read(b"awake")
+
+
+def test_an_end_while_the_executor_was_away_is_known(make: Maker) -> None:
+    spec = make.spec("sh", "-c", "read x; exit 6")
+    stream = make.start(spec)
+    stream.write(b"\n")
+    stream.read()
+    again = make.lab.again()
+    deadline = time.monotonic() + SECONDS
+    while (found := next(f for f in again.list() if f.id == spec.id)).status is not Status.EXITED:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert found.exit_code == 6
