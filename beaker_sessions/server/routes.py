@@ -184,6 +184,11 @@ def update_workspace(does: Does, who: Who, workspace: str, body: b.WorkspacePatc
     return does.update_workspace(who, workspace, body)
 
 
+@router.get("/admin/audit")
+def list_audit(does: Does, who: Who, text: str = "", cursor: str | None = None, limit: int = 100) -> JSON:
+    return does.list_audit(who, text=text, cursor=cursor, limit=limit)
+
+
 @router.get("/clusters/{org}")
 def list_clusters(does: Does, who: Who, org: str) -> JSON:
     """The clusters of an organization; with the id of a cluster, that cluster."""

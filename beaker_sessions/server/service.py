@@ -11,6 +11,7 @@ from ..bodies import AccountBody, ClusterBody, check
 from ..model import Scope
 from . import tables
 from .accounts import Accounts, add_account, add_token
+from .audit import Audit
 from .jobs import Jobs
 from .nodes import Nodes, add_cluster
 from .signins import Signins
@@ -19,7 +20,7 @@ from .workspaces import Workspaces
 ORGANIZATION, CLUSTER = "lab", "main"
 
 
-class Service(Accounts, Signins, Workspaces, Nodes, Jobs):
+class Service(Accounts, Signins, Workspaces, Nodes, Jobs, Audit):
     """The parts over one store."""
 
     def healthy(self) -> None:

@@ -189,6 +189,16 @@ class Rows:
         secrets = tables.secrets
         self.connection.execute(sa.delete(secrets).where(secrets.c.workspace_id == workspace, secrets.c.name == name))
 
+    def audit(self, text: str, before: str | None, limit: int) -> Sequence[Row]:
+        """Audit rows with their `account`'s name, newest first, in which the text occurs."""
+        query = sa.select(audit, accounts.c.name.label("account")).join(accounts)
+        if text:
+            columns = (audit.c.action, audit.c.object, accounts.c.name, audit.c.details)
+            query = query.where(sa.or_(*(column.contains(text, autoescape=True) for column in columns)))
+        if before is not None:
+            query = query.where(audit.c.id < before)
+        return self.connection.execute(query.order_by(audit.c.id.desc()).limit(limit)).all()
+
     # idempotency
 
     def keep_answer(self, account: str, key: str, fingerprint: str, answer: dict[str, Any]) -> None:

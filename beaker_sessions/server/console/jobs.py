@@ -78,7 +78,7 @@ def job(json: JSON, me: str, now: datetime, silent: bool = False, place: int = 0
         tone=tone,
         gpus=tuple(claim.get("gpus") or ()),
         asks=asks(json),
-        age=ago(status.get("started") or status.get("created"), now),
+        age=lasted(status, now),
         image="".join((session.get("image") or {}).values()),
         command=" ".join(session.get("command") or ()),
         message=status.get("message") or "",
@@ -105,6 +105,12 @@ def state(status: JSON, silent: bool = False) -> tuple[str, str]:
         if status.get(name):
             return word, "running" if name == "started" else "waiting"
     return "pending", "waiting"
+
+
+def lasted(status: JSON, now: datetime) -> str:
+    """How long it ran or has run; before that, how long it waits."""
+    end = status.get("exited") or status.get("finalized")
+    return ago(status.get("started") or status.get("created"), datetime.fromisoformat(end) if end else now)
 
 
 def asks(json: JSON) -> str:

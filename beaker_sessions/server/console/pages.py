@@ -231,6 +231,11 @@ def natural(text: str) -> list[tuple[int, int, str]]:
     return parts
 
 
+def silent_nodes(nodes: Iterable[JSON]) -> set[str]:
+    """The ids of those that do not report."""
+    return {node["id"] for node in nodes if node["status"] == "not reporting"}
+
+
 def gpu_count(node: JSON) -> int:
     limits = node["limits"]
     return int(limits.get("gpuCount") or len(limits.get("gpuIds") or ()))
@@ -250,6 +255,11 @@ def _type(node: JSON) -> str:
 def ago(moment: str | None, now: datetime) -> str:
     """How long since a time of the REST API: `3 h 12 min`, "" for None."""
     return "" if moment is None else span((now - datetime.fromisoformat(moment)).total_seconds())
+
+
+def left(moment: str | None, now: datetime) -> str:
+    """How long until a time of the REST API; "" for None."""
+    return "" if moment is None else span((datetime.fromisoformat(moment) - now).total_seconds())
 
 
 def span(seconds: float) -> str:

@@ -18,11 +18,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from ... import ids
-from ...bodies import NodePatch, check
+from ...bodies import JobPatch, NodePatch, check
 from ...errors import Error
 from ..changes import Changes
 from ..service import Service
-from . import jobs, pages, templates
+from . import administration, jobs, pages, personal, templates
 from .events import events
 from .visit import FORM_LIMIT, Visit, begin, finish, local, sign_in_first
 
@@ -46,6 +46,14 @@ def console(service: Service) -> ASGIApp:
         _route(service, "GET", "/cl/{org}/{name}", cluster),
         _route(service, "GET", "/node/{id}", node),
         _route(service, "POST", "/node/{id}/cordon", cordon),
+        _route(service, "GET", "/job/{id}", job),
+        _route(service, "POST", "/job/{id}/stop", stop),
+        _route(service, "GET", "/user", personal.user),
+        _route(service, "POST", "/user/tokens", personal.create_token),
+        _route(service, "POST", "/user/tokens/{id}/revoke", personal.revoke_token),
+        _route(service, "GET", "/admin", administration.admin),
+        _route(service, "POST", "/admin/accounts", administration.create_account),
+        _route(service, "POST", "/admin/clusters", administration.create_cluster),
         Route("/events", live),
         Route("/static/{hash}/{name}", static),
     ]
@@ -148,7 +156,10 @@ def clusters(visit: Visit) -> Response:
         for org in service.list_organizations(who)["data"]
         for json in service.list_clusters(who, org["name"])["data"]
     ]
-    return visit.page("clusters.html", clusters=found, watch="*")
+    mine = service.list_jobs(who, author=who.account_id, finalized=False, limit=50)["data"]
+    silent = pages.silent_nodes(service.get_node(who, node) for node in {one["node"] for one in mine})
+    own = [jobs.job(one, who.account_id, datetime.now(UTC), one["node"] in silent) for one in mine]
+    return visit.page("clusters.html", clusters=found, sessions=own, watch="*")
 
 
 def cluster(visit: Visit) -> Response:
@@ -193,7 +204,7 @@ def node(visit: Visit) -> Response:
         "node.html",
         watch=json["id"],
         node=pages.node(json, live, me, now),
-        sessions=[jobs.job(job, me, now, silent) for job in reversed(live) if job["status"].get("scheduled")],
+        jobs=[jobs.job(job, me, now, silent) for job in reversed(live) if job["status"].get("scheduled")],
         queue=jobs.queue(waiting, pages.free_gpus(json), me, now),
     )
 
@@ -204,3 +215,33 @@ def cordon(visit: Visit) -> Response:
     body = {"cordoned": cordoned, "cordonReason": visit.form.get("reason", "")} if cordoned else {"cordoned": False}
     visit.service.update_node(visit.who, node, check(NodePatch, body))
     return visit.go(f"/node/{node}")
+
+
+def job(visit: Visit) -> Response:
+    service, who, now = visit.service, visit.who, datetime.now(UTC)
+    json = service.get_job(who, visit.request.path_params["id"])
+    live, output = not json["status"].get("finalized"), None
+    place, reason, silent = 0, "", False
+    if live:
+        home = service.get_node(who, json["node"])
+        silent = home["status"] == "not reporting"
+        waiting = service.list_jobs(who, node=json["node"], finalized=False, scheduled=False, limit=1000)["data"]
+        for one in jobs.queue(waiting, pages.free_gpus(home), who.account_id, now):
+            if one.id == json["id"]:
+                place, reason = one.place, one.reason
+    else:
+        try:
+            output = jobs.output(service.get_logs(who, json["id"]))
+        except Error as error:
+            if error.code != "forbidden":
+                raise
+    view = jobs.job(json, who.account_id, now, silent, place, reason)
+    watch = f"{view.id},{view.node}" if live else view.id
+    return visit.page("job.html", job=view, output=output, may_stop=view.live and (view.mine or who.admin), watch=watch)
+
+
+def stop(visit: Visit) -> Response:
+    id, who = visit.request.path_params["id"], visit.who.account
+    reason = visit.form.get("reason", "").strip() or f"stopped by {who} in the console"
+    visit.service.update_job(visit.who, id, check(JobPatch, {"status": {"canceled": True, "canceledFor": reason}}))
+    return visit.go(f"/job/{id}")

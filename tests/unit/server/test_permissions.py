@@ -42,6 +42,7 @@ TABLE: dict[tuple[str, str], tuple[tuple[int, ...], Any]] = {
     ("delete", "/api/v3/auth/tokens/{id}"): ((401, 404, 200, 200, 403, 403, 403), None),
     ("get", "/api/v3/users/{account}"): (EVERYBODY, None),
     ("get", "/api/v3/admin/users"): (ADMIN, None),
+    ("get", "/api/v3/admin/audit"): (ADMIN, None),
     ("post", "/api/v3/admin/users"): (ADMIN, {"name": "carl"}),
     ("get", "/api/v3/workspaces"): (PERSONS, None),
     ("post", "/api/v3/workspaces"): (USERS, {"name": "more"}),
