@@ -31,6 +31,7 @@ COMMANDS = {
     "session get": ("jobs", "get", "Show sessions in a table"),
     "session describe": ("jobs", "describe", "Show everything about one session"),
     "session logs": ("jobs", "logs", "Print what a session has written to its terminal"),
+    "login": ("login", "login", "Print a link that signs your browser in to the console, once"),
     "account whoami": ("account", "whoami", "Show the account you are logged in to"),
     "account token": ("account", "token", "Print your token"),
     "account generate-token": ("account", "generate_token", "Replace your token by a new one"),
@@ -53,6 +54,9 @@ COMMANDS = {
     "workspace create": ("secret", "create_workspace", "Create a workspace: NAME, or ORGANIZATION/NAME"),
     "workspace get": ("secret", "get_workspace", "Show a workspace"),
     "workspace list": ("secret", "list_workspaces", "List your workspaces"),
+    "credential get": ("credential", "get", "Git's credential helper: tell what is kept for a host"),
+    "credential store": ("credential", "store", "Git's credential helper: keep a credential"),
+    "credential erase": ("credential", "erase", "Git's credential helper: forget a credential"),
     "config list": ("configure", "list_settings", "Show the configuration and where each value comes from"),
     "config set": ("configure", "set_value", "Save a value in the configuration file"),
     "config unset": ("configure", "unset_value", "Remove a value from the configuration file"),
@@ -66,9 +70,11 @@ NOUNS = {
     "node": "The machines that run sessions",
     "secret": "Values that only you can read, kept sealed on the server",
     "workspace": "What your secrets are kept in",
+    "credential": "What Git asks for user names and passwords, with: git config --global credential.helper beaker",
     "config": "The settings of this command",
     "executor": "The service that runs sessions on a machine",
 }
+TOP = {**NOUNS, **{name: text for name, (_, _, text) in COMMANDS.items() if " " not in name}}
 
 
 def main() -> None:
@@ -165,7 +171,7 @@ def _split(arguments: Sequence[str]) -> tuple[str, list[str]]:
             continue
         longer = f"{name} {word}".strip()
         if longer not in COMMANDS and longer not in NOUNS:
-            known = [key.rpartition(" ")[2] for key in COMMANDS if key.startswith(f"{name} ")] if name else list(NOUNS)
+            known = [key.rpartition(" ")[2] for key in COMMANDS if key.startswith(f"{name} ")] if name else list(TOP)
             hint = args.closest(word, known) or f"see beaker {name} --help".replace("  ", " ")
             raise Error("invalid", f"unknown command {longer!r}", hint)
         name = longer
@@ -181,7 +187,7 @@ def _group_help(noun: str) -> str:
         }
     else:
         lines += ["Interactive GPU sessions on the machines that you share.", ""]
-        listed = NOUNS
+        listed = TOP
     width = max(len(name) for name in listed)
     lines += ["Commands:"] + [f"  {name:{width}}  {text}" for name, text in listed.items()]
     lines += ["", "Flags:", *_flag_lines(args.GLOBAL if noun else (*args.GLOBAL, VERSION))]
