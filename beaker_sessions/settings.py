@@ -38,7 +38,7 @@ class ExecutorSettings:
     session_home: str = field(default="", metadata={"key": "sessionHome"})
     mount_paths: list[str] = field(default_factory=lambda: ["/net"], metadata={"key": "mountPaths"})
     accounts: dict[str, str] = field(default_factory=dict, metadata={"key": "accounts"})
-    driver: str = field(default="docker", metadata={"key": "driver"})
+    driver: str = field(default="auto", metadata={"key": "driver"})
     bridge: str = field(default="beaker0", metadata={"key": "bridge"})
     docker_socket: str = field(default="/var/run/docker.sock", metadata={"key": "dockerSocket"})
     cdi_paths: list[str] = field(default_factory=lambda: ["/etc/cdi", "/var/run/cdi"], metadata={"key": "cdiPaths"})

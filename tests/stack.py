@@ -225,12 +225,12 @@ class Stack:
 
     def files(self) -> list[Path]:
         """The directories of sandboxes."""
-        return [path for path in (self.state / "executor" / "sandboxes").rglob("*") if is_ulid(path.name)]
+        return [path for path in (self.state / "executor" / self.driver).rglob("*") if is_ulid(path.name)]
 
     def sandboxes(self) -> dict[str, int]:
         """Every sandbox that exists, running or not: session id -> pid of its init, 0 when it does not run."""
         if self.driver == "oci":
-            found = (self.state / "executor" / "sandboxes" / "sessions").glob("*/sandbox.json")
+            found = (self.state / "executor" / self.driver / "sessions").glob("*/sandbox.json")
             records = [json.loads(path.read_text()) for path in found]
             return {record["id"]: (record["init"] or {}).get("pid", 0) for record in records}
         ids = self.docker_cli("ps", "-aq", "--no-trunc", "--filter", "label=beaker.session").stdout.split()
@@ -257,7 +257,7 @@ class Stack:
         """Stop and remove everything. The sandboxes first, as they would outlive their engine."""
         self.executor.kill()
         if self.driver == "oci":
-            driver = OciSandboxes(self.state / "executor" / "sandboxes", str(self.state), bridge=self.bridge)
+            driver = OciSandboxes(self.state / "executor" / self.driver, str(self.state), bridge=self.bridge)
             for found in driver.list():
                 driver.remove(found.id)
             driver.close()

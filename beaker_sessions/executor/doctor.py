@@ -24,8 +24,9 @@ from . import inventory
 LOW_DISK = 10 << 30  # bytes
 
 
-def findings(settings: ExecutorSettings, sandboxes: Sandboxes) -> Iterator[Finding]:
-    """Everything, worst not first but in the order one would mend it."""
+def findings(settings: ExecutorSettings, sandboxes: Sandboxes, why: str) -> Iterator[Finding]:
+    """Everything, in the order one would mend it. why: the driver is this one and not the other."""
+    yield Finding("ok", f"sessions are run by the {sandboxes.name} driver" + (f", because {why}" if why else ""))
     yield from _engine(sandboxes)
     yield from _server(settings)
     yield from _machine(settings)
@@ -99,7 +100,7 @@ def main() -> int:
     options = parser.parse_args()
     logging.disable()
     settings = load(ExecutorSettings, options.config)
-    found = list(findings(settings, sandboxes(settings)))
+    found = list(findings(settings, *sandboxes(settings)))
     for finding in found:
         text = f"{finding.level:8}{finding.what}" + (f"\n        mend: {finding.mend}" if finding.mend else "")
         print(json.dumps(finding.__dict__) if options.format else text)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..errors import Error
-from ..sandbox import Sandboxes
+from ..sandbox import Finding, Sandboxes
 from ..settings import ExecutorSettings, load
 from . import doctor, inventory
 from .access import Access
@@ -23,21 +23,50 @@ from .lifecycle import Lifecycle
 from .report import Reporter
 from .sessions import Sessions
 
+log = logging.getLogger(__name__)
 
-def sandboxes(settings: ExecutorSettings) -> Sandboxes:
-    """The driver that the settings name. Raises Error invalid."""
-    state = Path(settings.storage_path, "executor", "sandboxes")
-    cdi_paths = [Path(path) for path in settings.cdi_paths]
-    if settings.driver == "docker":
-        from ..sandbox.docker.driver import DockerSandboxes
 
-        return DockerSandboxes(settings.docker_socket, state, settings.storage_path, cdi_paths)
+def sandboxes(settings: ExecutorSettings, used: str = "") -> tuple[Sandboxes, str]:
+    """The driver for this node, and why it is not the other.
+
+    `driver: auto` takes `oci` where it can run, else `docker`. used: the driver of live sessions; they keep it.
+    Raises Error when the settings name a driver that cannot run here.
+    """
+    if settings.driver not in ("auto", "oci", "docker"):
+        raise Error("invalid", f"driver: {settings.driver!r} is not one of: auto, oci, docker", "correct the settings")
+    wanted = used if settings.driver == "auto" and used else settings.driver
+    if wanted == "docker":
+        return _docker(
+            settings
+        ), "live sessions use it" if used and settings.driver == "auto" else "the settings say so"
+    try:
+        driver = _oci(settings)
+        problems = [finding for finding in driver.check() if finding.level == "error"]
+    except Error as error:
+        problems = [Finding("error", error.message, error.hint)]
+    if not problems:
+        return driver, "" if settings.driver == "auto" else "the settings say so"
+    why = f"oci cannot run here: {problems[0].what}"
     if settings.driver == "oci":
-        from ..sandbox.oci.driver import OciSandboxes
+        raise Error("unavailable", why, problems[0].mend or "set driver: docker")
+    log.warning("%s; sessions are run by Docker Engine", why)
+    return _docker(settings), why
 
-        docker, bridge = settings.docker_socket, settings.bridge
-        return OciSandboxes(state, settings.storage_path, cdi_paths, docker=docker, bridge=bridge)
-    raise Error("invalid", f"driver: {settings.driver!r} is not one of: docker, oci", "correct the settings")
+
+def _oci(settings: ExecutorSettings) -> Sandboxes:
+    from ..sandbox.oci.driver import OciSandboxes
+
+    state = Path(settings.storage_path, "executor", "oci")
+    docker, bridge = settings.docker_socket, settings.bridge
+    return OciSandboxes(state, settings.storage_path, settings.cdi_paths, docker=docker, bridge=bridge)
+
+
+def _docker(settings: ExecutorSettings) -> Sandboxes:
+    from ..sandbox.docker.driver import DockerSandboxes
+
+    state = Path(settings.storage_path, "executor", "docker")
+    cdi_paths = [Path(path) for path in settings.cdi_paths]
+    return DockerSandboxes(settings.docker_socket, state, settings.storage_path, cdi_paths)
 
 
 def main() -> int:
@@ -63,17 +92,18 @@ def serve(settings: ExecutorSettings) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     ledger = Ledger(Path(settings.storage_path, "executor", "ledger.db"))
-    driver = sandboxes(settings)
+    driver, why = sandboxes(settings, (ledger.fact("driver") or "") if ledger.live() else "")
+    ledger.fact("driver", driver.name)
     sessions = Sessions(ledger, inventory.read(settings))
     inside = Inside(Path(settings.socket).parent / "sessions", settings.address)
     lifecycle = Lifecycle(sessions, driver, settings, inside, owner=settings.storage_path)
     access = Access(ledger, settings.address, settings.accounts)
     reporter = Reporter(lifecycle, access, settings)
-    door = Door(settings.socket, lifecycle, access, reporter.nodes, lambda: doctor.findings(settings, driver))
+    door = Door(settings.socket, lifecycle, access, reporter.nodes, lambda: doctor.findings(settings, driver, why))
     door.listen()
     lifecycle.run()
     reporter.run()
-    logging.getLogger(__name__).info("serving %s at %s", sessions.inventory.hostname, settings.socket)
+    log.info("serving %s at %s, driver %s", sessions.inventory.hostname, settings.socket, driver.name)
     signal.sigwait(stop)
     ledger.close()
 
