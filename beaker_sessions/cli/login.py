@@ -10,7 +10,9 @@ from .args import Options, command
 def login(options: Options) -> int:
     """The link works once and for minutes, so that a look over one's shoulder or a shell's history opens nothing."""
     settings = config.load()
-    link = rest.client(settings).create_link()
+    server = rest.client(settings)
+    link = server.create_link()
+    server.close()
     address = settings.address.rstrip("/") + link["path"]
     if options.json:
         output.json({"url": address, "expiry": link["expiry"]})
