@@ -70,7 +70,7 @@ def _static(program: str) -> Finding:
 def _layers(state: Path) -> Finding:
     """Makes what every session needs: an overlay on a layer whose owners are mapped."""
     mapping = userns.id_map(userns.FIRST, [])
-    with tempfile.TemporaryDirectory(dir=state, prefix="check-") as name:
+    with tempfile.TemporaryDirectory(dir=state / "trash") as name:
         base = Path(name)
         for part in ("layer", "upper", "work", "root"):
             (base / part).mkdir()

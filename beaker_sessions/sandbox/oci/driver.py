@@ -19,6 +19,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import re
 import resource
@@ -53,6 +54,9 @@ RUNTIMES = ("runc", "crun")
 RUN = Path("/run/beaker/oci")  # every id may pass through it, which the state need not allow
 FULL = (errno.ENOSPC, errno.EDQUOT)
 GONE = 10.0  # seconds in which what was killed must end
+
+
+log = logging.getLogger(__name__)
 
 
 class OciSandboxes:
@@ -216,7 +220,7 @@ class OciSandboxes:
             if sandbox.network:
                 self.network.drop(sandbox.network)
         self._unmount(id)
-        shutil.rmtree(self.runtime.root / id, ignore_errors=True)
+        mounts.remove_tree(self.runtime.root / id)
         directory.rename(self.state / "trash" / secrets.token_hex(8))
         threading.Thread(target=self._empty, name="trash", daemon=True).start()
 
@@ -241,7 +245,9 @@ class OciSandboxes:
     def close(self) -> None:
         """Give back what is kept ready for the next sandboxes: for tests, and when the executor is uninstalled."""
         self.network.close()
-        shutil.rmtree(RUN / self.network.bridge)
+        for path in (*self.roots.iterdir(), self.roots, self.network.directory, RUN / self.network.bridge):
+            mounts.unmount(path)
+            path.rmdir()
         while self._namespaces:
             os.close(self._namespaces.popitem()[1])
 
@@ -349,7 +355,7 @@ class OciSandboxes:
             self.cgroups.remove(f"{self.cgroup}/{name}")
         for path in self.runtime.root.iterdir():
             if path.name not in known:
-                shutil.rmtree(path)
+                mounts.remove_tree(path)
         for root in self.roots.iterdir():
             if root.name in known:
                 mounts.unmount(root)
@@ -361,7 +367,10 @@ class OciSandboxes:
 
     def _empty(self) -> None:
         for path in (self.state / "trash").iterdir():
-            shutil.rmtree(path, ignore_errors=True)
+            try:
+                mounts.remove_tree(path)
+            except OSError as error:
+                log.error("%s could not be deleted: %s", path, error)
 
     def list(self) -> list[Found]:  # last: its name hides the type from what follows
         return [self._found(directory, sandbox) for directory, sandbox in self._sandboxes()]

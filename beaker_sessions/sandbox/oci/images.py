@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import stat
 import subprocess
 import tarfile
@@ -64,8 +63,7 @@ class Images:
         self._fetching: dict[str, threading.Lock] = {}
         for pattern in ("pull-*", "mount-*"):  # of an executor that was killed
             for path in root.glob(pattern):
-                mounts.unmount(path / "root")
-                shutil.rmtree(path)
+                mounts.remove_tree(path)
 
     def get(self, reference: str, pull: Pull, progress: Callable[[Progress], None]) -> Image:
         """As `Sandboxes.image`."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
+import shutil
 import struct
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
@@ -61,6 +63,19 @@ def mounted(below: Path) -> list[Path]:
         if path == prefix or path.startswith(prefix + b"/"):
             found.append(Path(os.fsdecode(path)))
     return found[::-1]
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a directory with all that is in it, but nothing of what is mounted in it. Silent if there is none.
+
+    Raises OSError EBUSY, having deleted nothing, when something stays mounted.
+    """
+    for point in mounted(path):
+        unmount(point)
+    if mounted(path):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), os.fspath(path))
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(path)
 
 
 def clone(source: str, *, attributes: int = 0, userns: int = -1, recursive: bool = False) -> int:
@@ -140,7 +155,7 @@ def overlay(target: Path, layers: Iterable[Path], base: Path, userns: int = -1) 
         for number, layer in enumerate(layers):
             (lower / str(number)).mkdir()
             with (
-                opened(clone(os.fspath(layer), userns=userns)) as tree,
+                opened(clone(os.fspath(layer), attributes=ATTR_RDONLY, userns=userns)) as tree,
                 opened(os.open(lower / str(number), os.O_PATH | os.O_CLOEXEC)) as point,
             ):
                 attach(tree, point)
