@@ -22,6 +22,8 @@ cat >>/etc/bash.bashrc <<'END'
 if [ -z "${BASH_COMPLETION_VERSINFO-}" ] && ! shopt -oq posix; then . /usr/share/bash-completion/bash_completion; fi
 END
 
+mv "$here/git-credential-beaker" /usr/local/bin/
+chmod 0755 /usr/local/bin/git-credential-beaker
 mv "$here/beaker" /usr/local/lib/beaker
 mv /usr/local/lib/beaker/launcher /usr/local/bin/beaker
 python3 -m compileall -q /usr/local/lib/beaker

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -27,6 +28,8 @@ def clean() -> None:
         _remove(services.SETTINGS)
     for file in (*host.ETC.glob("*.token"), *(service.unit for service in (services.SERVER, services.EXECUTOR))):
         _remove(file)
+    for directory in (host.RUN / "sessions").glob("*/"):  # file systems in memory: their sessions are gone
+        subprocess.run(["umount", "--lazy", directory], stderr=subprocess.DEVNULL)
     for directory in (host.STATE, host.RUN, host.LOGS, host.VENV, host.ROOT / "build"):
         _remove(directory)
     if host.ETC.is_dir() and not any(host.ETC.iterdir()):

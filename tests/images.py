@@ -38,14 +38,17 @@ def alpine() -> bytes:
     return tar(files)
 
 
-def debian() -> Path:
-    """A tar of this machine's Debian with PACKAGES, kept in `build`. Raises CalledProcessError without a mirror."""
-    release = host.codename()
-    path = BUILD / f"debian-{hashlib.sha256(f'{release} {PACKAGES}'.encode()).hexdigest()[:12]}.tar"
+def debian(*more: str) -> Path:
+    """A tar of this machine's Debian with PACKAGES and more, kept in `build`.
+
+    Raises CalledProcessError without a mirror.
+    """
+    release, packages = host.codename(), ",".join([PACKAGES, *more])
+    path = BUILD / f"debian-{hashlib.sha256(f'{release} {packages}'.encode()).hexdigest()[:12]}.tar"
     if not path.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{os.getpid()}-{path.name}")
-        command = ["mmdebstrap", "--variant=minbase", f"--include={PACKAGES}", release, str(partial), *sources()]
+        command = ["mmdebstrap", "--variant=minbase", f"--include={packages}", release, str(partial), *sources()]
         subprocess.run(command, check=True, capture_output=True)
         partial.replace(path)
     return path

@@ -25,6 +25,7 @@ import yaml
 
 from beaker_sessions.client import Client
 from beaker_sessions.errors import Error
+from beaker_sessions.executor.rundir import RunDirectories
 from beaker_sessions.ids import is_ulid
 from beaker_sessions.sandbox.oci.driver import OciSandboxes
 
@@ -221,7 +222,7 @@ class Stack:
         for job in self.admin.jobs(kind="session", finalized=False):
             self.admin.update_job(job["id"], {"status": {"canceled": True}})
         wait_for("the end of all sessions", lambda: not self.sandboxes() and not self.live())
-        assert not self.files(), "files of ended sessions are left"
+        assert not self.files(), f"files of ended sessions are left: {self.files()}"
 
     def files(self) -> list[Path]:
         """The directories of sandboxes."""
@@ -266,6 +267,9 @@ class Stack:
         self.admin.close()
         self.server.kill(signal.SIGTERM)
         self.docker.kill(signal.SIGTERM)
+        left = RunDirectories(self.root / "sessions")
+        for id in left.ids():
+            left.remove(id)
         for user in self.users:
             subprocess.run(["userdel", "--force", user.name], check=True, capture_output=True)
         shutil.rmtree(self.root, ignore_errors=True)
