@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from beaker_sessions.sandbox import Status
+from beaker_sessions.sandbox.oci import mounts
 from beaker_sessions.sandbox.oci.processes import Process, mentioning
 
 from .conftest import SECONDS, Maker, OciLab
@@ -116,3 +117,16 @@ def test_an_end_while_the_executor_was_away_is_known(make: Maker) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert found.exit_code == 6
+
+
+@pytest.mark.usefixtures("oci_lab")
+def test_what_is_mounted_in_a_directory_is_not_deleted_with_it(tmp_path: Path) -> None:
+    """A home or a layer, had an unmount been missed."""
+    precious, target = tmp_path / "precious", tmp_path / "trash/a/b"
+    precious.mkdir()
+    (precious / "file").write_text("kept")
+    target.mkdir(parents=True)
+    subprocess.run(["mount", "--bind", str(precious), str(target)], check=True)
+    mounts.remove_tree(tmp_path / "trash")
+    assert (precious / "file").read_text() == "kept"
+    assert not (tmp_path / "trash").exists()

@@ -29,7 +29,8 @@ PATIENCE = 10.0  # seconds to wait for the lock
 
 
 def id_map(start: int, own: Iterable[int]) -> IdMap:
-    """Ids 0 to SIZE - 1 inside are start… outside, except that the `own` ones, of any size, are themselves.
+    """Ids 0 to SIZE - 1 inside are start… outside, except that the `own` ones, none of which is of that range, are
+    themselves.
 
     When the kernel could not take so many, the last of `own` are left out.
     """
@@ -82,7 +83,7 @@ def subordinate(identity: Identity, directory: Path = ETC) -> int:
                         f"the subordinate ids {start}… of {identity.name} overlap those of {name}",
                         f"give each its own range in {directory}/subuid and {directory}/subgid",
                     )
-            if account := _account(start):
+            if account := _account(identity, start):
                 raise Error(
                     "conflict",
                     f"the subordinate ids {start}… of {identity.name} hold the account {account}",
@@ -98,8 +99,11 @@ def _covered(ranges: list[tuple[str, int, int]], names: set[str], start: int) ->
     return any(name in names and s <= start and start + SIZE <= s + n for name, s, n in ranges)
 
 
-def _account(start: int) -> str:
-    return next((entry.pw_name for entry in pwd.getpwall() if start <= entry.pw_uid < start + SIZE), "")
+def _account(identity: Identity, start: int) -> str:
+    """A real user or group, of those that can be known, whose id lies in a range; "" for none."""
+    own = {identity.uid: identity.name, **identity.groups}
+    real = [*own.items(), *((entry.pw_uid, entry.pw_name) for entry in pwd.getpwall())]
+    return next((name for id, name in real if start <= id < start + SIZE), "")
 
 
 def ranges(path: Path) -> list[tuple[str, int, int]]:
@@ -117,7 +121,7 @@ def _allot(identity: Identity, directory: Path) -> None:
     files = (directory / "subuid", directory / "subgid")
     with _locked(files[0]), _locked(files[1]):
         taken = [(s, n) for file in files for _, s, n in ranges(file)]
-        taken += [(entry.pw_uid, 1) for entry in pwd.getpwall()]
+        taken += [(id, 1) for id in (identity.uid, *identity.groups, *(entry.pw_uid for entry in pwd.getpwall()))]
         free = (s for s in range(FIRST, LAST, SIZE) if all(s + SIZE <= first or first + n <= s for first, n in taken))
         start = next(free, None)
         if start is None:
