@@ -84,13 +84,21 @@ def attach(options: Options) -> int:
     return Follow(request, tty=tty, progress=Progress(options.quiet)).run()
 
 
-@command("[ID] [-- COMMAND...]", SESSION, ENV, WORKDIR, words=(0, 1), leading=1)
+@command(
+    "[ID] [-- COMMAND...]",
+    SESSION,
+    ENV,
+    WORKDIR,
+    Flag("root", "switch", "as root of the sandbox, which is nobody outside it"),
+    words=(0, 1),
+    leading=1,
+)
 def exec(options: Options) -> int:
     token = require_token(config.load())
     tty = terminal.is_terminal()
     request = door.request(
         "exec", token, id=target(options), command=options.command, env=environment(options["env"], tty), stdin=True,
-        size=(terminal.size() or [24, 80]) if tty else None, workdir=options["workdir"],
+        size=(terminal.size() or [24, 80]) if tty else None, workdir=options["workdir"], root=options["root"],
     )  # fmt: skip
     return Follow(request, tty=tty, progress=Progress(options.quiet)).run()
 

@@ -164,7 +164,7 @@ class Door:
         body = {"command": request.get("command"), "envVars": request.get("env"), "workDir": request.get("workdir")}
         terminal = request.get("size") is not None
         wanted = wire.request(body, tty=terminal, stdin=request.get("stdin", False), size=request.get("size"))
-        self.following.process(caller, session, wanted, terminal)
+        self.following.process(caller, session, wanted, terminal, root=request.get("root") is True)
 
     def _exec_exit(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> None:
         session = self._own(request, account)

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from .. import wire
 from ..errors import Error
-from ..model import LIVE, Claim, Request, Session, State
+from ..model import LIVE, Claim, Identity, Request, Session, State
 from ..sandbox import Terminal
 from . import plan
 from .access import FRESH
@@ -23,6 +23,8 @@ from .lifecycle import Lifecycle
 from .sessions import Subscription, View
 
 log = logging.getLogger(__name__)
+
+ROOT = Identity("root", 0, 0, "/root", {0: "root"})
 
 
 class Following:
@@ -73,18 +75,24 @@ class Following:
                 if brief and (view.session.state == State.STARTED or view.position):
                     return
 
-    def process(self, caller: Caller, session: Session, wanted: Request, terminal: bool) -> None:
+    def process(self, caller: Caller, session: Session, wanted: Request, terminal: bool, root: bool) -> None:
         """Run a second process in a running session, and tell `caller` how it ended.
 
         wanted: a request of which only command, env, workdir, stdin and size matter. terminal: it gets one, of that
-        size.
+        size. root: as root of the sandbox instead of oneself. Raises Error forbidden where that root would be real.
         """
+        if root and not self.sandboxes.root:
+            why = f"the {self.sandboxes.name} driver of this node gives no root, which would be the machine's"
+            raise Error("forbidden", why, "leave --root out, or use an image that holds what you need")
         identity, claim = self.sessions.identity(session.id), session.claim or Claim()
+        workdir = wanted.workdir or plan.workdir(session.request, identity)
+        if root:
+            identity = ROOT
         merged = replace(session.request, env=session.request.env + wanted.env)
         env = plan.environment(session.id, merged, claim, identity, self.lifecycle.node())
         handle, given = self.sandboxes.exec(
             session.id, wanted.command, env=env, identity=identity,
-            workdir=wanted.workdir or plan.workdir(session.request, identity),
+            workdir=workdir,
             size=wanted.size if terminal else None, stdin=wanted.stdin,
         )  # fmt: skip
         with closing(Held()) as held:

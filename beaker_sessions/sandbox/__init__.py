@@ -144,6 +144,7 @@ class Sandboxes(Protocol):
     """A driver. `id` is always the session's id, as given in `Spec.id`."""
 
     name: str
+    root: bool  # whether root inside is nobody outside, so that a user may be it
 
     def image(self, reference: str, pull: Pull, progress: Callable[[Progress], None]) -> Image:
         """The local image for `reference`, fetched first if `pull` says so.

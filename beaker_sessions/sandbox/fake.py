@@ -79,6 +79,7 @@ class FakeSandboxes:
     """`Sandboxes` without containers. images: what the registry has; a reference that is not in it is not found."""
 
     name = "fake"
+    root = False
 
     def __init__(self, images: tuple[str, ...] = ("base",)) -> None:
         self.images = images

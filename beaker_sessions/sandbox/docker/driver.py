@@ -49,6 +49,7 @@ class DockerSandboxes:
     """
 
     name = "docker"
+    root = False
 
     def __init__(self, socket: str, state: Path, owner: str, cdi_paths: Iterable[str | os.PathLike[str]] = ()) -> None:
         self.engine = Engine(socket)

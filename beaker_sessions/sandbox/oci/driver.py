@@ -68,6 +68,7 @@ class OciSandboxes:
     """
 
     name = "oci"
+    root = True
 
     def __init__(
         self, state: Path, owner: str, cdi_paths: Iterable[str | os.PathLike[str]] = (), *,
