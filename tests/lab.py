@@ -92,7 +92,7 @@ class FakeNode:
         return self.client.heartbeat(self.id, body | more)
 
     def silent(self, seconds: float = 60) -> None:
-        """As if it had last been heard of so long ago."""
+        """As if it had stopped reporting so long ago, or were to in `-seconds`."""
         from beaker_sessions.server import tables
 
         moment = datetime.now(UTC) - timedelta(seconds=seconds)
@@ -100,7 +100,13 @@ class FakeNode:
             rows.update(tables.nodes, self.id, seen=moment, expiry=moment)
 
     def session(
-        self, account: str, held: tuple[int, ...] = (), state: State = State.STARTED, age: float = 3600.0, **asked: Any
+        self,
+        account: str,
+        held: tuple[int, ...] = (),
+        state: State = State.STARTED,
+        age: float = 3600.0,
+        message: str = "",
+        **asked: Any,
     ) -> str:
         """Report a session in that state, created `age` seconds ago, that holds these GPUs; its id."""
         created = datetime.now(UTC) - timedelta(seconds=age)
@@ -110,7 +116,7 @@ class FakeNode:
         asked.setdefault("gpus", len(held))
         session = Session(
             ids.ulid(), account, self.id, Request(**asked), state, claim if state != State.CREATED else None,
-            revision=1, exit_code=0 if state in (State.EXITED, State.FINALIZED) else None, **times,
+            revision=1, message=message, exit_code=0 if state in (State.EXITED, State.FINALIZED) else None, **times,
         )  # fmt: skip
         self._report(session)
         return session.id
