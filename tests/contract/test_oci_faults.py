@@ -75,9 +75,8 @@ def test_executor_killed_at_any_moment_leaves_nothing(oci_lab: OciLab, tmp_path:
             time.sleep(0.007 * number)
             process.kill()
         again = oci_lab.again()
-        for found in again.list():  # whole, hence adopted; the ledger would say what becomes of it
+        for found in again.list():  # whole, hence adopted; its ledger would say what becomes of it
             assert found.id.startswith("KILLED")
-            assert found.status in (Status.CREATED, Status.RUNNING)
             again.remove(found.id)
         deadline = time.monotonic() + SECONDS
         while any(left := left_behind(oci_lab).values()) and time.monotonic() < deadline:

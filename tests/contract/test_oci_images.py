@@ -24,7 +24,6 @@ from tests import images
 
 from .conftest import SECONDS, DockerLab
 
-
 pytestmark = pytest.mark.usefixtures("oci_lab")  # what images need, the lab needs
 
 
