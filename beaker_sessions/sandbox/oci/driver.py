@@ -246,6 +246,7 @@ class OciSandboxes:
     def close(self) -> None:
         """Give back what is kept ready for the next sandboxes: for tests, and when the executor is uninstalled."""
         self.network.close()
+        self.cgroups.remove(self.cgroup)
         for path in (*self.roots.iterdir(), self.roots, self.network.directory, RUN / self.network.bridge):
             mounts.unmount(path)
             path.rmdir()
