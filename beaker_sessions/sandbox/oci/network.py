@@ -65,6 +65,9 @@ class Network:
         path = self.directory / name
         mounts.unmount(path)
         path.unlink(missing_ok=True)
+        if path.suffix != READY:
+            # Its interface goes now: another mount namespace of this machine may have a copy of the mount.
+            threading.Thread(target=_run, args=[["ip", "link", "delete", f"{self.bridge}-{name}"]], daemon=True).start()
 
     def adopt(self, used: Container[str]) -> None:
         """After a restart: the namespaces that are in use or ready stay, the others go."""
