@@ -244,13 +244,45 @@ class NodePatch(Body):
     limits: Limits | None = None
 
 
+Amount = Annotated[float, Field(ge=0, lt=1e18, strict=False)]
+
+
+class Usage(Report):
+    """cpu: cores. memory, disk: bytes. What is not known is absent."""
+
+    cpu: Amount | None = None
+    memory: Amount | None = None
+    disk: Amount | None = None
+
+
+class GpuUsage(Report):
+    """use: percent of the time. memory, total: bytes."""
+
+    use: Annotated[float, Field(ge=0, le=100, strict=False)] | None = None
+    memory: Amount | None = None
+    total: Amount | None = None
+
+
+class Sample(Report):
+    """What a node, its GPUs by CDI name, and its sessions by id used at a moment."""
+
+    at: Time
+    node: Usage = Usage()
+    gpus: Annotated[dict[Line, GpuUsage], Field(max_length=256)] = {}
+    sessions: Annotated[dict[Ulid, Usage], Field(max_length=4096)] = {}
+
+
 class Heartbeat(Report):
-    """instance: the executor's start. free: what could be claimed now. queue: how many sessions wait."""
+    """instance: the executor's start. free: what could be claimed now. queue: how many sessions wait.
+
+    samples: those that the server does not have, the oldest first.
+    """
 
     instance: Ulid
     version: Line = ""
     free: Limits = Limits()
     queue: Count = 0
+    samples: Annotated[list[Sample], Field(max_length=360)] = []
 
 
 class JobStatusPatch(Body):

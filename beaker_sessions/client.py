@@ -132,6 +132,10 @@ class Client:
         """For executors. body: instance, version, free, queue. Raises Error conflict when a newer instance is there."""
         return self._json("POST", f"nodes/{_part(node)}/heartbeat", body)
 
+    def node_metrics(self, node: str, hours: float = 24.0) -> JSON:
+        """What a node used: step in seconds, and points with what is known of node, gpus and sessions."""
+        return self._json("GET", f"nodes/{_part(node)}/metrics?hours={hours:g}")
+
     # jobs
 
     def list_jobs(self, **filters: str | bool | int | None) -> JSON:
@@ -151,6 +155,10 @@ class Client:
     def report_job(self, id: str, body: JSON) -> JSON:
         """For executors. body: a whole job with its revision."""
         return self._json("PUT", f"jobs/{_part(id)}", body)
+
+    def job_metrics(self, id: str) -> JSON:
+        """What a session used: step in seconds, and points with cpu, memory and gpus, as far as known."""
+        return self._json("GET", f"jobs/{_part(id)}/metrics")
 
     def get_logs(self, id: str) -> bytes:
         return self._call("GET", f"jobs/{_part(id)}/logs")

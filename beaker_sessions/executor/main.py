@@ -20,6 +20,7 @@ from .door import Door
 from .inside import Inside
 from .ledger import Ledger
 from .lifecycle import Lifecycle
+from .metrics import Metrics
 from .report import Reporter
 from .sessions import Sessions
 
@@ -98,10 +99,12 @@ def serve(settings: ExecutorSettings) -> None:
     inside = Inside(Path(settings.socket).parent / "sessions", settings.address)
     lifecycle = Lifecycle(sessions, driver, settings, inside, owner=settings.storage_path)
     access = Access(ledger, settings.address, settings.accounts)
-    reporter = Reporter(lifecycle, access, settings)
+    metrics = Metrics(sessions, driver, settings.storage_path)
+    reporter = Reporter(lifecycle, access, settings, metrics)
     door = Door(settings.socket, lifecycle, access, reporter.nodes, lambda: doctor.findings(settings, driver, why))
     door.listen()
     lifecycle.run()
+    metrics.run()
     reporter.run()
     log.info("serving %s at %s, driver %s", sessions.inventory.hostname, settings.socket, driver.name)
     signal.sigwait(stop)

@@ -24,18 +24,20 @@ from ..settings import ExecutorSettings
 from . import inventory, plan
 from .access import Access
 from .lifecycle import Lifecycle, home
+from .metrics import Metrics
 
 log = logging.getLogger(__name__)
 
 HEARTBEAT = 3.0  # seconds
+SAMPLES = 60  # of metrics, at most, in one heartbeat
 BACK_OFF = 15.0  # seconds, at most, between attempts to reach a server that is away
 
 
 class Reporter:
     """Wires itself to `lifecycle.sessions`; `run` starts its thread."""
 
-    def __init__(self, lifecycle: Lifecycle, access: Access, settings: ExecutorSettings) -> None:
-        self.lifecycle, self.access, self.settings = lifecycle, access, settings
+    def __init__(self, lifecycle: Lifecycle, access: Access, settings: ExecutorSettings, metrics: Metrics) -> None:
+        self.lifecycle, self.access, self.settings, self.metrics = lifecycle, access, settings, metrics
         self.sessions, self.ledger = lifecycle.sessions, lifecycle.sessions.ledger
         self.instance = ids.ulid()  # of two executors that claim one node, the server heeds the younger
         self.trouble = "the server was not asked yet"  # why it cannot be reached, "" when it can
@@ -107,9 +109,11 @@ class Reporter:
 
     def _heartbeat(self, client: Client) -> None:
         waiting = sum(session.state == State.CREATED for session in self.sessions.live())
+        samples = self.metrics.pending(SAMPLES)
         body = {
             "instance": self.instance,
             "version": __version__,
+            "samples": samples,
             "free": wire.free(self._positive()),
             "queue": waiting,
         }
@@ -121,6 +125,7 @@ class Reporter:
             if error.code == "not_found":
                 self._registered = False  # the node was deleted, or the database is another one
             raise
+        self.metrics.sent(samples)
         self.sessions.cordon("fence", "")
         reason = answer.get("cordonReason") or "an administrator has cordoned it"
         self.sessions.cordon("administrator", reason if answer.get("cordoned") else "")

@@ -10,6 +10,7 @@ from ..bodies import ClusterBody, ClusterPatch, Heartbeat, NodeBody, NodePatch
 from ..errors import Error
 from . import tables
 from .rules import JSON, Caller, Rules, found, page
+from .samples import keep_samples
 from .store import Row, Rows
 
 HANDED = 100  # how many new sessions one heartbeat hands over
@@ -160,6 +161,7 @@ class Nodes(Rules):
             rows.update(tables.nodes, row.id, seen=rows.now, expiry=rows.now + SILENCE, **values)
             if row.expiry <= rows.now or (row.free, row.queue) != (free, body.queue):
                 rows.touch(row.id, row.cluster_id)
+            keep_samples(rows, row.id, body.samples)
             waiting = [] if row.cordoned else rows.waiting(row.id)[:HANDED]
             for job in waiting:
                 if job.handed is None:

@@ -247,6 +247,11 @@ def heartbeat(does: Does, who: Who, node: str, body: b.Heartbeat) -> JSON:
     return does.heartbeat(who, node, body)
 
 
+@router.get("/nodes/{node}/metrics")
+def node_metrics(does: Does, who: Who, node: str, hours: float = 24.0) -> JSON:
+    return does.node_metrics(who, node, hours=hours)
+
+
 @router.get("/jobs")
 def list_jobs(
     does: Does,
@@ -287,6 +292,11 @@ def report_job(does: Does, who: Who, id: str, body: JSON) -> JSON:
 @router.get("/jobs/{id}/logs", response_class=Response)
 def get_logs(does: Does, who: Who, id: str) -> Response:
     return Response(does.get_logs(who, id), media_type="application/octet-stream")
+
+
+@router.get("/jobs/{id}/metrics")
+def job_metrics(does: Does, who: Who, id: str) -> JSON:
+    return does.job_metrics(who, id)
 
 
 @router.put("/jobs/{id}/logs", status_code=204)

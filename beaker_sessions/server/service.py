@@ -13,6 +13,7 @@ from . import tables
 from .accounts import Accounts, add_account, add_token
 from .audit import Audit
 from .jobs import Jobs
+from .metrics import Metrics
 from .nodes import Nodes, add_cluster
 from .signins import Signins
 from .workspaces import Workspaces
@@ -20,7 +21,7 @@ from .workspaces import Workspaces
 ORGANIZATION, CLUSTER = "lab", "main"
 
 
-class Service(Accounts, Signins, Workspaces, Nodes, Jobs, Audit):
+class Service(Accounts, Signins, Workspaces, Nodes, Jobs, Metrics, Audit):
     """The parts over one store."""
 
     def healthy(self) -> None:

@@ -10,7 +10,7 @@ import json
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -198,6 +198,30 @@ class Rows:
         if before is not None:
             query = query.where(audit.c.id < before)
         return self.connection.execute(query.order_by(audit.c.id.desc()).limit(limit)).all()
+
+    # metrics
+
+    def keep_sample(self, node: str, step: int, at: int, body: str) -> None:
+        """In place of the one of that moment, if there is one."""
+        samples, key = tables.samples, {"node_id": node, "step": step, "at": at}
+        changed = self.connection.execute(sa.update(samples).filter_by(**key).values(body=body))
+        if changed.rowcount == 0:
+            self.insert(samples, body=body, **key)
+
+    def samples(self, nodes: Sequence[str], step: int, start: int, end: int | None = None) -> Sequence[Row]:
+        """Of these nodes from `start` on, before `end`, the oldest first."""
+        samples = tables.samples
+        query = sa.select(samples).where(samples.c.node_id.in_(nodes), samples.c.step == step, samples.c.at >= start)
+        if end is not None:
+            query = query.where(samples.c.at < end)
+        return self.connection.execute(query.order_by(samples.c.at)).all()
+
+    def forget_samples(self, before: Mapping[int, int]) -> None:
+        """before: step -> the oldest moment that is kept."""
+        for step, at in before.items():
+            self.connection.execute(
+                sa.delete(tables.samples).where(tables.samples.c.step == step, tables.samples.c.at < at)
+            )
 
     # idempotency
 

@@ -166,6 +166,15 @@ logs = sa.Table(
     sa.Column("job_id", sa.String(26), sa.ForeignKey("jobs.id"), primary_key=True),
     sa.Column("output", sa.LargeBinary, nullable=False),
 )
+samples = sa.Table(  # what nodes used, ever coarser the older
+    "samples",
+    METADATA,
+    sa.Column("node_id", sa.String(26), sa.ForeignKey("nodes.id"), primary_key=True),
+    sa.Column("step", sa.Integer, primary_key=True),  # seconds
+    sa.Column("at", sa.BigInteger, primary_key=True),  # seconds since the epoch, a multiple of step
+    sa.Column("body", sa.Text, nullable=False),  # JSON: `metrics.Point`
+    sa.Index("samples_age", "step", "at"),
+)
 answers = sa.Table(  # what was answered to a create with an idempotency key
     "answers",
     METADATA,

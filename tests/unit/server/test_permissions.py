@@ -64,6 +64,8 @@ TABLE: dict[tuple[str, str], tuple[tuple[int, ...], Any]] = {
     ("patch", "/api/v3/nodes/{node}"): (NODE_OR_ADMIN, {"cordoned": False}),
     ("delete", "/api/v3/nodes/{node}"): (ADMIN, None),
     ("post", "/api/v3/nodes/{node}/heartbeat"): (NODE, "heartbeat"),
+    ("get", "/api/v3/nodes/{node}/metrics"): (EVERYBODY, None),
+    ("get", "/api/v3/jobs/{id}/metrics"): (EVERYBODY, None),
     ("get", "/api/v3/jobs"): (EVERYBODY, None),
     ("post", "/api/v3/jobs"): (USERS, {"session": {"node": "gpu-1"}}),
     ("get", "/api/v3/jobs/{id}"): (EVERYBODY, None),
