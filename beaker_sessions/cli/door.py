@@ -15,6 +15,7 @@ from _socket import (
     MSG_NOSIGNAL,
     SCM_RIGHTS,
     SOCK_SEQPACKET,
+    SOCK_STREAM,
     SOL_SOCKET,
     socket,
 )
@@ -75,15 +76,23 @@ class Door:
     def close(self) -> None:
         self._socket.close()
 
-    def send(self, frame: dict[str, Any]) -> None:
-        """Send one frame. Raises Away, or Error invalid when it is too long."""
+    def send(self, frame: dict[str, Any], agent: bool = False) -> None:
+        """Send one frame, and a connection to the user's SSH agent if that is wanted and there is one.
+
+        Raises Away, or Error invalid when the frame is too long.
+        """
         data = codec.dumps(frame).encode()
         if len(data) > FRAME:
             raise Error("invalid", f"the command and its environment are too long ({len(data)} bytes)", "use a script")
+        connection = _agent() if agent else None
+        rights = [(SOL_SOCKET, SCM_RIGHTS, connection.fileno().to_bytes(4, sys.byteorder))] if connection else []
         try:
-            self._socket.sendmsg([data], [], MSG_NOSIGNAL)
+            self._socket.sendmsg([data], rights, MSG_NOSIGNAL)
         except OSError:
             raise Away from None
+        finally:
+            if connection:
+                connection.close()
 
     def try_send(self, frame: dict[str, Any]) -> bool:
         """Send a frame without waiting; False when the executor takes none now."""
@@ -123,6 +132,22 @@ class Door:
         if "error" in frame:
             raise Error.from_dict(frame["error"])
         return frame, fd
+
+
+def _agent() -> socket | None:
+    """A connection to the user's SSH agent, None when there is none: a session does without."""
+    where = os.environ.get("SSH_AUTH_SOCK")
+    if not where:
+        return None
+    agent = socket(AF_UNIX, SOCK_STREAM)
+    try:
+        agent.settimeout(1)
+        agent.connect(where)
+        agent.settimeout(None)
+    except OSError:
+        agent.close()
+        return None
+    return agent
 
 
 def request(op: str, token: str, **fields: Any) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class Follow:
         try:
             self._door = Door()
             try:
-                self._door.send(self._request)
+                self._door.send(self._request, agent=True)
             except Away:
                 self._lost()
             while self._result is None:
@@ -162,7 +162,7 @@ class Follow:
     def _again(self) -> None:
         try:
             self._door = Door(patience=0.2)
-            self._door.send(self._resumption())
+            self._door.send(self._resumption(), agent=True)
         except (Error, Away):
             self._lost()
             return

@@ -20,11 +20,13 @@ PATIENCE = 10.0  # seconds that a silent or stuck client is given
 
 
 class Caller:
-    """token: what it showed, checked again while it holds a terminal."""
+    """token: what it showed, checked again while it holds a terminal. agent: a descriptor that came with its first
+    frame, -1 for none; closed with the caller.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
-        self.token = ""
+        self.token, self.agent = "", -1
         connection.settimeout(PATIENCE)
 
     def fileno(self) -> int:
@@ -32,7 +34,10 @@ class Caller:
 
     def receive(self) -> dict[str, Any] | None:
         """The next frame, None when the caller has closed. Raises Error invalid for anything but a JSON object."""
-        packet, _, flags, _ = self.connection.recvmsg(FRAME)
+        packet, descriptors, flags, _ = socket.recv_fds(self.connection, FRAME, 1, socket.MSG_CMSG_CLOEXEC)
+        for descriptor in descriptors:
+            self.close()
+            self.agent = descriptor
         if not packet:
             return None
         if flags & socket.MSG_TRUNC:
@@ -46,6 +51,12 @@ class Caller:
         if not isinstance(frame, dict):
             raise Error("invalid", "this frame is not a JSON object", "update beaker")
         return frame
+
+    def close(self) -> None:
+        """Drop the descriptor, unless somebody has taken it."""
+        if self.agent >= 0:
+            os.close(self.agent)
+            self.agent = -1
 
     def send(self, frame: dict[str, Any], descriptor: int | None = None) -> None:
         """Raises OSError when the caller has left."""

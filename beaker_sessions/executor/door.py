@@ -74,8 +74,8 @@ class Door:
             threading.Thread(target=self._serve, args=(connection,), name="caller", daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
-        with closing(connection):
-            caller = Caller(connection)
+        caller = Caller(connection)
+        with closing(connection), closing(caller):
             try:
                 self._converse(caller)
             except Error as error:
@@ -143,13 +143,14 @@ class Door:
             raise
         if session.id != id:  # made before, with this key
             inside.forget(id)
+        self._admit(session.id, caller)
         caller.send({"event": "created", "job": self._job(self.sessions.view(session.id))})
         detach = bool(request.get("detach"))
         self.following.session(caller, session.id, terminal=not detach, size=wanted.size, brief=detach)
 
     def _attach(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> None:
         session = self._own(request, account)
-        self.lifecycle.inside.introduce(session.id, caller.token)
+        self._admit(session.id, caller)
         size = wire.window(request["size"]) if request.get("size") else None
         replay = request.get("replay", True) is True
         self.following.session(
@@ -160,7 +161,7 @@ class Door:
         session = self._own(request, account)
         if session.state != State.STARTED:
             raise Error("conflict", f"session {session.id} is not running: it is {session.state}", "wait until it runs")
-        self.lifecycle.inside.introduce(session.id, caller.token)
+        self._admit(session.id, caller)
         body = {"command": request.get("command"), "envVars": request.get("env"), "workDir": request.get("workdir")}
         terminal = request.get("size") is not None
         wanted = wire.request(body, tty=terminal, stdin=request.get("stdin", False), size=request.get("size"))
@@ -221,6 +222,13 @@ class Door:
         for finding in self.findings():
             caller.send({"finding": finding.__dict__})
         caller.send({"end": True})
+
+    def _admit(self, id: str, caller: Caller) -> None:
+        """What a session may have of its author who is here: their token, to get its own, and their SSH agent."""
+        self.lifecycle.inside.introduce(id, caller.token)
+        if caller.agent >= 0:
+            agent, caller.agent = caller.agent, -1
+            self.lifecycle.inside.lend(id, agent)
 
     def answer_inside(self, id: str, operation: str, request: dict) -> list[dict] | None:
         """What a session is told from inside about itself, which is all that it may name; None: nothing of the kind."""

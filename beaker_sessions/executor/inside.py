@@ -10,25 +10,24 @@ from __future__ import annotations
 import base64
 import binascii
 import logging
-import os
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterable
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 
 from .. import ids
 from ..client import Client
 from ..errors import Error
 from ..model import Identity, Request
+from .agent import Agents
 from .caller import FRAME, Caller
-from .rundir import SOCKET, RunDirectories
+from .listener import Listener
+from .rundir import AGENT, SOCKET, RunDirectories
 
 log = logging.getLogger(__name__)
 
 PATIENCE = 10.0  # seconds that the server is given to answer
-AT_ONCE = 8  # conversations of one session
 OUTSIDE = ("attach", "create", "doctor", "exec", "logs", "node")  # operations of the door that a session has not
 DEFAULT_WORKSPACE = "default"
 
@@ -40,7 +39,9 @@ class Inside:
         self.directories, self.address = RunDirectories(directory), address
         self.answer: Callable[[str, str, dict], list[dict] | None] = lambda _id, _operation, _request: None
         self._tokens: dict[str, str] = {}  # of the authors, in memory alone, until their sessions have their own
-        self._listening: dict[str, socket.socket] = {}
+        self._agents: dict[str, Agents] = {}
+        self._listeners: dict[str, list[Listener]] = {}
+        self._gone: set[str] = set()  # that did not live when last looked
         self._lock = threading.Lock()
 
     # -- a session's life
@@ -50,6 +51,11 @@ class Inside:
         if not self.directories.token(id):
             with self._lock:
                 self._tokens[id] = token
+
+    def lend(self, id: str, agent: int) -> None:
+        """Whoever attached has an SSH agent: take over the connection to it."""
+        with self._lock:
+            self._agents.setdefault(id, Agents()).add(agent)
 
     def forget(self, id: str) -> None:
         with self._lock:
@@ -74,24 +80,23 @@ class Inside:
 
     def resume(self, live: Callable[[], Iterable[str]]) -> None:
         """Listen again for the sessions that are live, and remove what is left of others."""
-        found = self.directories.ids()  # before asking who lives: what is made meanwhile is not in it
+        known = {*self.directories.ids(), *self._tokens, *self._agents}
         alive = set(live())
-        for id in found:
-            if id in alive:
-                with suppress(FileNotFoundError):
-                    self._listen(id)
-            else:
-                self.close(id)
+        for id in known & alive:
+            if self.directories.path(id).is_mount():
+                self._listen(id)
+        gone = known - alive
+        for id in gone & self._gone:  # not those that are just being made
+            self.close(id)
+        self._gone = gone
 
     def close(self, id: str) -> None:
         """A session has ended: nothing of it is left."""
         self.forget(id)
         with self._lock:
-            listening = self._listening.pop(id, None)
-        if listening is not None:
-            with suppress(OSError):
-                listening.shutdown(socket.SHUT_RDWR)  # wakes whoever waits in accept
-            listening.close()
+            parts = [*self._listeners.pop(id, ()), *([self._agents.pop(id)] if id in self._agents else [])]
+        for part in parts:
+            part.close()
         self.directories.remove(id)
 
     def _get_token(self, id: str) -> None:
@@ -122,49 +127,16 @@ class Inside:
 
     def _listen(self, id: str) -> None:
         with self._lock:
-            if id in self._listening:
+            if id in self._listeners:
                 return
-            listening = self._listening[id] = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        folder = os.open(self.directories.path(id), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            path = f"/proc/self/fd/{folder}/{SOCKET}"  # short: a unix socket's path has at most 107 bytes
-            with suppress(FileNotFoundError):
-                os.unlink(path)
-            listening.bind(path)
-            os.chmod(path, 0o666)  # root of the session is nobody in particular outside
-            listening.listen(AT_ONCE)
-        except BaseException:
-            with self._lock:
-                self._listening.pop(id, None)
-            listening.close()
-            raise
-        finally:
-            os.close(folder)
-        threading.Thread(target=self._accept, args=(id, listening), name=f"inside {id}", daemon=True).start()
-
-    def _accept(self, id: str, listening: socket.socket) -> None:
-        """A session that asks too much at once makes itself wait, and nobody else."""
-        free = threading.BoundedSemaphore(AT_ONCE)
-
-        def serve(connection: socket.socket) -> None:
+            path, agents = str(self.directories.path(id)), self._agents.setdefault(id, Agents())
+            own = Listener(path, SOCKET, socket.SOCK_SEQPACKET, lambda connection: self._serve(id, connection))
             try:
-                self._serve(id, connection)
-            finally:
-                free.release()
-
-        while True:
-            free.acquire()
-            try:
-                connection, _ = listening.accept()
-            except OSError:
-                free.release()
-                with self._lock:
-                    if self._listening.get(id) is not listening:
-                        return  # closed
-                log.exception("the socket of session %s cannot accept", id)
-                time.sleep(0.5)
-                continue
-            threading.Thread(target=serve, args=(connection,), name=f"inside {id}", daemon=True).start()
+                agent = Listener(path, AGENT, socket.SOCK_STREAM, agents.serve)
+            except BaseException:
+                own.close()
+                raise
+            self._listeners[id] = [own, agent]
 
     def _serve(self, id: str, connection: socket.socket) -> None:
         with closing(connection):

@@ -16,6 +16,7 @@ from ..sandbox import LABEL, LABEL_OWNER, Image, Mount, Spec
 LABEL_JOB = "beaker.job"  # the session without its environment, from which a lost ledger is rebuilt
 LABEL_UID = "beaker.uid"
 
+AGENT = "/run/beaker/agent.sock"
 RESERVED = ("/.beaker", "/dev", "/proc", "/run/beaker", "/sys")  # what a session has of the system
 
 # A session that reserved nothing must be the first to yield, to the kernel's CPU scheduler and to its OOM killer alike.
@@ -117,6 +118,7 @@ def environment(id: str, request: Request, claim: Claim, identity: Identity, nod
     `exec` uses the same, so that a second terminal is no stranger.
     """
     return {
+        "SSH_AUTH_SOCK": AGENT,
         **dict(request.env),
         "HOME": "/" if request.bare else identity.home,
         "USER": identity.name,

@@ -16,7 +16,7 @@ from ..errors import Error
 from ..model import Identity
 
 TARGET = "/run/beaker"
-SOCKET, VARIABLES, SECRETS = "session.sock", "env", "secrets"
+SOCKET, AGENT, VARIABLES, SECRETS = "session.sock", "agent.sock", "env", "secrets"
 SIZE = 4 << 20  # bytes
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MNT_DETACH = 2, 4, 8, 2  # mount(2), umount(2)
 

@@ -6,7 +6,7 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pexpect
@@ -56,7 +56,7 @@ def nothing_left(stack: Stack) -> Iterator[None]:
 class Tty(pexpect.spawn):
     """A `beaker` command of a user in a terminal of 33 rows and 111 columns."""
 
-    def __init__(self, user: User, *words: str) -> None:
+    def __init__(self, user: User, *words: str, env: Mapping[str, str] | None = None) -> None:
         process = user.process()
 
         def become() -> None:
@@ -65,8 +65,8 @@ class Tty(pexpect.spawn):
             os.setuid(process["user"])
 
         super().__init__(
-            str(BIN / "beaker"), list(words), env=process["env"], cwd=str(process["cwd"]), dimensions=(33, 111),
-            timeout=30, encoding="utf-8", preexec_fn=become,
+            str(BIN / "beaker"), list(words), env={**process["env"], **(env or {})}, cwd=str(process["cwd"]),
+            dimensions=(33, 111), timeout=30, encoding="utf-8", preexec_fn=become,
         )  # fmt: skip
 
     def run(self, line: str) -> str:
