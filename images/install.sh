@@ -17,10 +17,7 @@ fi
 echo 'ALL ALL=(ALL:ALL) NOPASSWD: ALL' >/etc/sudoers.d/session
 chmod 0440 /etc/sudoers.d/session
 
-# Debian has this commented out, and a home from elsewhere need not have it in its own .bashrc.
-cat >>/etc/bash.bashrc <<'END'
-if [ -z "${BASH_COMPLETION_VERSINFO-}" ] && ! shopt -oq posix; then . /usr/share/bash-completion/bash_completion; fi
-END
+cat "$here/bashrc" >>/etc/bash.bashrc
 
 mv "$here/git-credential-beaker" /usr/local/bin/
 chmod 0755 /usr/local/bin/git-credential-beaker

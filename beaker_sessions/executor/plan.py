@@ -129,6 +129,7 @@ def environment(id: str, request: Request, claim: Claim, identity: Identity, nod
         "BEAKER_NODE_HOSTNAME": node["hostname"],
         "BEAKER_ASSIGNED_GPU_COUNT": str(len(claim.gpus)),
         "BEAKER_ASSIGNED_CPU_COUNT": f"{claim.cpus:g}",
+        **({"BEAKER_TIME_LIMIT": f"{request.timeout:.0f}"} if request.timeout else {}),  # seconds
     }
 
 
