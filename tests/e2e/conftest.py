@@ -12,7 +12,9 @@ from pathlib import Path
 import pexpect
 import pytest
 
-from tests.stack import BIN, Stack, User
+from setup.environment import launcher
+from setup.image import COMMAND
+from tests.stack import BIN, REPOSITORY, Stack, User
 
 _NUMBERS = itertools.count(1000)
 PROMPT = r"[$#] (\x1b\[K)?$"  # readline clears the rest of a line that it draws again
@@ -44,6 +46,24 @@ def ada(stack: Stack) -> User:
 @pytest.fixture(scope="session")
 def bob(stack: Stack) -> User:
     return stack.user("bob")
+
+
+@pytest.fixture
+def command(ada: User) -> Iterator[Path]:
+    """The command line for the Python of any image, in ada's home: its path."""
+    package, home = REPOSITORY / "beaker_sessions", ada.home
+    for path in (path for pattern in COMMAND for path in package.glob(pattern)):
+        target = home / "lib/beaker_sessions" / path.relative_to(package)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    (home / "bin").mkdir()
+    (home / "bin/beaker").write_text(launcher(str(home / "lib"), "/usr/bin/python3"))
+    shutil.copyfile(REPOSITORY / "images/git-credential-beaker", home / "bin/git-credential-beaker")
+    for program in (home / "bin").iterdir():
+        program.chmod(0o755)
+    yield home / "bin/beaker"
+    for name in ("bin", "lib"):
+        shutil.rmtree(home / name)
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from setup.environment import launcher
-from setup.image import COMMAND
 from tests import images
 from tests.e2e.conftest import Tty
 from tests.stack import REPOSITORY, Stack, User, wait_for
@@ -30,30 +28,20 @@ def image(stack: Stack) -> str:
 
 
 @pytest.fixture
-def home(ada: User) -> Iterator[Path]:
+def home(ada: User, command: Path) -> Iterator[Path]:
     """A home with a repository to serve, and the command line; what Git keeps in it is gone afterwards."""
-    shutil.copyfile(REPOSITORY / "tests/gitserver.py", ada.home / "gitserver.py")
-    for directory in ("bin", "lib", "repositories"):
-        (ada.home / directory).mkdir()
-    package = REPOSITORY / "beaker_sessions"
-    for path in (path for pattern in COMMAND for path in package.glob(pattern)):
-        target = ada.home / "lib/beaker_sessions" / path.relative_to(package)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
-    (ada.home / "bin/beaker").write_text(launcher(str(ada.home / "lib"), "/usr/bin/python3"))
-    shutil.copyfile(REPOSITORY / "images/git-credential-beaker", ada.home / "bin/git-credential-beaker")
-    for program in (ada.home / "bin").iterdir():
-        program.chmod(0o755)
-    subprocess.run(["git", "init", "-q", "--bare", "-b", "main", ada.home / "repositories/work.git"], check=True)
-    configuration = ada.home / "repositories/work.git/config"
-    with configuration.open("a") as file:
+    home = command.parents[1]
+    shutil.copyfile(REPOSITORY / "tests/gitserver.py", home / "gitserver.py")
+    repository = home / "repositories/work.git"
+    subprocess.run(["git", "init", "-q", "--bare", "-b", "main", repository], check=True)
+    with (repository / "config").open("a") as file:
         file.write("[http]\n\treceivepack = true\n")
-    subprocess.run(["chown", "-R", f"{ada.uid}:{ada.gid}", ada.home], check=True)
-    yield ada.home
-    for name in ("bin", "lib", "repositories", "work", "again", ".ssh", ".cache"):
-        shutil.rmtree(ada.home / name, ignore_errors=True)
+    subprocess.run(["chown", "-R", f"{ada.uid}:{ada.gid}", home / "repositories"], check=True)
+    yield home
+    for name in ("repositories", "work", "again", ".ssh", ".cache"):
+        shutil.rmtree(home / name, ignore_errors=True)
     for name in (".gitconfig", ".git-credentials", "gitserver.py"):
-        (ada.home / name).unlink(missing_ok=True)
+        (home / name).unlink(missing_ok=True)
 
 
 class Session:

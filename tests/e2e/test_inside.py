@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
-from setup.environment import launcher
-from setup.image import COMMAND
-from tests.stack import REPOSITORY, Stack, User, wait_for
-
-
-@pytest.fixture
-def command(ada: User) -> str:
-    """The command line for any Python in a home without a configuration: its path."""
-    package = REPOSITORY / "beaker_sessions"
-    for path in (path for pattern in COMMAND for path in package.glob(pattern)):
-        target = ada.home / "lib" / "beaker_sessions" / path.relative_to(package)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
-    program = ada.home / "beaker"
-    program.write_text(launcher(str(ada.home / "lib"), "/usr/bin/python3"))
-    program.chmod(0o755)
-    return str(program)
+from tests.stack import Stack, User, wait_for
 
 
 @pytest.fixture
@@ -35,12 +19,12 @@ def session(ada: User) -> str:
     return id
 
 
-def inside(user: User, id: str, *words: str) -> subprocess.CompletedProcess:
+def inside(user: User, id: str, *words: str | Path) -> subprocess.CompletedProcess:
     """What a command prints in a session, without the user's configuration."""
-    return user.beaker("session", "exec", id, "--env", "HOME=/tmp", "--", *words)
+    return user.beaker("session", "exec", id, "--env", "HOME=/tmp", "--", *map(str, words))
 
 
-def test_a_session_knows_whose_it_is(ada: User, bob: User, session: str, command: str):
+def test_a_session_knows_whose_it_is(ada: User, bob: User, session: str, command: Path):
     assert inside(ada, session, command, "account", "whoami", "--quiet").stdout == f"{ada.name}\n".encode()
     other = ada.beaker("session", "create", "--gpus", "0", "--detach", "--", "sleep", "1000").stdout.decode().strip()
     (job,) = json.loads(inside(ada, session, command, "session", "list", "--format", "json").stdout)
@@ -57,12 +41,12 @@ def test_a_session_knows_whose_it_is(ada: User, bob: User, session: str, command
         assert inside(ada, session, command, *refused).returncode == 77, refused
 
 
-def test_a_session_stops_itself(ada: User, session: str, command: str):
+def test_a_session_stops_itself(ada: User, session: str, command: Path):
     inside(ada, session, command, "session", "stop")
     wait_for("its end", lambda: ada.json("session", "get", session)[0]["status"].get("finalized"))
 
 
-def test_it_outlives_the_executor_and_ends_with_the_session(stack: Stack, ada: User, session: str, command: str):
+def test_it_outlives_the_executor_and_ends_with_the_session(stack: Stack, ada: User, session: str, command: Path):
     assert inside(ada, session, command, "account", "whoami").returncode == 0
     token = (stack.root / "sessions" / f"{session}.token").read_text()
     assert token not in inside(ada, session, "bash", "-c", "env; cat /run/beaker/* 2>/dev/null").stdout.decode()
