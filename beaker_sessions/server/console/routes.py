@@ -22,10 +22,11 @@ from ...bodies import JobPatch, NodePatch, check
 from ...errors import Error
 from ..changes import Changes
 from ..service import Service
-from . import administration, jobs, pages, personal, templates
+from . import administration, jobs, pages, personal, plots, templates
 from .events import events
 from .visit import FORM_LIMIT, Visit, begin, finish, local, sign_in_first
 
+RANGES = {"1": "1 h", "24": "24 h", "168": "7 days", "720": "30 days"}
 Handler = Callable[[Visit], Response]
 log = logging.getLogger(__name__)
 
@@ -172,6 +173,7 @@ def cluster(visit: Visit) -> Response:
     last = max(1, -(-len(chosen) // pages.PAGE))
     number = min(max(1, int(visit.ask("page", "1")) if visit.ask("page", "1").isdecimal() else 1), last)
     shown = chosen[(number - 1) * pages.PAGE : number * pages.PAGE]
+    usage = service.usage(who, [one["id"] for one in shown])
     holding: dict[str, list[pages.JSON]] = {}
     nodes = [one["id"] for one in shown]
     for job in service.list_jobs(who, nodes=nodes, finalized=False, scheduled=True, limit=1000)["data"]:
@@ -180,7 +182,10 @@ def cluster(visit: Visit) -> Response:
         "cluster.html",
         watch=json["id"],
         cluster=pages.cluster(json, every),
-        nodes=[pages.node(one, holding.get(one["id"], ()), who.account_id, now) for one in shown],
+        nodes=[
+            pages.node(one, holding.get(one["id"], ()), who.account_id, now, usage.get(one["id"], {}).get("gpus"))
+            for one in shown
+        ],
         found=len(chosen),
         number=number,
         last=last,
@@ -200,10 +205,17 @@ def node(visit: Visit) -> Response:
     live = service.list_jobs(who, node=json["id"], finalized=False, limit=1000)["data"]
     waiting = [job for job in live if not job["status"].get("scheduled")]
     silent, me = json["status"] == "not reporting", who.account_id
+    usage = service.usage(who, [json["id"]]).get(json["id"], {}).get("gpus")
+    hours = visit.ask("hours") if visit.ask("hours") in RANGES else "24"
+    end = now.timestamp()
+    answer = service.node_metrics(who, json["id"], hours=float(hours))
     return visit.page(
         "node.html",
         watch=json["id"],
-        node=pages.node(json, live, me, now),
+        node=pages.node(json, live, me, now, usage),
+        charts=plots.of_node(json, answer, end - 3600 * float(hours), end),
+        hours=hours,
+        ranges=RANGES,
         jobs=[jobs.job(job, me, now, silent) for job in reversed(live) if job["status"].get("scheduled")],
         queue=jobs.queue(waiting, pages.free_gpus(json), me, now),
     )
@@ -236,8 +248,20 @@ def job(visit: Visit) -> Response:
             if error.code != "forbidden":
                 raise
     view = jobs.job(json, who.account_id, now, silent, place, reason)
-    watch = f"{view.id},{view.node}" if live else view.id
-    return visit.page("job.html", job=view, output=output, may_stop=view.live and (view.mine or who.admin), watch=watch)
+    charts = []
+    if begin := json["status"].get("scheduled"):
+        until = json["status"].get("exited") or json["status"].get("finalized")
+        start = datetime.fromisoformat(begin).timestamp()
+        end = max(start + 60, (datetime.fromisoformat(until) if until else now).timestamp())
+        charts = plots.of_job(json, service.job_metrics(who, view.id), start, end)
+    return visit.page(
+        "job.html",
+        job=view,
+        charts=charts,
+        output=output,
+        may_stop=view.live and (view.mine or who.admin),
+        watch=f"{view.id},{view.node}" if live else view.id,
+    )
 
 
 def stop(visit: Visit) -> Response:
