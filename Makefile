@@ -4,7 +4,7 @@ PYTHON ?= /usr/bin/python3
 setup := $(PYTHON) -B -m setup
 MAKEFLAGS += --no-print-directory
 
-.PHONY: session down clean test check bench lock image
+.PHONY: session down clean test check bench lock image docs
 
 session: ## set up what is missing, then a session; ARGS are those of `beaker session create`
 	@$(setup) session $(value ARGS)
@@ -33,3 +33,8 @@ lock: ## write requirements*.txt anew
 
 image: ## the default image; with BASE=nvidia/cuda:… one on that base, named NAME
 	@$(setup) build "$(BASE)" "$(or $(NAME),beaker-sessions/cuda)"
+
+docs: ## the guides as a site in build/site, and docs/reference.md from the commands
+	@$(setup) develop
+	@.venv/bin/python -m setup.reference
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict --quiet
