@@ -22,21 +22,24 @@ NODES, GPUS, ROUNDS = 1000, 8, 20
 
 
 def fill(lab: Lab) -> None:
-    """Straight into the database: a thousand executors are another bench's subject."""
+    """Straight into the database: a thousand executors are another bench's subject. Each account has ten nodes."""
     now = datetime.now(UTC)
     gpus = [f"nvidia.com/gpu={number}" for number in range(GPUS)]
     with lab.service.store.write() as rows:
-        account, cluster = rows.all(tables.accounts)[0], rows.clusters(full_name="lab/main")[0]
+        cluster = rows.clusters(full_name="lab/main")[0]
+        accounts = rows.all(tables.accounts)
         for number in range(NODES):
-            id = ids.ulid()
+            id, account = ids.ulid(), accounts[number % len(accounts)]
             limits = {"cpuCount": 192, "memory": "2TiB", "gpuCount": GPUS, "gpuType": "NVIDIA H200", "gpuIds": gpus}
             values = {"hostname": f"gpu-{number}.lab", "limits": json.dumps(limits), "free": '{"gpuCount": 0}'}
             values |= {"instance": "", "version": "1", "queue": 0, "cordon_reason": "", "created": now, "seen": now}
             values |= {"cluster_id": cluster.id, "account_id": account.id, "expiry": now + timedelta(hours=1)}
             rows.insert(tables.nodes, id=id, **values)
+            used = {"gpus": {gpu: {"use": 71.0, "memory": 1 << 36, "total": 1 << 37} for gpu in gpus}}
+            rows.keep_sample(id, 10, int(now.timestamp()), json.dumps(used))
             for gpu in gpus:
                 session = Session(
-                    ids.ulid(), "root", id, Request(gpus=1), State.STARTED, Claim((gpu,), 24.0, 1 << 38),
+                    ids.ulid(), account.name, id, Request(gpus=1), State.STARTED, Claim((gpu,), 24.0, 1 << 38),
                     created=now, scheduled=now, started=now, revision=1,
                 )  # fmt: skip
                 values = {"account_id": account.id, "cluster_id": cluster.id, "node_id": id, "canceled_for": ""}
@@ -46,6 +49,8 @@ def fill(lab: Lab) -> None:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as directory, Lab(Path(directory)) as lab:
+        for number in range(100):
+            lab.account(f"user-{number}")
         fill(lab)
         cookie = f"beaker={lab.service.sign_in(lab.admin)}"
         connection = http.client.HTTPConnection(lab.address.removeprefix("http://"), timeout=60)
