@@ -8,8 +8,9 @@ from datetime import UTC, datetime
 
 from .. import wire
 from ..errors import Error
+from . import exposition
 from .jobs import job_of
-from .nodes import node_of
+from .nodes import node_json, node_of
 from .rules import JSON, Caller, Rules
 from .samples import FRESH, KEPT, Point
 from .store import Rows
@@ -34,6 +35,14 @@ class Metrics(Rules):
             step, points = _history(rows, row.node_id, session.scheduled.timestamp(), end)
         held = session.claim.gpus if session.claim else ()
         return {"step": step, "data": [{"at": _time(at), **_of_job(point, id, held)} for at, point in points]}
+
+    def exposition(self, caller: Caller) -> str:
+        """Everything that is known now, in Prometheus' text, for administrators."""
+        caller.need_admin()
+        with self.store.read() as rows:
+            nodes = [node_json(row, rows.now) for row in rows.nodes()]
+            states = rows.states()
+        return exposition.text(nodes, self.usage(caller, [node["id"] for node in nodes]), states)
 
     def usage(self, caller: Caller, nodes: Sequence[str]) -> dict[str, Point]:  # noqa: ARG002
         """Node id -> its last sample, of those that have a fresh one. For the console, which shows many at once."""

@@ -13,6 +13,7 @@ from fastapi.security import HTTPBearer
 from .. import __version__, ids
 from .. import bodies as b
 from ..errors import CODES
+from . import exposition
 from .console.routes import console
 from .guard import Ascii, Guard, handlers
 from .rules import JSON, Caller
@@ -68,6 +69,7 @@ def api(service: Service) -> FastAPI:
     app.state.service = service
     app.include_router(router)
     app.add_api_route("/healthz", healthy, response_model=None)
+    app.add_api_route("/metrics", metrics, include_in_schema=False, response_model=None)
     app.add_middleware(Guard, service=service, console=console(service))
     return app
 
@@ -75,6 +77,14 @@ def api(service: Service) -> FastAPI:
 def healthy(does: Does) -> JSON:
     does.healthy()
     return {"status": "ok", "version": __version__}
+
+
+def metrics(does: Does, who: Who) -> Response:
+    """For Prometheus, which sends an administrator's token as its `authorization`.
+
+    Not for the loopback alone: behind a proxy everybody comes from there.
+    """
+    return Response(does.exposition(who), media_type=exposition.TYPE)
 
 
 @router.get("/user")

@@ -1,7 +1,8 @@
 """Seals secrets before they reach the database: AES-256-GCM under a key that lives in a file of its own.
 
 Owns that file and the form of what is sealed: one byte for the version, a 12-byte random nonce, ciphertext and tag
-(NIST SP 800-38D). Whoever has a copy of the database, or of its backup, has no secret. Must not know whose secrets they are.
+(NIST SP 800-38D). Whoever has a copy of the database, or of its backup, has no secret. Must not know whose secrets
+they are.
 """
 
 from __future__ import annotations
