@@ -7,18 +7,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from . import account, engine, environment, host, image, packages, removal, services, testing
+from . import account, driver, engine, environment, host, image, packages, removal, services, testing
 from .steps import Failed, Step, as_user, do, run
 
 SESSION = [
     packages.step("system packages", packages.SESSION),
     environment.step(),
-    engine.step,
-    image.step(),
     services.settings,
+    driver.step,
+    engine.step,
     services.SERVER.step(),
     account.step,  # asks the server whether a token that is there is valid; the executor needs one of its own
     services.EXECUTOR.step(),
+    image.step(),  # the executor takes it into its storage
 ]
 TESTS = [packages.step("system packages for tests", packages.TESTS), environment.step(dev=True)]
 
@@ -51,7 +52,7 @@ def develop() -> None:
 def build(base: str, name: str) -> None:
     """An image by the default image's recipe on another base, under a name of its own."""
     _as_root()
-    run([SESSION[0], SESSION[2], image.step(base, name)] if base else [SESSION[0], SESSION[2], SESSION[3]])
+    run([SESSION[0], engine.needed, image.step_on(base, name)] if base else SESSION)
 
 
 def lock() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from . import daemon, host
+from . import daemon, driver, host, packages
 from .steps import Failed, Report, Step, command, wait
 
 SOCKET = "/var/run/docker.sock"
@@ -77,6 +77,7 @@ def running() -> bool:
 
 
 def _start(report: Report) -> str:
+    packages.install(packages.DOCKER, report)
     if host.SYSTEMD:
         command(["systemctl", "enable", "--now", "docker.service"], report)
         wait("Docker Engine (docker.service)", running, lambda: True)
@@ -109,4 +110,5 @@ def containers(stopped: bool = False) -> list[str]:
     return [container["Id"] for container in found]
 
 
-step = Step("Docker Engine", lambda: not running(), _start)
+step = Step("Docker Engine", lambda: driver.name() == "docker" and not running(), _start)
+needed = Step("Docker Engine for the image", lambda: not running(), _start)

@@ -9,39 +9,49 @@ from pathlib import Path
 from . import host
 from .steps import Failed, Report, Step, command
 
-# package -> the program that proves it
-SESSION = {"docker.io": "dockerd", "mmdebstrap": "mmdebstrap"}
+# package -> the programs that prove it, of which any will do
+SESSION = {
+    "conmon": ("conmon",),
+    "iproute2": ("ip",),
+    "iptables": ("iptables",),
+    "mmdebstrap": ("mmdebstrap",),
+    "runc": ("runc", "crun"),
+    "skopeo": ("skopeo",),
+    "tini": ("/usr/bin/tini-static",),
+}
+DOCKER = {"docker.io": ("dockerd",)}  # where sessions cannot be run without, and for images on another's base
 TESTS = {
     **SESSION,
-    "chromium": "chromium",
-    "conmon": "conmon",
-    "crun": "crun",
-    "docker-registry": "docker-registry",
-    "hyperfine": "hyperfine",
-    "iproute2": "ip",
-    "podman": "podman",
-    "runc": "runc",
-    "skopeo": "skopeo",
-    "tmux": "tmux",
+    **DOCKER,
+    "chromium": ("chromium",),
+    "crun": ("crun",),
+    "docker-registry": ("docker-registry",),
+    "git": ("git",),
+    "hyperfine": ("hyperfine",),
+    "podman": ("podman",),
+    "runc": ("runc",),
+    "tmux": ("tmux",),
 }
 _BUSYBOX = Path("/bin/busybox")
 _APPARMOR = Path("/sys/module/apparmor/parameters/enabled")
 
 
-def step(name: str, wanted: dict[str, str]) -> Step:
-    def do(report: Report) -> str:
-        done = names = _missing(wanted)
-        while names:
-            _install(names, report)
-            names = [one for one in _missing(wanted) if one not in done]  # what shows only now
-            done = done + names
-        return f"installed {' '.join(done)}"
-
-    return Step(name, lambda: bool(_missing(wanted)), do)
+def step(name: str, wanted: dict[str, tuple[str, ...]]) -> Step:
+    return Step(name, lambda: bool(_missing(wanted)), lambda report: install(wanted, report))
 
 
-def _missing(wanted: dict[str, str]) -> list[str]:
-    names = [package for package, program in wanted.items() if not host.which(program)]
+def install(wanted: dict[str, tuple[str, ...]], report: Report) -> str:
+    """Install what is missing."""
+    done = names = _missing(wanted)
+    while names:
+        _install(names, report)
+        names = [one for one in _missing(wanted) if one not in done]  # what shows only now
+        done = done + names
+    return f"installed {' '.join(done)}"
+
+
+def _missing(wanted: dict[str, tuple[str, ...]]) -> list[str]:
+    names = [package for package, programs in wanted.items() if not any(map(host.which, programs))]
     if wanted is TESTS and "docker.io" not in names and not host.which("docker"):
         names.append("docker-cli")  # a package of its own since Debian 13
     if not _static(_BUSYBOX):
@@ -51,7 +61,12 @@ def _missing(wanted: dict[str, str]) -> list[str]:
     if not Path("/etc/ssl/certs/ca-certificates.crt").exists():
         names.append("ca-certificates")
     # With AppArmor in the kernel, Docker Engine refuses to start containers without its parser.
-    if _APPARMOR.exists() and _APPARMOR.read_text().startswith("Y") and not host.which("apparmor_parser"):
+    if (
+        "docker.io" in wanted
+        and _APPARMOR.exists()
+        and _APPARMOR.read_text().startswith("Y")
+        and not host.which("apparmor_parser")
+    ):
         names.append("apparmor")
     return names
 

@@ -7,18 +7,23 @@ import subprocess
 import sys
 from pathlib import Path
 
-from . import engine, host, services
+from . import driver, engine, host, services
 
 
 def down() -> None:
     """Stop executor, server, and Docker Engine if set-up started it; only the last ends sessions."""
     _stop_services()
+    if left := driver.sessions():
+        _say(f"{_count(left)} still running: `make session` finds them again, `make clean` ends them")
+    driver.forget()
     _stop_engine()
 
 
 def clean() -> None:
     """Stop everything, and remove sessions' containers, state, logs, tokens, units, and the checkout's built parts."""
     _stop_services()  # first, so that nothing is made anew
+    if driver.remove():
+        _say("ended the sessions, and removed their network")
     if engine.running():
         for container in engine.containers(stopped=True):
             engine.call("DELETE", f"/containers/{container}?force=1&v=1")
@@ -30,10 +35,12 @@ def clean() -> None:
         _remove(file)
     for directory in (host.RUN / "sessions").glob("*/"):  # file systems in memory: their sessions are gone
         subprocess.run(["umount", "--lazy", directory], stderr=subprocess.DEVNULL)
-    for directory in (host.STATE, host.RUN, host.LOGS, host.VENV, host.ROOT / "build"):
-        _remove(directory)
-    if host.ETC.is_dir() and not any(host.ETC.iterdir()):
-        host.ETC.rmdir()
+    for path in (host.RUN / "setup", host.RUN / "sessions", services.DOOR, host.STATE, host.LOGS, host.VENV):
+        _remove(path)
+    _remove(host.ROOT / "build")
+    for directory in (host.RUN / "oci", host.RUN, host.ETC):  # of other executors there may be something left
+        if directory.is_dir() and not any(directory.iterdir()):
+            directory.rmdir()
 
 
 def _stop_services() -> None:

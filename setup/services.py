@@ -131,10 +131,16 @@ class Service:
         return host.STATE / "setup" / self.name
 
 
+def setting(key: str, default: str) -> str:
+    """The settings' only value of that key. This runs before there is anything that reads YAML."""
+    text = SETTINGS.read_text() if SETTINGS.exists() else ""
+    found = re.search(rf"^\s*{key}:\s*([^\s#]+)", text, re.MULTILINE)
+    return found[1].strip("'\"") if found else default
+
+
 def address() -> str:
-    """The server's address: the settings' only `address`. This runs before there is anything that reads YAML."""
-    found = re.search(r"^\s+address:\s*(\S+)", SETTINGS.read_text(), re.MULTILINE) if SETTINGS.exists() else None
-    return found[1].strip("'\"").rstrip("/") if found else "http://127.0.0.1:8420"
+    """The server's address."""
+    return setting("address", "http://127.0.0.1:8420").rstrip("/")
 
 
 def _server_answers() -> bool:

@@ -61,6 +61,7 @@ COMMANDS = {
     "config set": ("configure", "set_value", "Save a value in the configuration file"),
     "config unset": ("configure", "unset_value", "Remove a value from the configuration file"),
     "config test": ("configure", "test", "Check that the configuration works"),
+    "executor images": ("images", "images", "List, load or prune this machine's images (administrators)"),
     "executor doctor": ("doctor", "doctor", "Check this machine and say how to mend what is wrong"),
 }
 NOUNS = {

@@ -21,7 +21,7 @@ from .. import ids, wire
 from ..errors import Error
 from ..model import Identity, Session, State
 from ..sandbox import Finding
-from . import inventory, plan
+from . import images, inventory, plan
 from .access import Access, peer
 from .caller import PATIENCE, Caller
 from .following import Following
@@ -99,8 +99,8 @@ class Door:
             raise Error(
                 "invalid", f"the executor does not know {operation!r} of version {request.get('v')!r}", "update beaker"
             )
-        if operation == "doctor" and who.uid == 0:
-            self._doctor(caller)
+        if operation in ("doctor", "images") and who.uid == 0:
+            handler(self, caller, request, {"role": "admin"}, None)
             return
         identity = inventory.unix_user(who.uid, self.lifecycle.settings.session_home)
         token = request.get("token")
@@ -223,6 +223,11 @@ class Door:
             caller.send({"finding": finding.__dict__})
         caller.send({"end": True})
 
+    def _images(self, caller: Caller, request: dict, account: dict, _identity: Identity | None) -> None:
+        if account.get("role") != "admin":
+            raise Error("forbidden", "images of a node are its administrators' business", "sudo beaker executor images")
+        images.answer(caller, request, self.lifecycle)
+
     def _admit(self, id: str, caller: Caller) -> None:
         """What a session may have of its author who is here: their token, to get its own, and their SSH agent."""
         self.lifecycle.inside.introduce(id, caller.token)
@@ -264,4 +269,4 @@ class Door:
 HANDLERS: dict[str, Callable[..., None]] = {
     "create": Door._create, "attach": Door._attach, "exec": Door._exec, "exec_exit": Door._exec_exit,
     "stop": Door._stop, "list": Door._list, "get": Door._get, "logs": Door._logs, "node": Door._node, "doctor":
-    Door._doctor, }  # fmt: skip
+    Door._doctor, "images": Door._images, }  # fmt: skip

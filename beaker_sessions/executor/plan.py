@@ -15,6 +15,7 @@ from ..sandbox import LABEL, LABEL_OWNER, Image, Mount, Spec
 
 LABEL_JOB = "beaker.job"  # the session without its environment, from which a lost ledger is rebuilt
 LABEL_UID = "beaker.uid"
+LABEL_IMAGE = "beaker.image"  # its id: while the sandbox is there, so must this be
 
 AGENT = "/run/beaker/agent.sock"
 RESERVED = ("/.beaker", "/dev", "/proc", "/run/beaker", "/sys")  # what a session has of the system
@@ -86,6 +87,7 @@ def spec(
             LABEL: id,
             LABEL_OWNER: owner,
             LABEL_UID: str(identity.uid),
+            LABEL_IMAGE: image.id,
             LABEL_JOB: json.dumps(_without_environment(job), separators=(",", ":")),
         },
         image=image,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from setup import daemon, environment, host, image, removal, services, steps, testing
+from setup import daemon, environment, host, recipe, removal, services, steps, testing
 from setup.sources import sources
 
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
@@ -84,7 +84,7 @@ def test_launcher_starts_the_command_line_of_its_checkout(tmp_path: Path) -> Non
 
 
 def test_the_image_has_all_that_the_command_line_imports(tmp_path: Path) -> None:
-    for path, content in image._files():
+    for path, content in recipe.files():
         file = tmp_path / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)

@@ -85,7 +85,7 @@ class OciSandboxes:
             (state / name).mkdir(mode=0o711, exist_ok=True)
         self.images = Images(state / "images", docker)
         self.network = Network(RUN / bridge / "networks", bridge)
-        self.runtime = conmon.Runtime(_program(RUNTIMES), state / "runtime")
+        self.runtime = conmon.Runtime(program(RUNTIMES), state / "runtime")
         self._namespaces: dict[tuple[object, ...], int] = {}
         self._watches: list[Watch] = []
         self._install()
@@ -241,7 +241,7 @@ class OciSandboxes:
 
     def check(self) -> list[Finding]:
         registry = cdi.load(self.cdi_paths)
-        return check(self.state, self.runtime.path, self.cgroups, _program(INITS), BUSYBOX, registry)
+        return check(self.state, self.runtime.path, self.cgroups, program(INITS), BUSYBOX, registry)
 
     def close(self) -> None:
         """Give back what is kept ready for the next sandboxes: for tests, and when the executor is uninstalled."""
@@ -327,7 +327,7 @@ class OciSandboxes:
 
     def _install(self) -> None:
         """The programs that every sandbox sees."""
-        init, busybox = _program(INITS), _program((BUSYBOX,))
+        init, busybox = program(INITS), program((BUSYBOX,))
         entry = (resources.files("beaker_sessions.sandbox") / "entry.sh").read_bytes()
         for name, data, mode in (
             ("init", Path(init).read_bytes(), 0o755),
@@ -378,7 +378,7 @@ class OciSandboxes:
         return [self._found(directory, sandbox) for directory, sandbox in self._sandboxes()]
 
 
-def _program(names: Iterable[str]) -> str:
+def program(names: Iterable[str]) -> str:
     """The first of these programs that there is. Raises Error unavailable."""
     for name in names:
         if path := shutil.which(name):

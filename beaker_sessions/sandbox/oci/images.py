@@ -20,6 +20,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ SHELLS = ("/bin/bash", "/usr/bin/bash", "/usr/local/bin/bash", "/bin/sh")
 PAUSE = 0.1  # seconds between two reports of progress
 LONGEST = 4 << 20  # bytes of an account file
 FULL = 256 << 20  # bytes of free space below which a failure is one of space
+ARCHIVES = {"oci-layout": "oci-archive", "manifest.json": "docker-archive"}  # by the file that only it has
 ACCOUNTS = ("passwd", "group", "shadow")
 
 log = logging.getLogger(__name__)
@@ -51,6 +53,16 @@ class Description:
     passwd: str | None
     group: str | None
     shadow: str | None
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An image on this machine. names: in full, none for one whose name another has taken. size: bytes."""
+
+    id: str
+    names: tuple[str, ...]
+    size: int
+    used: datetime
 
 
 class Images:
@@ -74,16 +86,38 @@ class Images:
                 # Who waited for another's fetch has what that fetched.
                 id = (self._current(wanted) if pull is not Pull.ALWAYS else "") or self._fetch(wanted, pull, progress)
         description = self.describe(id)
+        os.utime(self._description(id))  # when it was last used
         return Image(description.id, reference, tuple(description.env), description.size)
 
     def load(self, archive: Path, reference: str) -> None:
-        """Take an image from an OCI or Docker archive file, under a name."""
-        kind = "oci-archive" if tarfile.is_tarfile(archive) and _holds(archive, "oci-layout") else "docker-archive"
+        """Take an image from an OCI or Docker archive file, under a name. Raises Error invalid for other files."""
+        kind = next((kind for name, kind in ARCHIVES.items() if _holds(archive, name)), "")
+        if not kind:
+            raise Error("invalid", "the file is no archive of an image", "write one: docker save --output FILE IMAGE")
         self._copy(f"{kind}:{archive}", parse(reference), [])
+
+    def stored(self) -> list[Stored]:
+        """All images, the one that was used last first."""
+        found = []
+        for record in self._records("images"):
+            id = f"sha256:{record['id']}"
+            size = self.describe(id).size
+            used = datetime.fromtimestamp(self._description(id).stat().st_mtime, UTC)
+            found.append(Stored(id, tuple(record.get("names") or ()), size, used))
+        return sorted(found, key=lambda image: image.used, reverse=True)
+
+    def id(self, reference: str) -> str:
+        """The id of the image that a reference means here, "" for none."""
+        return self._find(parse(reference))
+
+    def remove(self, id: str) -> None:
+        """Delete an image, and those of its layers that no other has. No sandbox may be made of it."""
+        self._skopeo(["delete", f"containers-storage:[{self._store}]@{id.removeprefix('sha256:')}"], id)
+        self._description(id).unlink(missing_ok=True)
 
     def describe(self, id: str) -> Description:
         """Raises Error not_found for an image that is not in the storage."""
-        path = self.root / "images" / f"{id.removeprefix('sha256:')}.json"
+        path = self._description(id)
         with contextlib.suppress(FileNotFoundError, ValueError):
             return Description(**json.loads(path.read_text()))
         description = self._describe(id)
@@ -91,6 +125,9 @@ class Images:
         temporary.write_text(json.dumps(asdict(description)))
         temporary.replace(path)
         return description
+
+    def _description(self, id: str) -> Path:
+        return self.root / "images" / f"{id.removeprefix('sha256:')}.json"
 
     def _current(self, wanted: Reference) -> str:
         """The id of the image of this name, "" for none and for one that Docker Engine has built anew since."""
@@ -194,14 +231,20 @@ class Images:
 
     def _copy(self, source: str, wanted: Reference, options: list[str]) -> None:
         """Bring an image into the storage, under a name."""
-        # skip_mount_home: otherwise a mount of the storage on itself stays behind.
-        storage = f"overlay@{self.storage}+{self.root}/run:overlay.skip_mount_home=true"
         name = wanted.name if wanted.tag else f"{wanted.host}/{wanted.path}@{wanted.digest}"
-        command = ["skopeo", "--insecure-policy", "copy", "--quiet", *options, source]
-        done = subprocess.run([*command, f"containers-storage:[{storage}]{name}"], capture_output=True, check=False)
+        self._skopeo(["copy", "--quiet", *options, source, f"containers-storage:[{self._store}]{name}"], wanted.name)
+
+    @property
+    def _store(self) -> str:
+        """The storage, as skopeo takes it."""
+        # skip_mount_home: otherwise a mount of the storage on itself stays behind.
+        return f"overlay@{self.storage}+{self.root}/run:overlay.skip_mount_home=true"
+
+    def _skopeo(self, arguments: list[str], what: str) -> None:
+        done = subprocess.run(["skopeo", "--insecure-policy", *arguments], capture_output=True, check=False)
         if done.returncode != 0:
             message = " ".join(done.stderr.decode(errors="replace").split())
-            raise self._failure(done.stderr) or Error("internal", f"{wanted.name}: skopeo failed: {message}")
+            raise self._failure(done.stderr) or Error("internal", f"{what}: skopeo failed: {message}")
 
     def _failure(self, complaint: bytes) -> Error | None:
         """A full disk, if that is what it is; what the tool said goes to the log."""
@@ -230,8 +273,11 @@ def _progress(directory: Path, sizes: list[int]) -> Progress:
 
 
 def _holds(archive: Path, name: str) -> bool:
-    with tarfile.open(archive) as tar:
-        return name in tar.getnames()
+    try:
+        with tarfile.open(archive) as tar:
+            return name in tar.getnames()
+    except tarfile.TarError:
+        return False
 
 
 def _text(root: int, path: str) -> str | None:
