@@ -152,9 +152,10 @@ def _run(
     }
     descriptors = [pipe.fileno() for pipe in pipes.values()]
     try:
-        done = subprocess.run(
-            command, env=environment, pass_fds=descriptors, stdin=subprocess.DEVNULL, capture_output=True, check=False
-        )
+        done = subprocess.run(  # where it works it leaves a file `oom` when memory runs out
+            command, cwd=directory, env=environment, pass_fds=descriptors, stdin=subprocess.DEVNULL,
+            capture_output=True, check=False,
+        )  # fmt: skip
     except FileNotFoundError as error:
         raise Error("unavailable", "conmon is not installed", "apt-get install conmon") from error
     if done.returncode != 0:
