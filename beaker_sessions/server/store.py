@@ -204,7 +204,7 @@ class Rows:
     def states(self) -> dict[str, int]:
         """State -> number of jobs that are in it, without those that are final."""
         query = sa.select(jobs.c.state, sa.func.count()).where(jobs.c.state != State.FINALIZED).group_by(jobs.c.state)
-        return dict(self.connection.execute(query).tuples().all())
+        return {row[0]: row[1] for row in self.connection.execute(query)}
 
     def keep_sample(self, node: str, step: int, at: int, body: str) -> None:
         """In place of the one of that moment, if there is one."""
