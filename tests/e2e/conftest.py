@@ -13,7 +13,7 @@ import pexpect
 import pytest
 
 from setup.environment import launcher
-from setup.image import COMMAND
+from setup.recipe import COMMAND
 from tests.stack import BIN, REPOSITORY, Stack, User
 
 _NUMBERS = itertools.count(1000)
