@@ -92,7 +92,7 @@ def describe(options: Options) -> int:
                 for name in ("created", "scheduled", "started", "exited", "finalized")
             ),
             ("Canceled", status.get("canceledFor") or status.get("canceled")),
-            ("Duration", _duration(status)),
+            ("Duration", duration(status)),
             ("Exit code", status.get("exitCode")),
             ("Message", status.get("message")),
         ]
@@ -185,7 +185,7 @@ def _row(job: dict[str, Any]) -> tuple[Any, ...]:
         job.get("hostname") or job.get("node"),
         (job.get("requests") or {}).get("gpuCount"),
         word(job),
-        _duration(job.get("status", {})),
+        duration(job.get("status", {})),
     )
 
 
@@ -200,7 +200,7 @@ def word(job: dict[str, Any]) -> str:
     return "pending"
 
 
-def _duration(status: dict[str, Any]) -> str | None:
+def duration(status: dict[str, Any]) -> str | None:
     """HH:MM:SS from its start to its end or to now; None before the start."""
     if not status.get("started"):
         return None

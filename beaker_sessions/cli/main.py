@@ -28,6 +28,7 @@ COMMANDS = {
     "session exec": ("session", "exec", "Open a second terminal in a session, or run a command there"),
     "session stop": ("jobs", "stop", "End a session"),
     "session list": ("jobs", "list_jobs", "List sessions on this node, or elsewhere with the server's help"),
+    "session top": ("top", "top", "Watch this machine's GPUs and sessions, and what they use"),
     "session get": ("jobs", "get", "Show sessions in a table"),
     "session describe": ("jobs", "describe", "Show everything about one session"),
     "session logs": ("jobs", "logs", "Print what a session has written to its terminal"),

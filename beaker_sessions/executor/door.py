@@ -34,13 +34,16 @@ STOP_PATIENCE = 60.0  # seconds without any news of a session that was told to s
 
 
 class Door:
-    """nodes(gpus): other machines that have them free. findings(): what `executor doctor` says."""
+    """nodes(gpus): other machines that have them free. findings(): what `executor doctor` says.
+
+    usage(): the last sample of what this machine uses.
+    """
 
     def __init__(
         self, path: str, lifecycle: Lifecycle, access: Access, nodes: Callable[[int], list[str]],
-        findings: Callable[[], Iterable[Finding]],
+        findings: Callable[[], Iterable[Finding]], usage: Callable[[], dict],
     ) -> None:  # fmt: skip
-        self.path, self.lifecycle, self.access, self.findings = path, lifecycle, access, findings
+        self.path, self.lifecycle, self.access, self.findings, self.usage = path, lifecycle, access, findings, usage
         self.sessions = lifecycle.sessions
         self.following = Following(lifecycle, access.account, nodes, self._job)
         lifecycle.inside.answer = self.answer_inside
@@ -216,7 +219,7 @@ class Door:
         limits = wire.limits(has.gpus, has.cpus, has.memory)
         reason = self.sessions.cordoned
         caller.send({"node": {**self.lifecycle.node(), "limits": limits, "free": wire.free(self.sessions.free()),
-                              "cordoned": bool(reason), "cordonReason": reason}})  # fmt: skip
+                              "cordoned": bool(reason), "cordonReason": reason, "usage": self.usage()}})  # fmt: skip
 
     def _doctor(self, caller: Caller, *_: Any) -> None:
         for finding in self.findings():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
 import resource
@@ -101,7 +102,8 @@ def serve(settings: ExecutorSettings) -> None:
     access = Access(ledger, settings.address, settings.accounts)
     metrics = Metrics(sessions, driver, settings.storage_path)
     reporter = Reporter(lifecycle, access, settings, metrics)
-    door = Door(settings.socket, lifecycle, access, reporter.nodes, lambda: doctor.findings(settings, driver, why))
+    findings = functools.partial(doctor.findings, settings, driver, why)
+    door = Door(settings.socket, lifecycle, access, reporter.nodes, findings, metrics.last)
     door.listen()
     lifecycle.run()
     metrics.run()

@@ -39,6 +39,8 @@ class Metrics:
     def __init__(self, sessions: Sessions, driver: Sandboxes, storage: str) -> None:
         self.sessions, self.driver, self.storage = sessions, driver, storage
         self._samples: deque[Sample] = deque(maxlen=KEPT)
+        self._last: Sample = {}
+        self._taken = 0.0
         self._pids: dict[str, int] = {}  # session -> its first process
         self._before: dict[str, tuple[float, float]] = {}  # "" for the machine, or session -> (when, CPU seconds)
         self._mounts = mounts(Path("/proc/self/mountinfo").read_text())
@@ -51,6 +53,10 @@ class Metrics:
         """The oldest samples that the server does not have."""
         return list(self._samples)[:limit]
 
+    def last(self) -> Sample:
+        """The newest sample, {} when it is too old to say what is used now."""
+        return self._last if time.monotonic() - self._taken < 3 * STEP else {}
+
     def sent(self, samples: list[Sample]) -> None:
         for sample in samples:
             with contextlib.suppress(ValueError):  # pushed out by newer ones meanwhile
@@ -59,7 +65,8 @@ class Metrics:
     def _loop(self) -> None:
         while True:
             try:
-                self._samples.append(self.sample())
+                self._last, self._taken = self.sample(), time.monotonic()
+                self._samples.append(self._last)
             except Exception:
                 log.exception("sampling failed")
             time.sleep(STEP - time.time() % STEP)
