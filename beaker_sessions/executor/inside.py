@@ -28,6 +28,7 @@ from .rundir import AGENT, SOCKET, RunDirectories
 log = logging.getLogger(__name__)
 
 PATIENCE = 10.0  # seconds that the server is given to answer
+TOKEN_AFTER = 1.0  # seconds until a session that has not asked for anything gets a token, for when the author is gone
 OUTSIDE = ("attach", "create", "doctor", "exec", "logs", "node")  # operations of the door that a session has not
 DEFAULT_WORKSPACE = "default"
 
@@ -52,6 +53,11 @@ class Inside:
             with self._lock:
                 self._tokens[id] = token
 
+    def keep_token(self, id: str, token: str) -> None:
+        """The server, which handed the session on, has given it its own token."""
+        if token:
+            self.directories.keep_token(id, token)
+
     def lend(self, id: str, agent: int) -> None:
         """Whoever attached has an SSH agent: take over the connection to it."""
         with self._lock:
@@ -74,8 +80,10 @@ class Inside:
             with closing(Client(self.address, self._token(id), PATIENCE)) as client:
                 variables = {name: client.read_secret(workspace, secret) for name, secret in request.secret_env}
                 files = [client.read_secret(workspace, secret) for secret, _ in request.secret_mounts]
-        else:  # its start need not wait for that
-            threading.Thread(target=self._get_token, args=(id,), name=f"token {id}", daemon=True).start()
+        else:  # its start need not wait for that, and a short session needs none
+            later = threading.Timer(TOKEN_AFTER, self._get_token, args=(id,))
+            later.daemon = True
+            later.start()
         return path, self.directories.keep_secrets(id, identity, variables, files)
 
     def resume(self, live: Callable[[], Iterable[str]]) -> None:

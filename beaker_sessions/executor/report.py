@@ -166,6 +166,8 @@ class Reporter:
         session = wire.session(job)
         if self.ledger.get(session.id):
             return  # taken already; its report is on the way
+        inside = self.lifecycle.inside
+        inside.keep_token(session.id, str(job.get("token") or ""))
         name = self.access.unix_name(session.account)
         identity = Identity(name, 65534, 65534, "/")
         try:
@@ -181,6 +183,7 @@ class Reporter:
             plan.check_mounts(wanted, identity, self.settings.mount_paths)
             self.sessions.create(session.account, identity, wanted, None, id=session.id)
         except Error as error:
+            inside.close(session.id)
             if error.code == "unavailable":
                 return  # not now; the server hands it on again
             self.sessions.adopt(_refused(session, error), identity)

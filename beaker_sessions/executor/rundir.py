@@ -83,15 +83,17 @@ class RunDirectories:
 
     def remove(self, id: str) -> None:
         """Silent if there is none."""
+        for file in (self._token(id), self._token(id).with_suffix(".new")):
+            file.unlink(missing_ok=True)
         path = self.path(id)
-        self._token(id).unlink(missing_ok=True)
         while path.is_mount() and _libc.umount2(os.fsencode(path), MNT_DETACH) == 0:
             pass
         if path.is_dir() and not path.is_mount():
             shutil.rmtree(path)
 
     def ids(self) -> list[str]:
-        return [path.name for path in self.directory.iterdir() if path.is_dir()]
+        """Of all sessions of which anything is here."""
+        return sorted({path.name.partition(".")[0] for path in self.directory.iterdir()})
 
     def _token(self, id: str) -> Path:
         return self.directory / f"{id}.token"

@@ -8,7 +8,9 @@ from datetime import datetime, timedelta
 from .. import ids, wire
 from ..bodies import ClusterBody, ClusterPatch, Heartbeat, NodeBody, NodePatch
 from ..errors import Error
+from ..model import Scope
 from . import tables
+from .accounts import add_token
 from .rules import JSON, Caller, Rules, found, page
 from .samples import keep_samples
 from .store import Row, Rows
@@ -168,7 +170,7 @@ class Nodes(Rules):
                     rows.update(tables.jobs, job.id, handed=rows.now)
             others = [other for other in rows.nodes(cluster_id=row.cluster_id) if usable(other, rows.now)]
             return {
-                "jobs": [json.loads(job.body) for job in waiting],
+                "jobs": [json.loads(job.body) | {"token": session_token(rows, caller, job)} for job in waiting],
                 "cancel": list(rows.to_cancel(row.id)),
                 "cordoned": row.cordoned is not None,
                 "cordonReason": row.cordon_reason,
@@ -178,6 +180,14 @@ class Nodes(Rules):
                     if other.id != row.id
                 ],
             }
+
+
+def session_token(rows: Rows, caller: Caller, job: Row) -> str:
+    """The token of a session that the node is handed, the same each time: what it may do in its author's name."""
+    token = ids.mint_token(caller.secret, f"session {job.id}")
+    if rows.token(ids.hash_token(token)) is None:
+        add_token(rows, job.account_id, token, f"session {job.id}", Scope.SESSION, session=job.id)
+    return token
 
 
 def fence(node: Row, instance: str) -> None:

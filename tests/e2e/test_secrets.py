@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from beaker_sessions.client import Client
 from tests.stack import Stack, User, wait_for
 
 ANY_BYTES = bytes(range(1, 256)) + b"'\\''\"$(id)`\n\n"
@@ -61,6 +62,16 @@ def test_a_second_terminal_has_the_variables_too(ada: User):
     id = create(ada, "--detach", "--secret-env", "TOKEN=KEY", "--", "sleep", "1000").stdout.decode().strip()
     wait_for("the session", lambda: ada.json("session", "get", id)[0]["status"].get("started"))
     assert ada.beaker("session", "exec", id, "--", "python3", "-c", SHOW, "TOKEN").stdout == ANY_BYTES
+
+
+def test_a_session_created_at_the_server_has_them_too(stack: Stack, ada: User):
+    ada.beaker("secret", "write", "KEY", input=b"from afar")
+    client = Client(stack.address, ada.token)
+    wanted = {"node": "node-1.lab", "requests": {"gpuCount": 0}, "envVars": [{"name": "TOKEN", "secret": "KEY"}]}
+    id = client.create_job({"session": {**wanted, "command": ["sh", "-c", "echo got $TOKEN"]}})["id"]
+    client.close()
+    wait_for("its end", lambda: ada.json("session", "get", id)[0]["status"].get("finalized"))
+    wait_for("its output", lambda: ada.beaker("session", "logs", id).stdout.strip() == b"got from afar")
 
 
 def test_what_cannot_be_had_is_said(ada: User, bob: User):

@@ -149,3 +149,18 @@ def test_a_sessions_token(server: SimpleNamespace, node: SimpleNamespace) -> Non
     session["status"]["finalized"] = session["status"].get("created") or "2026-01-01T00:00:00Z"
     node.executor.report_job(id, session)
     assert refused(inside.whoami) == "unauthorized"
+
+
+def test_a_session_that_is_handed_on_brings_its_token(server: SimpleNamespace, node: SimpleNamespace) -> None:
+    """The same each time, until the session ends; it may what its author's session may."""
+    ann = server.client(server.ann)
+    ann.write_secret("default", "TOKEN", b"value")
+    id = ann.create_job({"session": {"node": "gpu-1", "envVars": [{"name": "A", "secret": "TOKEN"}]}})["id"]
+    (job,) = node.beat()["jobs"]
+    (again,) = node.beat()["jobs"]
+    assert (job["id"], job["token"]) == (id, again["token"])
+    inside = server.client(job["token"])
+    assert inside.read_secret("default", "TOKEN") == b"value"
+    assert refused(inside.create_token, {"name": "more"}) == "forbidden"
+    assert "token" not in ann.get_job(id)
+    ann.update_job(id, {"status": {"canceled": True}})
