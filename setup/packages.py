@@ -28,6 +28,7 @@ TESTS = {
     "docker-registry": ("docker-registry",),
     "git": ("git",),
     "hyperfine": ("hyperfine",),
+    "openssh-client": ("ssh-agent",),
     "podman": ("podman",),
     "runc": ("runc",),
     "tmux": ("tmux",),
