@@ -25,8 +25,15 @@ def run(arguments: list[str]) -> int:
     with _checkout() as (checkout, directory):
         environment = {**os.environ, _MARK: str(directory), "TMPDIR": str(directory)}
         command = [".venv/bin/python", "-m", "pytest", f"--basetemp={directory}/pytest", *arguments]
+        before = _networks()
         status = subprocess.run(command, cwd=checkout, env=environment).returncode
-        left = _left(str(directory), f"{_MARK}={directory}")
+        mark = f"{_MARK}={directory}"
+        left = _left(str(directory), mark)
+        networks = sorted(_networks() - before)
+        if networks and _processes(mark, "pytest"):
+            print(f"another run of tests goes on, whose may be: {', '.join(networks)}", file=sys.stderr)
+        else:
+            left += networks
         for line in left:
             print(f"left behind: {line}", file=sys.stderr)
     return status or int(bool(left))
@@ -87,18 +94,29 @@ def _left(directory: str, mark: str, seconds: float = 5) -> list[str]:
     return found
 
 
-def _processes(mark: str) -> list[str]:
+def _processes(mark: str, other: str = "") -> list[str]:
+    """Those that carry the mark, or, with a program's name, those that run it and do not."""
     found = []
     for process in [Path("/proc", name) for name in os.listdir("/proc") if name.isdigit()]:
         try:
-            if mark.encode() in (process / "environ").read_bytes().split(b"\0"):
-                words = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                found.append(f"process {process.name}: {words.strip()}")
+            marked = mark.encode() in (process / "environ").read_bytes().split(b"\0")
+            words = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue  # it has ended meanwhile
+        if (other in words and not marked) if other else marked:
+            found.append(f"process {process.name}: {words.strip()}")
     return found
 
 
 def _mounts(directory: str) -> list[str]:
     lines = Path("/proc/self/mountinfo").read_text().splitlines()
     return [f"mount {mount}" for mount in (line.split()[4] for line in lines) if mount.startswith(f"{directory}/")]
+
+
+def _networks() -> set[str]:
+    """Bridges, and network namespaces that a mount keeps, wherever it is."""
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    # proc(5): … mount point … - type …: a namespace is a file of the file system nsfs
+    kept = [line.split()[4] for line in lines if line.partition(" - ")[2].startswith("nsfs ")]
+    bridges = [path.parent.name for path in Path("/sys/class/net").glob("*/bridge")]
+    return {f"namespace {mount}" for mount in kept} | {f"bridge {bridge}" for bridge in bridges}

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 
-from setup import daemon, environment, host, recipe, removal, services, steps, testing
+from setup import archive, daemon, environment, host, recipe, removal, services, steps, testing
 from setup.sources import sources
 
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
@@ -97,6 +100,37 @@ def test_the_image_has_all_that_the_command_line_imports(tmp_path: Path) -> None
     )
     done = subprocess.run([sys.executable, "-IS", "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_archive_has_the_layers_that_its_configuration_names(tmp_path: Path) -> None:
+    layers = [tmp_path / "base.tar", tmp_path / "top.tar"]
+    for layer in layers:
+        with tarfile.open(layer, "w") as tar:
+            tar.add(__file__, layer.stem)
+    archive.write(tmp_path / "image.tar", layers, "key")
+    with tarfile.open(tmp_path / "image.tar") as tar:
+
+        def read(name: str) -> bytes:
+            file = tar.extractfile(name)
+            assert file
+            return file.read()
+
+        (manifest,) = json.loads(read("manifest.json"))
+        config = json.loads(read(manifest["Config"]))
+        found = [hashlib.sha256(read(name)).hexdigest() for name in manifest["Layers"]]
+    assert [f"sha256:{digest}" for digest in found] == config["rootfs"]["diff_ids"]
+    assert found == [hashlib.sha256(layer.read_bytes()).hexdigest() for layer in layers]
+    assert config["config"]["Labels"] == {"beaker.recipe": "key"}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("driver: docker\n", "docker"), ("driver: 'oci'  # why\n", "oci"), ("# driver: docker\n", "auto"), ("", "auto")],
+)
+def test_a_setting_is_read_without_yaml(text: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(services, "SETTINGS", tmp_path / "config.yml")
+    services.SETTINGS.write_text(text)
+    assert services.setting("driver", "auto") == value
 
 
 @pytest.fixture
