@@ -246,9 +246,9 @@ def main() -> None:
             stack.start()
             stack.image("debian", image)
             users[name] = stack.user(f"bench{name}")
-            assert (
-                users[name].beaker("session", "create", "--", "true").returncode == 0
-            )  # the image is there from now on
+            first = users[name].beaker("session", "create", "--", "true")  # the image is there from now on
+            if first.returncode:
+                raise RuntimeError(first.stderr.decode())
         bench = Bench(users, options.rounds)
         bench.start_up()
         with (

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT = 3.0  # seconds
 SAMPLES = 60  # of metrics, at most, in one heartbeat
+SETTLE = 0.3  # seconds after a change: a session's start is many, and the machine has better to do just then
 BACK_OFF = 15.0  # seconds, at most, between attempts to reach a server that is away
 
 
@@ -73,8 +74,9 @@ class Reporter:
                 if self.trouble:
                     log.info("the server at %s answers", self.settings.address)
                 self.trouble, pause = "", 1.0
-                self._changed.wait(max(0.0, due - time.monotonic()))
-                self._changed.clear()
+                if self._changed.wait(max(0.0, due - time.monotonic())):
+                    time.sleep(SETTLE)
+                    self._changed.clear()
             except Error as error:
                 if str(error) != self.trouble:
                     log.warning("cannot report: %s", error)
