@@ -21,8 +21,9 @@ def text() -> str:
 
 
 def _lines() -> Iterator[str]:
-    for noun, what in main.NOUNS.items():
-        yield from (f"## {noun}", "", f"{what}.", "")
+    for noun, what in main.TOP.items():
+        if noun in main.NOUNS:
+            yield from (f"## {noun}", "", f"{what}.", "")
         for name, (module, function, summary) in main.COMMANDS.items():
             if name.partition(" ")[0] == noun:
                 command = getattr(importlib.import_module(f"{main.__package__}.{module}"), function)
@@ -32,7 +33,7 @@ def _lines() -> Iterator[str]:
 def _command(name: str, summary: str, command: args.Command) -> Iterator[str]:
     flags = [flag for flag in command.flags if flag not in args.GLOBAL]
     usage = " ".join(word for word in (f"beaker {name}", "[flags]" if flags else "", command.usage) if word)
-    yield from (f"### {name}", "", f"{summary}.", "", "```", usage, "```", "")
+    yield from (f"{'###' if ' ' in name else '##'} {name}", "", f"{summary}.", "", "```", usage, "```", "")
     if flags:
         yield from ("| flag | |", "| --- | --- |")
         for flag in flags:
