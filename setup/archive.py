@@ -48,10 +48,13 @@ def make(report: Report) -> str:
         base = _base(report)
         with tempfile.TemporaryDirectory(dir=_DIRECTORY, prefix="build-") as name:
             directory = Path(name)
-            report("installing the command")
-            top = _top(base, directory, report)
-            report("writing the archive")
-            write(directory / "image.tar", [base, top], key)
+            try:
+                report("installing the command")
+                top = _top(base, directory, report)
+                report("writing the archive")
+                write(directory / "image.tar", [base, top], key)
+            except OSError as error:
+                raise Failed(f"the image cannot be built in {_DIRECTORY}: {error.strerror}") from None
             report("loading")
             program = [str(host.VENV / "bin/beaker"), "executor", "images", "load", str(directory / "image.tar")]
             command([*program, recipe.NAME], report, env=daemon.environment())
