@@ -21,7 +21,7 @@ from pathlib import Path
 
 from . import daemon, host, recipe
 from .sources import sources
-from .steps import Report, command
+from .steps import Failed, Report, command
 
 _DIRECTORY = host.STATE / "image"
 _STAMP = host.STATE / "setup/image"
