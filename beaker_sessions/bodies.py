@@ -27,6 +27,7 @@ FLAGS = {  # what people type for a field: their errors should speak of that
 SUGGESTIONS = {
     "--memory": "for example --memory 6.5GiB", "--shared-memory": "for example --shared-memory 1GiB",
     "--gpus": "for example --gpus 1", "--cpus": "for example --cpus 7.5", "--timeout": "for example --timeout 8h",
+    "--port": "for example --port 8000",
     "--image": "for example --image debian:12", "--name": "for example --name train-2",
 }  # fmt: skip
 
@@ -56,6 +57,7 @@ Count = Annotated[int, PlainValidator(grammar.count, json_schema_input_type=int)
 Cores = Annotated[float, PlainValidator(grammar.cores, json_schema_input_type=float)]
 Size = Annotated[int, PlainValidator(grammar.parse_size, json_schema_input_type=str | int)]
 Duration = Annotated[float, PlainValidator(grammar.parse_duration, json_schema_input_type=str | int)]
+Port = Annotated[tuple[int, int], PlainValidator(grammar.port, json_schema_input_type=str | int)]
 Absent = Annotated[None, PlainValidator(_absent, json_schema_input_type=Any)]
 Ulid = Annotated[str, Field(pattern=r"^[0-7][0-9A-HJKMNP-TV-Z]{25}$")]
 Time = Annotated[pydantic.AwareDatetime, Field(strict=False), AfterValidator(lambda moment: moment.astimezone(UTC))]
@@ -130,7 +132,7 @@ class SessionBody(Body):
     datasets: Annotated[list[Dataset], Field(max_length=256)] | None = None
     image: Image | None = None
     save_image: Absent = None
-    ports: Absent = None
+    ports: Annotated[list[Port], Field(max_length=100)] | None = None
     work_dir: Path | None = None
     priority: Literal["low", "normal", "high", "urgent"] | None = None
     timeout: Duration | None = None
@@ -138,6 +140,20 @@ class SessionBody(Body):
     bare: bool | None = None
     host_networking: bool | None = None
     pull: Literal["always", "missing", "never"] | None = None
+
+    @pydantic.field_validator("ports")
+    @classmethod
+    def _each_once(cls, ports: list[tuple[int, int]] | None) -> list[tuple[int, int]] | None:
+        inside, outside = [own for own, _ in ports or ()], [node for _, node in ports or () if node]
+        if twice := next((port for ports in (inside, outside) for port in ports if ports.count(port) > 1), 0):
+            raise ValueError(f"{twice} is given twice")
+        return ports
+
+    @pydantic.model_validator(mode="after")
+    def _ports_of_its_own(self) -> SessionBody:
+        if self.ports and self.host_networking:
+            raise ValueError("--port: with --host-networking the session's ports are the node's; leave out one of them")
+        return self
 
     def request(self, *, tty: bool, stdin: bool, size: tuple[int, int]) -> model.Request:
         wanted, image = self.requests or Requests(), self.image or Image()
@@ -158,6 +174,7 @@ class SessionBody(Body):
             hostname=self.hostname,
             bare=bool(self.bare),
             host_network=bool(self.host_networking),
+            ports=tuple(self.ports or ()),
             timeout=self.timeout,
             priority=self.priority or "normal",
             tty=tty,
@@ -335,6 +352,7 @@ class JobReport(Report):
     node: Text = ""
     limits: ClaimReport | None = None
     status: StatusReport
+    port_mappings: dict[Count, Annotated[int, Field(gt=0, lt=65536)]] = {}
     session: dict[str, Any] = {}
     revision: Annotated[int, Field(ge=0, lt=1 << 63)]
 
@@ -355,7 +373,7 @@ def invalid(errors: Any, at: int = 0, of_session: bool = False) -> Error:
     first = errors[0]
     where = ".".join(str(part) for part in first["loc"][at:] if not str(part).startswith("function-"))
     field = where.removeprefix("session.")
-    flag = FLAGS.get(field, where) if of_session or field != where else where
+    flag = FLAGS.get(field.rstrip(".0123456789"), where) if of_session or field != where else where
     flag = flag or "the request"
     if first["type"] == "extra_forbidden":
         return Error("invalid", f"{flag}: not a field of this request", "remove it: nothing would read it")

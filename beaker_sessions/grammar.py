@@ -107,6 +107,17 @@ def count(value: Any) -> int:
     return value
 
 
+def port(value: Any) -> tuple[int, int]:
+    """(port of the session, port of the node) of `8000:80`; `80` alone, also as a number, leaves the node's open: 0."""
+    match = re.fullmatch(r"(?:(\d{1,5}):)?(\d{1,5})", str(value), re.ASCII) if isinstance(value, (str, int)) else None
+    inside, outside = (int(match[2]), int(match[1] or 0)) if match else (0, 0)
+    if not 0 < inside < 65536 or outside > 65535 or (match and match[1] and not outside):
+        raise ValueError(f"{value!r} is not a port to publish, such as 8000 or 8080:8000")
+    if 0 < outside < 1024:
+        raise ValueError(f"{value!r}: the ports below 1024 are for the node's own services")
+    return inside, outside
+
+
 def cores(value: Any) -> float:
     """A number of CPUs: finite, at least 0."""
     try:

@@ -77,11 +77,15 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a live session holds: these GPUs, by CDI name, and at least this much CPU and memory (0: none reserved)."""
+    """What a live session holds: these GPUs, by CDI name, and at least this much CPU and memory (0: none reserved).
+
+    ports: TCP ports of its own and the node's that lead there, as pairs.
+    """
 
     gpus: tuple[str, ...] = ()
     cpus: float = 0.0
     memory: int = 0
+    ports: tuple[tuple[int, int], ...] = ()
 
     @property
     def amount(self) -> Resources:
@@ -105,7 +109,7 @@ class Request:
 
     command: empty for an interactive shell. env: pairs in the order given. shared_memory and memory: bytes.
     secret_env: variable and the secret's name; secret_mounts: the secret's name and the path of a file. Values are
-    never part of a request.
+    never part of a request. ports: TCP ports to publish, each with the node's port, 0 for any that is free.
     """
 
     name: str | None = None
@@ -124,6 +128,7 @@ class Request:
     hostname: str | None = None
     bare: bool = False
     host_network: bool = False
+    ports: tuple[tuple[int, int], ...] = ()
     timeout: float | None = None  # seconds
     priority: str = "normal"
     tty: bool = True

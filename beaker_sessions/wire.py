@@ -97,11 +97,13 @@ def job(session: model.Session, **directory: Any) -> dict[str, Any]:
             "pull": wanted.pull.value,
             "timeout": None if wanted.timeout is None else round(Fraction(wanted.timeout) * 10**9),
             "hostname": wanted.hostname,
+            "ports": [f"{node}:{own}" if node else str(own) for own, node in wanted.ports] or None,
             "bare": wanted.bare or None,
             "tty": wanted.tty,
             "stdin": wanted.stdin,
             "size": list(wanted.size),
         },
+        "portMappings": mappings(claim) or None,
         "hostNetworking": wanted.host_network,
         "preemptible": False,
         "revision": session.revision,
@@ -123,7 +125,9 @@ def session(job: Any) -> model.Session:
         account=body.author.name,
         node=body.node,
         request=wanted,
-        claim=model.Claim(tuple(claim.gpus), claim.cpu_count, claim.memory) if claim else None,
+        claim=model.Claim(tuple(claim.gpus), claim.cpu_count, claim.memory, tuple(body.port_mappings.items()))
+        if claim
+        else None,
         canceled_for=status.canceled_for,
         exit_code=status.exit_code,
         message=status.message,
@@ -132,6 +136,11 @@ def session(job: Any) -> model.Session:
         **{name: getattr(status, name) for name in TIMES},
     )
     return replace(result, state=_state(result))
+
+
+def mappings(claim: model.Claim | None) -> dict[str, int]:
+    """`portMappings`: the session's port to the node's."""
+    return {str(own): node for own, node in claim.ports} if claim else {}
 
 
 _SESSION_FIELDS = {field.alias for field in SessionBody.model_fields.values()}

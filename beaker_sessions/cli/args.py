@@ -199,7 +199,7 @@ def _unknown(name: str, names: dict[str, Flag]) -> Error:
 
 
 LATER = (
-    "--budget", "--mount", "--no-update-default-image", "--port", "--remote", "--save-image",
+    "--budget", "--mount", "--no-update-default-image", "--remote", "--save-image",
 )  # fmt: skip
 
 

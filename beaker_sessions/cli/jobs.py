@@ -71,6 +71,7 @@ def describe(options: Options) -> int:
         return 0
     status, session, requests = job.get("status", {}), job.get("session", {}), job.get("requests", {})
     limits, author = job.get("limits") or {}, job.get("author") or {}
+    host = job.get("hostname") or job.get("nodeHostname") or "0.0.0.0"
     output.fields(
         [
             ("ID", job["id"]),
@@ -85,6 +86,7 @@ def describe(options: Options) -> int:
             ("Image", "".join((session.get("image") or {}).values())),
             ("Command", " ".join(session.get("command") or [])),
             ("GPUs", ", ".join(limits.get("gpus") or []) or requests.get("gpuCount")),
+            ("Ports", output.ports(job.get("portMappings") or {}, host)),
             ("CPUs", limits.get("cpuCount") or requests.get("cpuCount")),
             ("Memory", output.memory(limits.get("memory") or requests.get("memory"))),
             *(

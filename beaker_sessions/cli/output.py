@@ -98,6 +98,11 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def ports(mappings: dict[str, int], host: str) -> str:
+    """Published ports for people: `HOST:32800->8000/tcp`."""
+    return ", ".join(f"{host}:{port}->{own}/tcp" for own, port in mappings.items())
+
+
 def _width(text: str) -> int:
     """How many columns of a terminal `text` takes: East Asian wide characters two, combining ones none."""
     if text.isascii():

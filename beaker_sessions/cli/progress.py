@@ -86,6 +86,8 @@ class Progress:
             parts.append(f"{output.size(event['memory'])} of memory")
         if parts:
             self.say(f"Reserved {', '.join(parts)}")
+        if event.get("ports"):
+            self.say(f"Exposed Ports: {output.ports(event['ports'], '0.0.0.0')}")
 
     def say(self, text: str) -> None:
         self.finish()

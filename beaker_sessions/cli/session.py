@@ -44,6 +44,7 @@ WORKDIR = Flag("workdir", "text", "directory to start in (default: home)", value
     Flag("bare", "switch", "without your home directory and /net"),
     Flag("timeout", "text", "end it after so long", value="8h"),
     Flag("priority", ("low", "normal", "high", "urgent"), "priority (default normal)"),
+    Flag("port", "text", "lead a port of the node, any or a given one, to this", value="[NODE:]PORT", repeat=True),
     Flag("host-networking", "switch", "use the machine's own network, where that is allowed"),
     leading=0,
 )
@@ -141,6 +142,7 @@ def body(options: Options, settings: config.Config, tty: bool) -> dict[str, Any]
         "bare": options["bare"] or None,
         "timeout": options["timeout"],
         "priority": options["priority"],
+        "ports": options["port"] or None,
         "hostNetworking": options["host-networking"] or None,
     }
     return {key: value for key, value in session.items() if value is not None}

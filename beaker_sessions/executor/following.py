@@ -155,7 +155,8 @@ class Following:
             yield {"event": "queued", "position": view.position, "reason": view.reason, "nodes": nodes}
         if session.claim and session.state in LIVE:
             claim = session.claim
-            yield {"event": "reserved", "gpus": list(claim.gpus), "cpus": claim.cpus, "memory": claim.memory}
+            ports = {"ports": wire.mappings(claim)} if claim.ports else {}
+            yield {"event": "reserved", "gpus": list(claim.gpus), "cpus": claim.cpus, "memory": claim.memory, **ports}
         if view.progress and session.state == State.SCHEDULED:
             done, total, layers = view.progress.done, view.progress.total, view.progress.layers
             yield {"event": "pull", "done": done, "total": total, "layers": list(layers)}

@@ -106,6 +106,7 @@ def spec(
         tty=request.tty,
         stdin=request.stdin,
         host_network=request.host_network,
+        ports=claim.ports,
     )
 
 

@@ -20,7 +20,7 @@ from .. import ids
 from ..errors import Error
 from ..model import LIVE, Claim, Identity, Request, Resources, Session, State
 from ..sandbox import Progress, Terminal
-from . import claims, plan
+from . import claims, plan, ports
 from .inventory import Inventory
 from .ledger import Ledger, held
 
@@ -166,7 +166,7 @@ class Sessions:
         """A new session in the queue, or the one that was made with this key before. Durable when it returns.
 
         id: given when the server took the create. Raises Error invalid when the node could never satisfy the request,
-        conflict for a key that was used for another request or a name in use, unavailable on a cordoned node.
+        conflict for a key that was used for another request, or a name or port in use, unavailable on a cordoned node.
         """
         fingerprint = hashlib.sha256(repr(replace(request, size=(0, 0))).encode("utf-8", "surrogatepass")).hexdigest()
         with self._lock:
@@ -186,6 +186,7 @@ class Sessions:
                     f"you have a session named {request.name!r} already",
                     "attach to it, or choose another name",
                 )
+            ports.check(request, self.live())
             now = datetime.now(UTC)
             session = Session(
                 id or ids.ulid(), account, self.ledger.fact("node") or "", request, created=now, revision=1
@@ -229,7 +230,7 @@ class Sessions:
         for index in claims.startable(amounts, self.free()):
             session, amount = waiting[index], amounts[index]
             gpus = claims.pick(amount.gpus, self.inventory.gpus, held(self.live()))
-            claim = Claim(gpus, amount.cpus, amount.memory)
+            claim = Claim(gpus, amount.cpus, amount.memory, ports.pick(session.request, self.live()))
             self.move(session.id, State.SCHEDULED, claim=claim, scheduled=datetime.now(UTC))
             starting.append(session.id)
         return starting

@@ -24,8 +24,7 @@ LABEL_OWNER = "beaker.executor"
 
 @dataclass(frozen=True)
 class Image:
-    """A local image. id: the engine's content id. reference: what the user typed, normalised. env: `NAME=value` pairs.
-    """
+    """A local image. id: the engine's content id. reference: as it was typed, normalised. env: `NAME=value` pairs."""
 
     id: str
     reference: str
@@ -59,7 +58,8 @@ class Spec:
     overrides over the image's; a value of None removes the image's variable. identity: the user it runs as, whose
     passwd and group entries must resolve in any image. cpu_weight: relative share, 1 to 10000, 100 is Docker's 1024
     shares. memory: hard limit in bytes, 0 for none. gpus: CDI names; exactly these devices are reachable.
-    oom_score_adj: added to the badness of every process inside.
+    oom_score_adj: added to the badness of every process inside. ports: TCP ports inside, each with the node's that
+    leads there.
     """
 
     id: str
@@ -80,6 +80,7 @@ class Spec:
     tty: bool = True
     stdin: bool = True
     host_network: bool = False
+    ports: tuple[tuple[int, int], ...] = ()
 
 
 class Framing(enum.StrEnum):

@@ -22,7 +22,7 @@ from .store import Row, Rows
 
 PAGE = 100
 LOG_LIMIT = 1 << 20
-REPORTED = ("queuePosition", "portMappings")  # what a report may say beside the session itself
+REPORTED = ("queuePosition",)  # what a report may say beside the session itself
 
 
 class Jobs(Rules):

@@ -73,7 +73,7 @@ def door(environ: Path) -> Iterator[list[Any]]:
         ("session create --memory --bare", "--memory: needs a value; for example --memory 6.5GiB"),
         ("session create --gpu 1", "unknown flag '--gpu'; did you mean '--gpus'?"),
         ("session create -x", "unknown flag '-x'; see --help; put -- before a command with flags"),
-        ("session create --port 8000", "--port is not supported yet; leave it out"),
+        ("session create --save-image", "--save-image is not supported yet; leave it out"),
         ("session create --pull no", "--pull: 'no' is none of always, missing, never; choose one of them"),
         ("session create --bare=1", "--bare: takes no value, but '1' was given; leave the value out"),
         ("session create --env =x", "--env: '=x' has no name; for example --env NAME=value"),

@@ -150,7 +150,16 @@ def test_images(image: Any, kept: str | None) -> None:
             "datasets.0.source.hostPath",
         ),
         ({"saveImage": True}, "--save-image"),
-        ({"ports": [8000]}, "--port"),
+        ({"ports": ["0"]}, "--port"),
+        ({"ports": ["65536"]}, "--port"),
+        ({"ports": ["22:22"]}, "--port"),
+        ({"ports": ["0:80"]}, "--port"),
+        ({"ports": ["80/udp"]}, "--port"),
+        ({"ports": ["127.0.0.1:8000:80"]}, "--port"),
+        ({"ports": [True]}, "--port"),
+        ({"ports": [80, "8000:80"]}, "--port"),
+        ({"ports": ["8000:80", "8000:81"]}, "--port"),
+        ({"ports": [80], "hostNetworking": True}, "the request"),
         ({"image": {"docker": "A B"}}, "--image"),
         ({"image": {"docker": "debian:"}}, "--image"),
         ({"image": {"docker": "-v"}}, "--image"),
@@ -199,6 +208,18 @@ def test_absent_and_null_and_false_are_the_same() -> None:
         "bare": None,
     }
     assert wire.request(nothing, size=None) == wire.request({}) == model.Request()
+
+
+def test_ports_are_the_sessions_and_the_nodes() -> None:
+    request = wire.request({"ports": ["8000", 80, "8080:81"]})
+    assert request.ports == ((8000, 0), (80, 0), (81, 8080))
+    claim = model.Claim(ports=((8000, 32800), (80, 32801), (81, 8080)))
+    now = datetime.now(UTC)
+    session = model.Session(ids.ulid(), "ann", "", request, model.State.SCHEDULED, claim, created=now, scheduled=now)
+    job = wire.job(session)
+    assert job["portMappings"] == {"8000": 32800, "80": 32801, "81": 8080}
+    assert job["session"]["ports"] == ["8000", "80", "8080:81"]
+    assert wire.session(json.loads(json.dumps(job))) == session
 
 
 def test_arguments_may_hold_any_bytes_but_nul() -> None:

@@ -109,8 +109,9 @@ class OciSandboxes:
             sandbox = Record(spec.id, labels, spec.tty, f"{self.cgroup}/{spec.id}", boot=record.boot())
             network = None if spec.host_network else self.network.take()
             if network:
-                sandbox = replace(sandbox, network=network.name)
+                sandbox = replace(sandbox, network=network.name, ports=spec.ports)
             sandbox.save(directory)
+            self.network.publish(sandbox.network, spec.id, sandbox.ports)
             root = self.roots / spec.id
             try:
                 rootfs.make(
@@ -219,6 +220,7 @@ class OciSandboxes:
             self._kill(sandbox, directory)
             self.cgroups.remove(sandbox.cgroup)
             if sandbox.network:
+                self.network.withdraw(sandbox.network, id, sandbox.ports)
                 self.network.drop(sandbox.network)
         self._unmount(id)
         mounts.remove_tree(self.runtime.root / id)
@@ -351,6 +353,7 @@ class OciSandboxes:
                 continue
             sandbox.conmon.kill(signals.SIGCONT)  # in case its executor was killed while it was stopped
             known.add(sandbox.id)
+            self.network.publish(sandbox.network, sandbox.id, sandbox.ports)  # a firewall may have been set up anew
             used.add(sandbox.network)
         for name in self.cgroups.children(self.cgroup) - known:
             self._kill(Record(name, {}, False, f"{self.cgroup}/{name}"), self._directory(name))
@@ -363,7 +366,7 @@ class OciSandboxes:
                 mounts.unmount(root)
             else:
                 self._unmount(root.name)
-        self.network.adopt(used)
+        self.network.adopt(used, known)
         self.network.warm()
         self._empty()
 

@@ -1,7 +1,8 @@
 """Network namespaces made ahead, each with an address on the sessions' own bridge and a way out.
 
 Owns: the bridge, the pairs of virtual interfaces, the rules of iptables that carry the bridge's name, and the files in
-one directory that keep the namespaces. The sandbox's user namespace does not own them, so that root inside can change
+one directory that keep the namespaces. Published ports are rules in a chain of the bridge's name, each with the
+sandbox's id as its comment. The sandbox's user namespace does not own them, so that root inside can change
 nothing about them; what it needs (low ports, ping) is set here.
 """
 
@@ -15,9 +16,10 @@ import json
 import logging
 import os
 import random
+import shlex
 import subprocess
 import threading
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,7 +35,10 @@ PREFIX = 22  # of a bridge's network: a thousand sessions
 SYSCTLS = {"ipv4/ip_unprivileged_port_start": "0", "ipv4/ping_group_range": "0 2147483647"}
 RESOLVERS = ("/run/systemd/resolve/resolv.conf", "/etc/resolv.conf")  # the first names no resolver on loopback
 
+NAT = ["iptables", "-w", "-t", "nat"]
+
 T = TypeVar("T")
+Ports = Sequence[Sequence[int]]  # pairs: of a sandbox, of this machine
 
 log = logging.getLogger(__name__)
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -69,8 +74,33 @@ class Network:
             # Its interface goes now: another mount namespace of this machine may have a copy of the mount.
             threading.Thread(target=_run, args=[["ip", "link", "delete", f"{self.bridge}-{name}"]], daemon=True).start()
 
-    def adopt(self, used: Container[str]) -> None:
-        """After a restart: the namespaces that are in use or ready stay, the others go."""
+    def publish(self, name: str, id: str, ports: Ports) -> None:
+        """Let ports of this machine lead to those of the sandbox `id` in the namespace `name`. Idempotent."""
+        if not ports:
+            return
+        for rule in self._leads(self._ensure(), name, id, ports):
+            if not _run([*NAT, "-C", *rule]):
+                _output([*NAT, "-A", *rule])
+
+    def withdraw(self, name: str, id: str, ports: Ports) -> None:
+        """The opposite of `publish`. Silent if it was not done."""
+        if ports and (network := self._address()):
+            for rule in self._leads(network, name, id, ports):
+                _run([*NAT, "-D", *rule])
+
+    def _leads(self, network: ipaddress.IPv4Network, name: str, id: str, ports: Ports) -> Iterator[list[str]]:
+        for own, port in ports:
+            yield [
+                self.bridge, "-p", "tcp", "-m", "tcp", "--dport", str(port), "-m", "comment", "--comment", id,
+                "-j", "DNAT", "--to-destination", f"{network[int(name)]}:{own}",
+            ]  # fmt: skip
+
+    def adopt(self, used: Container[str], ids: Container[str]) -> None:
+        """After a restart: the namespaces that are in use or ready stay, and the ports of these ids; the others go."""
+        rules = subprocess.run([*NAT, "-S", self.bridge], capture_output=True, text=True, check=False).stdout
+        for words in map(shlex.split, rules.splitlines()):
+            if words[0] == "-A" and words[words.index("--comment") + 1] not in ids:
+                _run([*NAT, "-D", *words[1:]])
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         ready = {path.stem for path in self._ready()}
         for path in self.directory.iterdir():
@@ -91,6 +121,8 @@ class Network:
                 for table, rule in self._rules(network):
                     while _run(["iptables", "-w", "-t", table, "-D", *rule]):
                         pass
+                for action in ("-F", "-X"):
+                    _run([*NAT, action, self.bridge])
                 _run(["ip", "link", "delete", self.bridge])
 
     def resolvers(self) -> str:
@@ -113,9 +145,14 @@ class Network:
         finally:
             self._filling.release()
 
-    def _make(self) -> Path:
+    def _ensure(self) -> ipaddress.IPv4Network:
+        """The bridge's network, with all that it needs."""
         with self._lock:
-            network = self._network = self._network or self._bridge()
+            self._network = self._network or self._bridge()
+            return self._network
+
+    def _make(self) -> Path:
+        network = self._ensure()
         for attempt in range(3):
             # At random, because the kernel takes its time to remove the interfaces of one that was just dropped.
             path = self.directory / str(random.randrange(2, network.num_addresses - 1))
@@ -171,9 +208,12 @@ class Network:
                 f"link set {self.bridge} up\n",
             )
         Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
+        _run([*NAT, "-N", self.bridge])
         for table, rule in self._rules(network):
             if not _run(["iptables", "-w", "-t", table, "-C", *rule]):
                 _output(["iptables", "-w", "-t", table, "-I", *rule])
+        # Programs of this machine reach published ports at 127.0.0.1 too; the rule in `raw` keeps sessions from it.
+        Path(f"/proc/sys/net/ipv4/conf/{self.bridge}/route_localnet").write_text("1")
         return network
 
     def _address(self) -> ipaddress.IPv4Network | None:
@@ -186,7 +226,18 @@ class Network:
     def _rules(self, network: ipaddress.IPv4Network) -> list[tuple[str, list[str]]]:
         """(table, chain and rule). Docker drops what it does not forward itself, hence ours come first."""
         mark = ["-m", "comment", "--comment", self.bridge]
+        led = ["-o", self.bridge, "-m", "conntrack", "--ctstate", "DNAT", *mark]
+        local = ["-m", "addrtype", "--dst-type", "LOCAL", *mark]
         return [
+            ("raw", ["PREROUTING", "-i", self.bridge, "-d", "127.0.0.0/8", *mark, "-j", "DROP"]),
+            ("nat", ["PREROUTING", *local, "-j", self.bridge]),
+            ("nat", ["OUTPUT", *local, "-j", self.bridge]),
+            # The way back must lead through this machine: from its own loopback, and from one session to another. The
+            # latter fails where br_netfilter filters bridges: it turns such packets round on the bridge itself, and
+            # `isolated` drops them there.
+            ("nat", ["POSTROUTING", "-s", str(network), *led, "-j", "MASQUERADE"]),
+            ("nat", ["POSTROUTING", "-s", "127.0.0.0/8", *led, "-j", "MASQUERADE"]),
+            ("filter", ["FORWARD", *led, "-j", "ACCEPT"]),
             ("nat", ["POSTROUTING", "-s", str(network), "!", "-o", self.bridge, *mark, "-j", "MASQUERADE"]),
             ("filter", ["FORWARD", "-i", self.bridge, "!", "-o", self.bridge, *mark, "-j", "ACCEPT"]),
             (

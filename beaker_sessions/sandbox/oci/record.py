@@ -23,6 +23,8 @@ KILLED = 137  # 128 + SIGKILL
 class Record:
     """boot: of the machine when it was made. network: the name of its namespace, "" for this machine's own.
 
+    ports: TCP ports of its own and this machine's that lead there.
+
     conmon and init: once they run; before that the sandbox is being made, or was when its executor was killed.
     """
 
@@ -31,6 +33,7 @@ class Record:
     tty: bool
     cgroup: str
     network: str = ""
+    ports: tuple[tuple[int, int], ...] = ()
     boot: str = ""
     conmon: Process = field(default=Process(0, 0))
     init: Process = field(default=Process(0, 0))
