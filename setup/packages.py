@@ -55,6 +55,8 @@ def _missing(wanted: dict[str, tuple[str, ...]]) -> list[str]:
     names = [package for package, programs in wanted.items() if not any(map(host.which, programs))]
     if wanted is TESTS and "docker.io" not in names and not host.which("docker"):
         names.append("docker-cli")  # a package of its own since Debian 13
+    if "chromium" in names and "ID=debian" not in Path("/etc/os-release").read_text().splitlines():
+        names.remove("chromium")  # Ubuntu has it as a snap only; the console's tests then skip
     if not _static(_BUSYBOX):
         names.append("busybox-static")
     if not importlib.util.find_spec("ensurepip"):

@@ -29,6 +29,7 @@ class Lab:
 
     def __init__(self, directory: Path) -> None:
         self.service = Service(Store(sqlite_url(directory / "server.db")), Seal(directory / "server.key"))
+        self.app = api(self.service)
         self.admin = ids.mint_token()
         self.service.initialize("root", {Scope.ADMIN: self.admin})
         self.tokens = {"root": self.admin}
@@ -39,9 +40,7 @@ class Lab:
         self._listening.bind(("127.0.0.1", 0))
         self.address = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
         self._web = uvicorn.Server(
-            uvicorn.Config(
-                api(self.service), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1
-            )
+            uvicorn.Config(self.app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1)
         )
         self._thread = threading.Thread(target=self._web.run, args=([self._listening],))
         self._thread.start()
@@ -53,6 +52,7 @@ class Lab:
     def __exit__(self, *_: object) -> None:
         for client in self._clients:
             client.close()
+        self.app.state.changes.close()
         self._web.should_exit = True
         self._thread.join()
         self._listening.close()

@@ -20,6 +20,7 @@ class Changes:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self.over = False  # the server is about to end: nobody should wait any longer
         self._watchers: dict[asyncio.Event, tuple[frozenset[str], asyncio.AbstractEventLoop]] = {}
 
     def publish(self, touched: Collection[str]) -> None:
@@ -33,6 +34,14 @@ class Changes:
                     loop.call_soon_threadsafe(event.set)
                 except RuntimeError:  # its loop has just closed
                     continue
+
+    def close(self) -> None:
+        """Let all who watch go, so that open pages do not hold up the server's end."""
+        self.over = True
+        with self._lock:
+            watchers = list(self._watchers.items())
+        for event, (_, loop) in watchers:
+            loop.call_soon_threadsafe(event.set)
 
     @contextmanager
     def watch(self, ids: Collection[str]) -> Iterator[asyncio.Event | None]:

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from types import FrameType
 
 from .. import __version__, ids
 from ..errors import Error
@@ -45,8 +46,15 @@ def serve(service: Service, settings: ServerSettings) -> None:
 
     from .routes import api
 
+    app = api(service)
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            app.state.changes.close()
+            super().handle_exit(sig, frame)
+
     config = uvicorn.Config(
-        api(service),
+        app,
         host=settings.host,
         port=settings.port,
         log_config=None,
@@ -55,7 +63,7 @@ def serve(service: Service, settings: ServerSettings) -> None:
         timeout_graceful_shutdown=5,
         server_header=False,
     )
-    uvicorn.Server(config).run()
+    Server(config).run()
 
 
 def initialize(service: Service, account: str, token_file: Path, executor_token_file: Path) -> None:

@@ -14,6 +14,7 @@ from .. import __version__, ids
 from .. import bodies as b
 from ..errors import CODES
 from . import exposition
+from .changes import Changes
 from .console.routes import console
 from .guard import Ascii, Guard, handlers
 from .rules import JSON, Caller
@@ -70,7 +71,8 @@ def api(service: Service) -> FastAPI:
     app.include_router(router)
     app.add_api_route("/healthz", healthy, response_model=None)
     app.add_api_route("/metrics", metrics, include_in_schema=False, response_model=None)
-    app.add_middleware(Guard, service=service, console=console(service))
+    app.state.changes = Changes()
+    app.add_middleware(Guard, service=service, console=console(service, app.state.changes))
     return app
 
 

@@ -46,6 +46,8 @@ async def _stream(service: Service, changes: Changes, secret: str, ids: list[str
                 await asyncio.wait_for(event.wait(), LOOK)
             except TimeoutError:
                 yield ": still here\n\n"
+            if changes.over:
+                return
             try:
                 await run_in_threadpool(service.visitor, secret)
                 now = datetime.now(UTC)

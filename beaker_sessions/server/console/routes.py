@@ -31,8 +31,7 @@ Handler = Callable[[Visit], Response]
 log = logging.getLogger(__name__)
 
 
-def console(service: Service) -> ASGIApp:
-    changes = Changes()
+def console(service: Service, changes: Changes) -> ASGIApp:
     service.store.on_commit = changes.publish
 
     async def live(request: Request) -> Response:

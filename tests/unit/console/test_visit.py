@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -246,3 +247,25 @@ def test_static_files_never_change_under_their_address(ann: Browser) -> None:
         hash = path.split("/")[2]
         assert ann.get(path.replace(hash, "0" * 12)).status == 404
     assert ann.get("/static/x/../pages.py").status == 404
+
+
+def test_events_tell_of_a_change_and_end_with_the_server(lab: Lab, ann: Browser) -> None:
+    node, other = lab.node("gpu-1", 2), lab.node("gpu-2", 2)
+    connection = http.client.HTTPConnection(lab.address.removeprefix("http://"), timeout=10)
+    connection.request("GET", f"/events?on={node.id}", headers={"Cookie": ann.cookie})
+    stream = connection.getresponse()
+    assert stream.headers["Content-Type"].startswith("text/event-stream")
+    assert stream.readline() == b"retry: 3000\n"
+    other.session("ann", (0,))
+    node.session("ann", (0,))
+    while not (line := stream.readline()).startswith(b"event"):
+        pass
+    assert line == b"event: changed\n"
+    lab.app.state.changes.close()
+    assert b"event" not in stream.read()
+    connection.close()
+
+
+def test_events_need_a_cookie_that_works(lab: Lab) -> None:
+    answer = Browser(lab).get("/events?on=*")
+    assert (answer.status, answer.text) == (204, "")
