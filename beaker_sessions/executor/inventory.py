@@ -123,6 +123,12 @@ def pin(path: str, identity: Identity) -> int:
     So a symbolic link leads only where its owner may go, homes on root-squashed NFS work, and what is mounted is what
     was checked even if a directory is swapped meanwhile. Raises OSError.
     """
+    # "/." because that takes the right to enter the directory itself, not only to find it.
+    return opened(f"{path}/.", identity, os.O_PATH | os.O_DIRECTORY)
+
+
+def opened(path: str, identity: Identity, flags: int) -> int:
+    """A descriptor of `path`, opened with the user's own rights. Raises OSError."""
     result: list[int | OSError] = []
 
     def resolve() -> None:
@@ -136,8 +142,7 @@ def pin(path: str, identity: Identity) -> int:
         libc.setfsgid(identity.gid)
         libc.setfsuid(identity.uid)
         try:
-            # "/." because that takes the right to enter the directory itself, not only to find it.
-            result.append(os.open(f"{path}/.", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+            result.append(os.open(path, flags | os.O_CLOEXEC))
         except OSError as error:
             result.append(error)
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from .. import wire
@@ -23,7 +24,7 @@ from ..errors import Error
 from ..model import Claim, Identity, Request, Session, State
 from ..sandbox import LABEL_OWNER, Found, Mount, Progress, Sandboxes, Spec, Status
 from ..settings import ExecutorSettings
-from . import inventory, plan
+from . import credentials, inventory, plan
 from .inside import Inside
 from .rundir import TARGET
 from .sessions import Sessions
@@ -98,7 +99,8 @@ class Lifecycle:
     def _make(self, id: str, session: Session, identity: Identity) -> None:
         request, claim = session.request, session.claim or Claim()
         assert request.image  # `plan.defaults` has filled it in
-        image = self.sandboxes.image(request.image, request.pull, lambda p: self._progress(id, p))
+        login = partial(credentials.find, identity)
+        image = self.sandboxes.image(request.image, request.pull, lambda p: self._progress(id, p), login)
         rundir, files = self.inside.prepare(id, request, identity)
         own = [Mount(str(rundir), TARGET, read_only=True)]
         own += [Mount(str(f), path, read_only=True) for f, (_, path) in zip(files, request.secret_mounts, strict=True)]

@@ -17,6 +17,8 @@ from typing import Protocol
 
 from ..model import Identity, Pull
 
+# The user's name and password for an image `HOST/PATH`, None where there are none. Asked only when a registry is.
+Login = Callable[[str], tuple[str, str] | None]
 LABEL = "beaker.session"  # every sandbox carries it, its value is the session's id
 # Docker's own convention, so that the executor of one state directory never touches the sandboxes of another.
 LABEL_OWNER = "beaker.executor"
@@ -147,7 +149,9 @@ class Sandboxes(Protocol):
     name: str
     root: bool  # whether root inside is nobody outside, so that a user may be it
 
-    def image(self, reference: str, pull: Pull, progress: Callable[[Progress], None]) -> Image:
+    def image(
+        self, reference: str, pull: Pull, progress: Callable[[Progress], None], login: Login = lambda _: None
+    ) -> Image:
         """The local image for `reference`, fetched first if `pull` says so.
 
         Raises Error not_found (with what was tried), unauthorized, unavailable, storage_full or invalid (grammar).

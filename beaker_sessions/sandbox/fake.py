@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 
 from ..errors import Error
 from ..model import Identity, Pull
-from . import LABEL, Finding, Found, Framing, Image, Progress, Spec, Status, Terminal
+from . import LABEL, Finding, Found, Framing, Image, Login, Progress, Spec, Status, Terminal
 
 CODES = {"true": 0, "false": 1}
 
@@ -88,7 +88,10 @@ class FakeSandboxes:
         self._execs: dict[tuple[str, str], _Process] = {}
         self._watchers: list[queue.SimpleQueue[str]] = []
 
-    def image(self, reference: str, pull: Pull, progress: Callable[[Progress], None]) -> Image:
+    def image(
+        self, reference: str, pull: Pull, progress: Callable[[Progress], None], login: Login = lambda _: None
+    ) -> Image:
+        del login
         if reference not in self.images:
             raise Error("not_found", f"there is no image {reference}", f"one of {', '.join(self.images)}")
         if pull is Pull.ALWAYS:

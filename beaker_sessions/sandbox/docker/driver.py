@@ -22,7 +22,7 @@ from typing import Any
 
 from ...errors import Error
 from ...model import Identity, Pull
-from .. import LABEL, LABEL_OWNER, Finding, Found, Framing, Image, Progress, Spec, Status, Terminal, cdi
+from .. import LABEL, LABEL_OWNER, Finding, Found, Framing, Image, Login, Progress, Spec, Status, Terminal, cdi
 from .. import identity as accounts
 from . import config, images
 from .check import check
@@ -61,8 +61,10 @@ class DockerSandboxes:
     def _engine_cdi(self) -> bool:
         return bool(self.engine.call("GET", "/info").get("CDISpecDirs"))
 
-    def image(self, reference: str, pull: Pull, progress: Callable[[Progress], None]) -> Image:
-        return images.get(self.engine, reference, pull, progress)
+    def image(
+        self, reference: str, pull: Pull, progress: Callable[[Progress], None], login: Login = lambda _: None
+    ) -> Image:
+        return images.get(self.engine, reference, pull, progress, login)
 
     def create(self, spec: Spec) -> None:
         with self._storage(f"create the session {spec.id}"):

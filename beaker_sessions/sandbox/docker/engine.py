@@ -78,13 +78,18 @@ class Engine:
         return True
 
     def stream(
-        self, method: str, path: str, query: dict[str, Any] | None = None, timeout: float | None = TIMEOUT
+        self,
+        method: str,
+        path: str,
+        query: dict[str, Any] | None = None,
+        timeout: float | None = TIMEOUT,
+        headers: dict[str, str] | None = None,
     ) -> Iterator[Any]:
         """The JSON objects of an answer that comes line by line; the first item is None, once the engine has agreed.
 
         timeout: the longest silence. Ends when the engine closes, or goes away.
         """
-        connection, response = self._open(method, self._base + _path(path, query), timeout=timeout)
+        connection, response = self._open(method, self._base + _path(path, query), timeout=timeout, headers=headers)
         try:
             _raise_for(response)
             yield None
@@ -140,10 +145,15 @@ class Engine:
             connection.close()
 
     def _open(
-        self, method: str, target: str, body: Any = None, timeout: float | None = TIMEOUT
+        self,
+        method: str,
+        target: str,
+        body: Any = None,
+        timeout: float | None = TIMEOUT,
+        headers: dict[str, str] | None = None,
     ) -> tuple[_Connection, http.client.HTTPResponse]:
         connection = _Connection(self.path, timeout)
-        headers = {}
+        headers = headers or {}
         if body is not None and not isinstance(body, bytes):
             body, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
         try:

@@ -6,7 +6,9 @@ image's files are read. Must not choose an image.
 
 from __future__ import annotations
 
+import base64
 import io
+import json
 import os
 import tarfile
 import time
@@ -16,7 +18,8 @@ from typing import Any
 
 from ...errors import Error
 from ...model import Pull
-from .. import LABEL_OWNER, Image, Progress
+from .. import LABEL_OWNER, Image, Login, Progress
+from ..oci.reference import HUB, parse
 from .engine import Engine
 from .files import Files
 
@@ -28,15 +31,15 @@ SHELLS = ("/bin/bash", "/usr/bin/bash", "/usr/local/bin/bash", "/bin/sh")
 FINISHED = {"Already exists", "Pull complete"}
 
 
-def get(engine: Engine, reference: str, pull: Pull, progress: Callable[[Progress], None]) -> Image:
-    """As `Sandboxes.image`. Registry credentials, when there are any, will be the header X-Registry-Auth of `_pull`."""
+def get(engine: Engine, reference: str, pull: Pull, progress: Callable[[Progress], None], login: Login) -> Image:
+    """As `Sandboxes.image`."""
     reference = normalise(reference)
     local = None if pull is Pull.ALWAYS else _local(engine, reference)
     if local:
         return local
     if pull is Pull.NEVER:
         raise Error("not_found", f"the image {reference} is not on this machine, and --pull is never", "--pull missing")
-    _pull(engine, reference, progress)
+    _pull(engine, reference, progress, login)
     if found := _local(engine, reference):
         return found
     raise Error("not_found", f"the image {reference} was pulled and is gone again", "try again")
@@ -112,14 +115,21 @@ def _read(engine: Engine, container: str, path: str) -> str | None:
         return content.read().decode("utf-8", "surrogateescape") if content else None
 
 
-def _pull(engine: Engine, reference: str, progress: Callable[[Progress], None]) -> None:
+def _pull(engine: Engine, reference: str, progress: Callable[[Progress], None], login: Login) -> None:
     name, separator, tag = reference.partition("@")
     if not separator:
         name, _, tag = reference.rpartition(":")
     layers: dict[str, dict[str, Any]] = {}
     reported = 0.0
+    whole = parse(reference)
+    known, headers = login(f"{whole.host}/{whole.path}"), {}
+    if known:
+        address = "https://index.docker.io/v1/" if whole.host == HUB else whole.host
+        secret = json.dumps({"username": known[0], "password": known[1], "serveraddress": address})
+        headers["X-Registry-Auth"] = base64.urlsafe_b64encode(secret.encode()).decode()
+    query = {"fromImage": name, "tag": tag}
     try:
-        for event in engine.stream("POST", "/images/create", {"fromImage": name, "tag": tag}, timeout=SILENCE):
+        for event in engine.stream("POST", "/images/create", query, timeout=SILENCE, headers=headers):
             if event and "errorDetail" in event:
                 raise Error("unavailable", str(event["errorDetail"].get("message")))
             if event and _layer(layers, event) and time.monotonic() - reported > PAUSE:
@@ -160,10 +170,10 @@ def _failure(engine: Engine, reference: str, error: Error) -> Error:
     registry = first if "/" in name and ("." in first or ":" in first or first == "localhost") else "docker.io"
     tried = f"the image {reference} is not on this machine, and pulling it from {registry} failed: {error.message}"
     if error.code == "not_found":
-        return Error("not_found", tried, "check the name; a private image needs a login to its registry")
+        return Error("not_found", tried, f"check the name; a private image needs: docker login {registry}")
     if error.code != "internal":
         return Error(error.code, tried, error.hint)
     if root := full(engine):
         return Error("storage_full", tried, f"free space on the disk of {root}: docker system prune")
     # The engine has no status of its own for a registry that it cannot reach.
-    return Error("unavailable", tried, f"check the way to {registry}, or use an image that is here")
+    return Error("unavailable", tried, f"check the way to {registry}; a private image needs: docker login {registry}")

@@ -38,7 +38,7 @@ from pathlib import Path
 
 from ...errors import Error
 from ...model import Identity, Pull
-from .. import LABEL, LABEL_OWNER, Finding, Found, Framing, Image, Progress, Spec, Status, Terminal, cdi
+from .. import LABEL, LABEL_OWNER, Finding, Found, Framing, Image, Login, Progress, Spec, Status, Terminal, cdi
 from . import cgroups, config, conmon, logs, mounts, record, rootfs, userns
 from .check import check
 from .images import Images
@@ -91,8 +91,10 @@ class OciSandboxes:
         self._install()
         self._adopt()
 
-    def image(self, reference: str, pull: Pull, progress: Callable[[Progress], None]) -> Image:
-        return self.images.get(reference, pull, progress)
+    def image(
+        self, reference: str, pull: Pull, progress: Callable[[Progress], None], login: Login = lambda _: None
+    ) -> Image:
+        return self.images.get(reference, pull, progress, login)
 
     def create(self, spec: Spec) -> None:
         image = self.images.describe(spec.image.id)

@@ -26,7 +26,7 @@ from typing import Any
 
 from ...errors import Error
 from ...model import Pull
-from .. import Image, Progress
+from .. import Image, Login, Progress
 from ..docker.engine import Engine
 from . import mounts, registry
 from .reference import HUB, Reference, parse
@@ -77,14 +77,17 @@ class Images:
             for path in root.glob(pattern):
                 mounts.remove_tree(path)
 
-    def get(self, reference: str, pull: Pull, progress: Callable[[Progress], None]) -> Image:
+    def get(
+        self, reference: str, pull: Pull, progress: Callable[[Progress], None], login: Login = lambda _: None
+    ) -> Image:
         """As `Sandboxes.image`."""
         wanted = parse(reference)
         id = self._current(wanted) if pull is not Pull.ALWAYS else ""
         if not id:
             with self._fetching.setdefault(wanted.name, threading.Lock()):
                 # Who waited for another's fetch has what that fetched.
-                id = (self._current(wanted) if pull is not Pull.ALWAYS else "") or self._fetch(wanted, pull, progress)
+                id = self._current(wanted) if pull is not Pull.ALWAYS else ""
+                id = id or self._fetch(wanted, pull, progress, login)
         description = self.describe(id)
         os.utime(self._description(id))  # when it was last used
         return Image(description.id, reference, tuple(description.env), description.size)
@@ -184,7 +187,7 @@ class Images:
             finally:
                 mounts.unmount(base / "root")
 
-    def _fetch(self, wanted: Reference, pull: Pull, progress: Callable[[Progress], None]) -> str:
+    def _fetch(self, wanted: Reference, pull: Pull, progress: Callable[[Progress], None], login: Login) -> str:
         if pull is not Pull.ALWAYS and (docker := self._in_docker(wanted)):
             size = int(docker["Size"])
             progress(Progress(0, size, (0, 1)))
@@ -195,7 +198,7 @@ class Images:
             what = f"the image {wanted.name} is not on this machine, and --pull is never"
             raise Error("not_found", what, "--pull missing")
         else:
-            self._pull(wanted, progress)
+            self._pull(wanted, progress, login)
             self._origin(wanted).unlink(missing_ok=True)
         return self._find(wanted)
 
@@ -208,11 +211,12 @@ class Images:
         except Error:  # also when the engine is away: then its images are not on this machine
             return {}
 
-    def _pull(self, wanted: Reference, progress: Callable[[Progress], None]) -> None:
+    def _pull(self, wanted: Reference, progress: Callable[[Progress], None], login: Login) -> None:
         """Fetch from the registry, by way of a directory in which one can see how far it is."""
-        exact, sizes = registry.manifest(wanted)
-        with tempfile.TemporaryDirectory(dir=self.root, prefix="pull-") as name:
-            command = ["skopeo", "--insecure-policy", "copy", "--quiet"]
+        temporary = tempfile.TemporaryDirectory(dir=self.root, prefix="pull-")
+        with temporary as name, registry.authorized(wanted, login, self.root) as authfile:
+            exact, sizes = registry.manifest(wanted, authfile)
+            command = ["skopeo", "--insecure-policy", "copy", "--quiet", f"--src-authfile={authfile}"]
             command += [f"--src{option[1:]}" for option in registry.options(wanted)]
             with subprocess.Popen(
                 [*command, f"docker://{exact.name}", f"dir:{name}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE

@@ -2,22 +2,29 @@
 
 Owns: manifests, and the one question that is put to a registry directly, because a status says what the exit code of
 `skopeo` does not. Sources: https://github.com/opencontainers/distribution-spec, image-spec's `manifest.md` and
-`image-index.md`, and Docker's token authentication. Must not see credentials: those are skopeo's.
+`image-index.md`, and Docker's token authentication. Credentials
+are for skopeo's eyes: they go by a file that is gone afterwards, never by arguments or into the log.
 """
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import json
 import platform
 import re
 import subprocess
+import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ...errors import Error
+from .. import Login
 from .reference import HUB, Reference
 
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
@@ -35,12 +42,26 @@ def options(wanted: Reference) -> list[str]:
     return ["--tls-verify=false"] if wanted.loopback else []
 
 
-def manifest(wanted: Reference) -> tuple[Reference, list[int]]:
+@contextlib.contextmanager
+def authorized(wanted: Reference, login: Login, directory: Path) -> Iterator[str]:
+    """A file for skopeo's --authfile with what the user has for this image, and with nothing of root's.
+
+    Its form: https://github.com/containers/image/blob/main/docs/containers-auth.json.5.md
+    """
+    known = login(f"{wanted.host}/{wanted.path}")
+    auths = {wanted.host: {"auth": base64.b64encode(":".join(known).encode()).decode()}} if known else {}
+    with tempfile.TemporaryDirectory(dir=directory, prefix="pull-") as name:  # mode 0700
+        path = Path(name, "auth.json")
+        path.write_text(json.dumps({"auths": auths}))
+        yield str(path)
+
+
+def manifest(wanted: Reference, authfile: str) -> tuple[Reference, list[int]]:
     """The image of this machine's kind behind a name, and the sizes of its layers in bytes.
 
     Raises Error not_found, unauthorized or unavailable.
     """
-    found = _inspect(wanted)
+    found = _inspect(wanted, authfile)
     if "manifests" in found:
         machine = ARCHITECTURES.get(platform.machine(), platform.machine())
         entries = [
@@ -51,7 +72,7 @@ def manifest(wanted: Reference) -> tuple[Reference, list[int]]:
         if not entries:
             raise Error("not_found", f"the image {wanted.name} is not made for Linux on {machine}", "use another image")
         wanted = replace(wanted, tag="", digest=entries[0]["digest"])
-        found = _inspect(wanted)
+        found = _inspect(wanted, authfile)
     return wanted, [layer.get("size") or 0 for layer in found.get("layers") or ()]
 
 
@@ -64,7 +85,8 @@ def failure(wanted: Reference) -> Error:
         return Error("unavailable", f"the image {wanted.name} is not on this machine, and {what}", "check the network")
     tried = f"the image {wanted.name} is not on this machine, and {wanted.host}"
     if status in (401, 403):
-        return Error("unauthorized", f"{tried} does not give it to us", "check the name; a private image needs a login")
+        hint = f"check the name; a private image needs: docker login {wanted.host}, or skopeo login {wanted.host}"
+        return Error("unauthorized", f"{tried} does not give it to you", hint)
     if status == 404:
         return Error("not_found", f"{tried} does not have it", "check the name and the tag")
     if status == 200:
@@ -74,8 +96,8 @@ def failure(wanted: Reference) -> Error:
     return Error("unavailable", f"{tried} answers {status}", "try again later")
 
 
-def _inspect(wanted: Reference) -> dict[str, Any]:
-    command = ["skopeo", "inspect", "--raw", *options(wanted), f"docker://{wanted.name}"]
+def _inspect(wanted: Reference, authfile: str) -> dict[str, Any]:
+    command = ["skopeo", "inspect", "--raw", f"--authfile={authfile}", *options(wanted), f"docker://{wanted.name}"]
     try:
         done = subprocess.run(command, capture_output=True, check=False, timeout=TIMEOUT)
     except subprocess.TimeoutExpired:

@@ -1,0 +1,84 @@
+"""Private images: fetched with the user's own login, and with nobody else's."""
+
+from __future__ import annotations
+
+import base64
+import ctypes
+import json
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests import images
+from tests.stack import Stack, User, wait_for
+
+PASSWORD = "correct horse"
+
+
+@pytest.fixture
+def registry(stack: Stack, tmp_path: Path) -> Iterator[str]:
+    """The address of a registry that gives lab/tool:1 to ada, with PASSWORD."""
+    program = shutil.which("docker-registry")
+    if not program:
+        pytest.skip("needs docker-registry")
+    libcrypt = ctypes.CDLL("libcrypt.so.1")
+    libcrypt.crypt.restype = ctypes.c_char_p
+    hashed = libcrypt.crypt(PASSWORD.encode(), b"$2y$05$" + b"a" * 22).decode()
+    (tmp_path / "htpasswd").write_text(f"ada:{hashed}\n")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    settings = {
+        "version": 0.1, "storage": {"filesystem": {"rootdirectory": str(tmp_path / "images")}},
+        "http": {"addr": address}, "auth": {"htpasswd": {"realm": "lab", "path": str(tmp_path / "htpasswd")}},
+    }  # fmt: skip
+    (tmp_path / "registry.yml").write_text(yaml.safe_dump(settings))
+    network = ["nsenter", "--net", "--target", str(stack.docker.pid)] if stack.driver == "docker" else []
+    subprocess.run([*network, "ip", "link", "set", "lo", "up"], check=True)
+    with open(tmp_path / "log", "wb") as log:
+        command = [*network, program, "serve", str(tmp_path / "registry.yml")]
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        images.oci_archive(images.alpine(), tmp_path / "tool.tar")
+        copy = [*network, "skopeo", "--insecure-policy", "copy", "--quiet", "--dest-tls-verify=false"]
+        (tmp_path / "auth.json").write_text(logged_in(address))
+        copy += [f"--dest-authfile={tmp_path}/auth.json", f"oci-archive:{tmp_path}/tool.tar"]
+        wait_for("the registry", lambda: not subprocess.run([*copy, f"docker://{address}/lab/tool:1"]).returncode)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def logged_in(address: str, password: str = PASSWORD) -> str:
+    auth = base64.b64encode(f"ada:{password}".encode()).decode()
+    return json.dumps({"auths": {address: {"auth": auth}}})
+
+
+@pytest.mark.parametrize("path", [".docker/config.json", ".config/containers/auth.json"])
+def test_an_image_comes_with_ones_own_login(stack: Stack, ada: User, bob: User, registry: str, path: str):
+    image = f"{registry}/lab/tool:1"
+    words = ["session", "create", "--gpus", "0", "--image", image, "--pull", "always", "--", "echo", "here"]
+    login = ada.home / path
+    login.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        for content in ("", "{", '{"auths": []}', logged_in(registry, "wrong")):
+            login.write_text(content)
+            done = ada.beaker(*words)
+            assert done.returncode != 0
+            assert f"docker login {registry}".encode() in done.stderr
+        login.write_text(logged_in(registry))
+        done = ada.beaker(*words)
+        assert (done.returncode, done.stdout) == (0, b"here\n"), done.stderr
+        # Neither another's login, nor a file that only root can read, is used.
+        assert bob.beaker(*words).returncode != 0
+        login.chmod(0o600)
+        assert ada.beaker(*words).returncode != 0
+        assert PASSWORD not in stack.executor.log.read_text()
+    finally:
+        login.unlink()
