@@ -163,6 +163,17 @@ attempt("port 80", lambda: socket.create_server(("", 80)))
         assert error in ("EPERM", "EACCES", "EROFS", "ENOENT"), (what, error)
 
 
+def test_keyrings_are_closed(inside: Inside) -> None:
+    script = """
+for number in (248, 249, 250):  # add_key, request_key, keyctl of x86-64
+    call("syscall", number, b"user", b"name", b"value", 5, -3)
+"""
+    for identity in (ROOT, ADA):
+        seen = inside.python(script, identity)
+        assert len(seen) == 3
+        assert set(seen.values()) <= {"EPERM", "ENOSYS"}, seen
+
+
 def test_kernel_files_tell_nothing(inside: Inside) -> None:
     for path in ("/proc/kcore", "/proc/keys", "/proc/timer_list"):
         assert inside.run("sh", "-c", f"cat {path} 2>/dev/null")[1] == "", path

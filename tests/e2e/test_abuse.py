@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import threading
 
-from tests.stack import Stack, User
+from tests.stack import BIN, Stack, User
 
 # Speaks to the executor's door from inside, through a link to it in the home.
 KNOCK = """
@@ -60,3 +62,39 @@ def test_a_session_sees_no_processes_of_the_machine(ada: User):
     script = "import os; print(sorted(int(p) for p in os.listdir('/proc') if p.isdigit())[-1] < 1000)"
     done = ada.beaker("session", "create", "--gpus", "0", "--", "python3", "-c", script)
     assert done.stdout == b"True\n"
+
+
+def test_a_home_swapped_during_the_start_is_ones_own_or_nothing(ada: User, bob: User):
+    """Bob's home is a link that goes back and forth between his own directory and ada's, while he starts sessions."""
+    (ada.home / "private").write_text("ada's")
+    mode = ada.home.stat().st_mode & 0o7777
+    ada.home.chmod(0o700)
+    own, stopped = bob.home.with_name("bob-own"), threading.Event()
+    bob.home.rename(own)
+    bob.home.symlink_to(own)
+
+    def swap() -> None:
+        spare = bob.home.with_name("bob-spare")
+        for target in itertools.cycle((ada.home, own)):
+            spare.symlink_to(target)
+            spare.replace(bob.home)
+            if stopped.wait(0.0005):
+                return
+
+    swapper = threading.Thread(target=swap)
+    swapper.start()
+    try:
+        for _ in range(8):
+            done = bob.run(
+                str(BIN / "beaker"), "session", "create", "--gpus", "0", "--", "sh", "-c", "cat private; touch mine",
+                env={"BEAKER_TOKEN": bob.token}, cwd="/",
+            )  # fmt: skip
+            assert b"ada's" not in done.stdout
+    finally:
+        stopped.set()
+        swapper.join()
+        bob.home.unlink()
+        own.rename(bob.home)
+        (ada.home / "private").unlink()
+        ada.home.chmod(mode)
+    assert not (ada.home / "mine").exists()
