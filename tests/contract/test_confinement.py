@@ -172,13 +172,12 @@ def test_first_process_reaps(make: Maker) -> None:
 
 
 def test_network_of_its_own_or_the_host_s(make: Maker) -> None:
-    own, host = (
-        {
-            line.split(b":")[0].strip()
-            for line in make.run("cat", "/proc/net/dev", host_network=shared)[1].splitlines()[2:]
-        }
-        for shared in (False, True)
-    )
-    ours = {path.name.encode() for path in Path("/sys/class/net").iterdir()}
-    assert own - {b"tunl0", b"sit0"} == {b"eth0", b"lo"}
-    assert host == ours != own
+    def network(shared: bool) -> tuple[bytes, set[bytes]]:
+        listing = make.run("sh", "-c", "ls -l /proc/self/ns/net; cat /proc/net/dev", host_network=shared)[
+            1
+        ].splitlines()
+        return listing[0].split()[-1], {line.split(b":")[0].strip() for line in listing[3:]}
+
+    (own, interfaces), (host, _), (again, _) = (network(shared) for shared in (False, True, True))
+    assert interfaces - {b"tunl0", b"sit0"} == {b"eth0", b"lo"}
+    assert host == again != own

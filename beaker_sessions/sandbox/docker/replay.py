@@ -73,7 +73,8 @@ def join(log: Iterable[Frame], stream: Iterable[Frame]) -> tuple[bytes, bool]:
 def overlap(old: bytes, new: bytes) -> int:
     """The largest k so that `old` and `new[:k]` end alike, over the whole of the shorter one."""
     needle = old[-NEEDLE:]
-    end = len(new)
+    # A log that short is whole: the stream cannot reach further back, and few bytes would be found anywhere.
+    end = len(new) if len(old) >= NEEDLE else min(len(old), len(new))
     while needle and (at := new.rfind(needle, 0, end)) >= 0:
         k = at + len(needle)
         common = min(k, len(old))
