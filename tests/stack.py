@@ -219,9 +219,13 @@ class Stack:
 
     def settle(self) -> None:
         """Stop all sessions, and wait until the node is as if there had been none. Raises TimeoutError."""
-        for job in self.admin.jobs(kind="session", finalized=False):
-            self.admin.update_job(job["id"], {"status": {"canceled": True}})
-        wait_for("the end of all sessions", lambda: not self.sandboxes() and not self.live())
+
+        def quiet() -> bool:
+            for job in self.admin.jobs(kind="session", finalized=False):  # the server hears of some a little later
+                self.admin.update_job(job["id"], {"status": {"canceled": True}})
+            return not self.sandboxes() and not self.live()
+
+        wait_for("the end of all sessions", quiet)
         assert not self.files(), f"files of ended sessions are left: {self.files()}"
 
     def files(self) -> list[Path]:
