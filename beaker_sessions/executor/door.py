@@ -189,11 +189,11 @@ class Door:
         caller.send({"job": self._job(self.sessions.view(session.id))})
 
     def _list(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> None:
-        listed = self.sessions.ledger.final(200) if request.get("finalized") else self.sessions.live()
-        for session in listed:
-            own = session.account == account["name"]
+        ended = request.get("finalized")
+        for view in map(View, self.sessions.ledger.final(200)) if ended else self.sessions.views():
+            own = view.session.account == account["name"]
             if own or request.get("all"):
-                job = self._job(self.sessions.view(session.id))
+                job = self._job(view)
                 caller.send({"job": job if own else wire.redacted(job)})
         caller.send({"end": True})
 

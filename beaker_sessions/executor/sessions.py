@@ -123,6 +123,11 @@ class Sessions:
             why = self.cordoned or claims.reason([plan.amount(s.request) for s in waiting], index, self.free())
             return View(live.session, index + 1, why)
 
+    def views(self) -> list[View]:
+        """All sessions that are not final, in order of arrival, as of one moment: no GPU is in two of them."""
+        with self._lock:
+            return [self.view(id) for id in self._live]
+
     def free(self) -> Resources:
         """What nobody has claimed; negative amounts where the machine shrank under its sessions."""
         with self._lock:
