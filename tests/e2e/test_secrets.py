@@ -101,6 +101,7 @@ def test_canaries_are_found_nowhere(stack: Stack, ada: User):
     argv = b"".join(path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists())
     told = stack.docker_cli("inspect", *stack.containers()).stdout.encode() if stack.containers() else b""
     told += ada.beaker("session", "describe", id, "--format", "json").stdout
+    wait_for("the report of the session", lambda: stack.admin.get_job(id))
     told += b"".join(os.fsencode(word) for word in stack.admin.get_job(id).items().__repr__().split())
     for canary in canaries:
         assert canary not in argv + told
