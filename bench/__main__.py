@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -238,6 +239,7 @@ def main() -> None:
     root.chmod(0o755)
     image = images.debian()
     with ExitStack() as parts:
+        parts.callback(shutil.rmtree, root, ignore_errors=True)
         users = {}
         for name in ("docker", "oci"):
             (root / name).mkdir()
