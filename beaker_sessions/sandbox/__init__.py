@@ -20,7 +20,7 @@ from ..model import Identity, Pull
 # The user's name and password for an image `HOST/PATH`, None where there are none. Asked only when a registry is.
 Login = Callable[[str], tuple[str, str] | None]
 LABEL = "beaker.session"  # every sandbox carries it, its value is the session's id
-# Docker's own convention, so that the executor of one state directory never touches the sandboxes of another.
+# So that the executor of one state directory never touches the sandboxes of another.
 LABEL_OWNER = "beaker.executor"
 
 
