@@ -14,6 +14,7 @@ from select import POLLIN, POLLOUT
 
 from ..errors import Error
 from . import output
+from .backlog import STUCK, Backlog
 from .door import Away, Door
 from .loop import READABLE, Loop
 from .stream import CHUNK, STDOUT, Stream
@@ -56,8 +57,6 @@ class Follow:
         self._terminal, self._keys = Terminal(), DetachKey()
         self._typed = b""  # read from standard input, not yet taken by the session
         self._input = tty or may_read()
-        self._shown: list[tuple[int, memoryview]] = []  # received, not yet taken by the standard streams
-        self._unread: set[int] = set()  # of standard output and error, those that nobody reads any more
         self._returning = False  # the executor went away, and has not said anything since
         self._failure: Error | None = None
         self._loop = Loop()
@@ -65,6 +64,7 @@ class Follow:
     def run(self) -> int:
         self._signals: Signals = Signals()
         self._output: Output = Output()
+        self._backlog: Backlog = Backlog(self._output, self._unreadable)
         try:
             self._door = Door()
             try:
@@ -83,14 +83,15 @@ class Follow:
             self._close()
 
     def _turn(self) -> None:
-        stream, door, showing = self._stream, self._door, self._shown
+        stream, door, full = self._stream, self._door, self._backlog.fd
         self._loop.watch(self._signals.fd, POLLIN)
         if door:
             self._loop.watch(door.fileno(), POLLIN)
-        if showing:
-            self._loop.watch(self._output.fd(showing[0][0]), POLLOUT)
+        if full >= 0:
+            self._loop.watch(full, POLLOUT)
         if stream:
-            self._loop.watch(stream.fileno(), (0 if showing else POLLIN) | (POLLOUT if self._typed else 0))
+            more = POLLIN if self._backlog.has_room else 0
+            self._loop.watch(stream.fileno(), more | (POLLOUT if self._typed else 0))
             if self._input:
                 self._loop.watch(0, 0 if self._typed else POLLIN)
         ready = self._loop.wait()
@@ -98,12 +99,12 @@ class Follow:
             self._on_signals()
         if self._result is None and door and door.fileno() in ready:
             self._on_door(door)
-        if self._result is None and showing and self._output.fd(showing[0][0]) in ready:
-            self._flush()
+        if self._result is None and full in ready:
+            self._on_room()
         if self._result is None and stream and (events := ready.get(stream.fileno(), 0)):
             if events & POLLOUT:
                 self._feed()
-            if events & READABLE and not self._shown:
+            if events & READABLE and self._backlog.has_room:
                 self._on_stream(stream)
         if self._result is None and self._stream and self._input and not self._typed and 0 in ready:
             self._on_input()
@@ -210,15 +211,16 @@ class Follow:
         self._ended = frame
         self._drop_door()
         self._loop.cancel()
-        if self._stream or self._shown:
+        if self._stream or not self._backlog.has_room:
             self._loop.after(DRAIN, "drain", self._finish)
         else:
             self._finish()
 
     def _finish(self) -> None:
         assert self._ended is not None
-        if self._shown:  # a pager that takes its time must not lose the end
+        if not self._backlog.has_room:  # a pager that takes its time must not lose the end
             self._loop.after(DRAIN, "drain", self._finish)
+            self._flush()
         else:
             self._result = self._conclude(self._ended)
 
@@ -226,7 +228,7 @@ class Follow:
         """The exit code for the end that was announced, saying what needs to be said."""
         self._restore()
         code, message = frame.get("exitCode"), frame.get("message") or ""
-        if STDOUT in self._unread:
+        if STDOUT in self._backlog.unread:
             return 128 + signal.SIGPIPE
         if self._canceled_by:
             self._progress.say(f"Canceled: session {self.id} has given up its place.")
@@ -292,34 +294,32 @@ class Follow:
             self._loop.after(PATIENCE, "give up", self._give_up)
 
     def _show(self, pieces: list[tuple[int, bytes]]) -> None:
-        for stream, data in pieces:
-            if self._tty:
-                self._terminal.watch(data)
-            if stream not in self._unread:
-                self._shown.append((stream, memoryview(data)))
+        for _, data in pieces if self._tty else ():
+            self._terminal.watch(data)
+        self._backlog.put(pieces)
+        self._flush()
+
+    def _on_room(self) -> None:
+        if self._backlog.resume() and (now := size()) and self._door:
+            self._door.try_send({"resize": [now[0] + 1, now[1]]})  # a full-screen program repaints
+            self._resize()
         self._flush()
 
     def _flush(self) -> None:
-        while self._shown:
-            stream, data = self._shown[0]
-            try:
-                written = self._output.write(stream, data)
-            except OSError as error:
-                self._unreadable(stream, error)
-                continue
-            if written < len(data):
-                self._shown[0] = (stream, data[written:])
-                return
-            self._loop.forget(self._output.fd(stream))
-            del self._shown[0]
-        if not self._stream and self._result is None and self._streamed:
+        full = self._backlog.fd
+        if self._backlog.flush():
+            self._loop.cancel("stuck")
+        if self._backlog.fd != full and full >= 0:
+            self._loop.forget(full)
+        if not self._backlog.has_room:
+            if self._tty and not self._loop.is_set("stuck"):
+                self._loop.after(STUCK, "stuck", self._backlog.skip)
+        elif not self._stream and self._result is None and self._streamed:
             self._drained()
 
     def _unreadable(self, stream: int, error: OSError) -> None:
         """Nobody reads this stream any more, as after `| head -1`, or it cannot be written."""
         self._loop.forget(self._output.fd(stream))
-        self._unread.add(stream)
-        self._shown = [piece for piece in self._shown if piece[0] != stream]
         if self._tty:
             self._leave(128 + signal.SIGHUP)
         elif error.errno != errno.EPIPE:

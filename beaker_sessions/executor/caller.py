@@ -6,9 +6,12 @@ Owns the wire format of the door; knows no sessions.
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import socket
+import sys
+import termios
 from contextlib import suppress
 from typing import Any
 
@@ -80,6 +83,7 @@ class Held:
 
     def __init__(self) -> None:
         self.fd = -1
+        self.is_cut = False
 
     def hand_over(self, caller: Caller, terminal: Terminal, handle: str = "") -> None:
         """Give `terminal` to `caller`, descriptor included."""
@@ -91,8 +95,17 @@ class Held:
         finally:
             os.close(terminal.fd)
 
+    def waiting(self) -> int:
+        """Bytes of output that the caller has not read."""
+        if self.fd < 0:
+            return 0
+        count = bytearray(4)
+        fcntl.ioctl(self.fd, termios.FIONREAD, count)
+        return int.from_bytes(count, sys.byteorder)
+
     def cut(self) -> None:
         """End the connection for everybody who holds it; what runs in the sandbox goes on."""
+        self.is_cut = True
         if self.fd >= 0:
             with suppress(OSError), socket.socket(fileno=os.dup(self.fd)) as shared:
                 shared.shutdown(socket.SHUT_RDWR)

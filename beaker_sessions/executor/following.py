@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 import select
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 
 from .. import wire
@@ -23,6 +24,8 @@ from .lifecycle import Lifecycle
 from .sessions import Subscription, View
 
 log = logging.getLogger(__name__)
+
+STUCK, LOOKS = 1.0, 10  # seconds, and looks meanwhile, in which a terminal's reader must have read something
 
 ROOT = Identity("root", 0, 0, "/root", {0: "root"})
 
@@ -41,6 +44,7 @@ class Following:
     ) -> None:
         self.lifecycle, self.recheck, self.nodes, self.job = lifecycle, recheck, nodes, job
         self.sessions, self.sandboxes = lifecycle.sessions, lifecycle.sandboxes
+        self._held: set[tuple[str, Held]] = set()  # the terminals of main processes that callers use, by session
 
     def session(
         self,
@@ -54,8 +58,11 @@ class Following:
     ) -> None:
         """Tell `caller` of a session until it has ended, or (brief) until it runs or waits."""
         said: dict[str, dict] = {}
-        with self.sessions.follow(id, terminal, size) as news, closing(Held()) as held:
+        with self.sessions.follow(id, terminal, size) as news, self._holding(id) as held:
             for ready in self._turns(caller, held, news.fd):
+                if held.is_cut:
+                    what = f"this terminal of session {id} took no output, and somebody attached elsewhere"
+                    raise Error("conflict", what, f"the session goes on: beaker session attach {id}")
                 if caller.fileno() in ready and not self._heard(caller, id, news):
                     return
                 if news.fd not in ready:
@@ -69,11 +76,36 @@ class Following:
                 if news.wants_terminal and (given := self._given(view, news, replay)):
                     news.wants_terminal = False
                     held.hand_over(caller, given)
+                    self._held.add((id, held))
                 if view.session.state in (State.EXITED, State.FINALIZED):
                     self._farewell(caller, view)
                     return
                 if brief and (view.session.state == State.STARTED or view.position):
                     return
+
+    @contextmanager
+    def _holding(self, id: str) -> Iterator[Held]:
+        held = Held()
+        try:
+            yield held
+        finally:
+            self._held.discard((id, held))
+            held.close()
+
+    def _release(self, id: str) -> None:
+        """Cut off whoever has the session's terminal and does not read: engines wait for the slowest of its readers.
+
+        That is a command line that was stopped, or frozen with its machine; one whose own terminal is stuck reads on.
+        """
+        stuck = {held: count for of, held in list(self._held) if of == id and (count := held.waiting())}
+        for _ in range(LOOKS):
+            if not stuck:
+                return
+            time.sleep(STUCK / LOOKS)
+            stuck = {held: count for held, count in stuck.items() if held.waiting() == count}
+        for held in stuck:
+            log.info("session %s: a terminal that was not read from is cut off", id)
+            held.cut()
 
     def process(self, caller: Caller, session: Session, wanted: Request, terminal: bool, root: bool) -> None:
         """Run a second process in a running session, and tell `caller` how it ended.
@@ -137,6 +169,7 @@ class Following:
             return given
         if view.session.state != State.STARTED:
             return None
+        self._release(view.session.id)
         try:
             given = self.sandboxes.attach(view.session.id, replay=replay)
         except Error as error:

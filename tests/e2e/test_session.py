@@ -127,6 +127,23 @@ def test_hanging_up_detaches(ada: User, tty: type[Tty]):
     assert len(ada.json("session", "list")) == 1
 
 
+def test_a_terminal_that_does_not_read_holds_nobody_up(ada: User, tty: type[Tty]):
+    frozen = tty(ada, "session", "create", "--gpus", "0", "--name", "frozen")
+    frozen.expect(PROMPT)
+    frozen.sendline("seq 1 1000000; touch ~/flooded")
+    frozen.expect_exact("1000\r\n")
+    frozen.kill(signal.SIGSTOP)  # as a machine that was suspended
+    fresh = tty(ada, "session", "attach", "frozen")
+    fresh.expect_exact("1000000\r\n")
+    fresh.run("true")
+    assert (ada.home / "flooded").exists()
+    frozen.kill(signal.SIGCONT)
+    frozen.expect("took no output, and somebody attached elsewhere")
+    assert frozen.end() == 73
+    fresh.sendline("exit")
+    assert fresh.end() == 0
+
+
 def test_the_image_cannot_choose_the_gpus(ada: User):
     command = [
         "session",

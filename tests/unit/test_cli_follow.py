@@ -99,8 +99,9 @@ class Shell:
     """`beaker …` on a pseudo-terminal of its own, as a login shell would run it."""
 
     def __init__(
-        self, environ: dict[str, str], *arguments: str, rows: int = 40, columns: int = 100, **streams: Any
-    ) -> None:
+        self, environ: dict[str, str], *arguments: str, rows: int = 40, columns: int = 100, patch: str = "",
+        **streams: Any,
+    ) -> None:  # fmt: skip
         self.master, self.slave = pty.openpty()
         self.resize(rows, columns)
         self.before = termios.tcgetattr(self.slave)
@@ -111,7 +112,8 @@ class Shell:
             ioctl(self.slave, termios.TIOCSCTTY, 0)
 
         streams = {"stdin": self.slave, "stdout": self.slave, "stderr": self.slave, **streams}
-        self.process = subprocess.Popen([*PYTHON, *arguments], env=environ, preexec_fn=own_terminal, **streams)
+        command = [*PYTHON[:-1], PYTHON[-1].replace("; main()", f"; {patch or 'pass'}; main()"), *arguments]
+        self.process = subprocess.Popen(command, env=environ, preexec_fn=own_terminal, **streams)
 
     def resize(self, rows: int, columns: int) -> None:
         ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
@@ -348,6 +350,21 @@ def test_detaching_works_while_output_floods_a_stuck_terminal(door: FakeDoor, sh
     while it.is_raw():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_stuck_terminal_does_not_hold_up_the_session(door: FakeDoor, shell: Callable[..., Shell]) -> None:
+    it = shell("session", "create", patch="import beaker_sessions.cli.follow as f; f.STUCK = 0.3")
+    call, session = started(door, it)
+    sent = b"flood\r\n" * 1_000_000
+    session.sendall(sent)  # which nobody reads
+    note = it.expect(b" bytes of output are not shown, as this terminal was stuck]\r\n")
+    shown, _, skipped = note.rpartition(b"\x18\r\n[beaker: ")
+    assert sent.startswith(shown)
+    session.send(b"and on\r\n")
+    rest = it.expect(b"and on\r\n")
+    assert sent.endswith(rest)
+    assert len(shown) + int(skipped) + len(rest) == len(sent)
+    assert [call.receive(), call.receive()] == [{"resize": [41, 100]}, {"resize": [40, 100]}]  # for a repaint
 
 
 def test_detaching_works_while_the_executor_is_stuck(door: FakeDoor, shell: Callable[..., Shell]) -> None:

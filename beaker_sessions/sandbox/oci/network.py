@@ -19,6 +19,7 @@ import random
 import shlex
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -27,6 +28,7 @@ from ...errors import Error
 from . import mounts
 
 COUNT = 4  # namespaces kept ready
+SETTLE = 0.3  # seconds after one was taken until another is made: a session starts, and needs the CPUs just then
 READY = ".ready"  # beside the file of each of these
 CLONE_NEWNET = 0x40000000
 # Searched for one that nothing on this machine uses; Docker and Podman take others by default.
@@ -63,7 +65,7 @@ class Network:
                     return ready.with_suffix("")
             return self._make()
         finally:
-            self.warm()
+            self.warm(SETTLE)
 
     def drop(self, name: str) -> None:
         """Forget a namespace; it goes with the last process in it. Silent if there is none."""
@@ -107,9 +109,9 @@ class Network:
             if path.suffix != READY and path.name not in ready and path.name not in used:
                 self.drop(path.name)
 
-    def warm(self) -> None:
-        """Make namespaces in the background until enough are ready."""
-        threading.Thread(target=self._fill, name="network", daemon=True).start()
+    def warm(self, after: float = 0.0) -> None:
+        """Make namespaces in the background until enough are ready, beginning after so many seconds."""
+        threading.Thread(target=self._fill, args=[after], name="network", daemon=True).start()
 
     def close(self) -> None:
         """Remove everything: for tests, and when the executor is uninstalled."""
@@ -133,10 +135,11 @@ class Network:
     def _ready(self) -> list[Path]:
         return list(self.directory.glob(f"*{READY}"))
 
-    def _fill(self) -> None:
+    def _fill(self, after: float) -> None:
         if not self._filling.acquire(blocking=False):
             return
         try:
+            time.sleep(after)
             while not self._closed and len(self._ready()) < COUNT:
                 path = self._make()
                 path.with_suffix(READY).touch()
