@@ -26,6 +26,7 @@ class ExecutorSettings:
     """What one node's executor is told. `metadata["key"]` is the dotted path in the file.
 
     accounts: Unix name -> account name where they differ. gpus: CDI names to offer, None for all that are found.
+    session_disk: what a session may write outside of home and mounts, as `200GiB`; "" for no limit.
     """
 
     storage_path: str = field(default="/var/lib/beaker", metadata={"key": "storagePath"})
@@ -44,6 +45,7 @@ class ExecutorSettings:
     cdi_paths: list[str] = field(default_factory=lambda: ["/etc/cdi", "/var/run/cdi"], metadata={"key": "cdiPaths"})
     default_image: str = field(default="beaker-sessions/base", metadata={"key": "defaultImage"})
     host_networking: bool = field(default=False, metadata={"key": "hostNetworking"})
+    session_disk: str = field(default="", metadata={"key": "sessionDisk"})
 
     prefix: typing.ClassVar[str] = "BEAKER_EXECUTOR_"
     section: typing.ClassVar[str] = ""

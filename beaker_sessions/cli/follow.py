@@ -141,8 +141,19 @@ class Follow:
             self._begin(frame, fd)
         elif event == "ended":
             self._end(frame)
+        elif event == "notice":
+            self._notice(frame["text"])
         elif not self._streamed:
             self._progress.tell(frame)
+
+    def _notice(self, text: str) -> None:
+        """Something to know about the session, as it runs: told where its output is seen, and nowhere else."""
+        text = f"beaker: {output.escape(text)}"
+        if self._tty and self._stream:
+            self._show([(STDOUT, f"\r\n[{text}]\r\n".encode())])
+            self._repaint()
+        else:
+            self._progress.say(text)
 
     def _lost(self) -> None:
         """The executor closed the connection before the end: come back to it, while the terminal goes on."""
@@ -300,9 +311,8 @@ class Follow:
         self._flush()
 
     def _on_room(self) -> None:
-        if self._backlog.resume() and (now := size()) and self._door:
-            self._door.try_send({"resize": [now[0] + 1, now[1]]})  # a full-screen program repaints
-            self._resize()
+        if self._backlog.resume():
+            self._repaint()
         self._flush()
 
     def _flush(self) -> None:
@@ -388,6 +398,12 @@ class Follow:
         forwards = self._stream and not self._tty and self._op != "exec" and self._signals_sent < 3
         if not (forwards and self._door and self._door.try_send({"signal": number})):
             self._leave(128 + number)
+
+    def _repaint(self) -> None:
+        """Have a full-screen program draw again what was written over: it does so for another size."""
+        if (now := size()) and self._door:
+            self._door.try_send({"resize": [now[0] + 1, now[1]]})
+            self._resize()
 
     def _resize(self) -> None:
         """Tell the size; an executor that takes nothing now is told a little later."""

@@ -83,6 +83,7 @@ def describe(options: Options) -> int:
             ("Node", job.get("hostname") or job.get("node")),
             ("Place in the queue", job.get("queuePosition")),
             ("Reason", job.get("reason")),
+            *([("Notice", job["notice"])] if job.get("notice") else []),
             ("Image", "".join((session.get("image") or {}).values())),
             ("Command", " ".join(session.get("command") or [])),
             ("GPUs", ", ".join(limits.get("gpus") or []) or requests.get("gpuCount")),

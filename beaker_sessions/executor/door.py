@@ -263,7 +263,9 @@ class Door:
 
     def _job(self, view: View) -> dict[str, Any]:
         node = self.lifecycle.node()
-        queue = {"queuePosition": view.position, "reason": view.reason} if view.position else {}
+        queue: dict[str, Any] = {"queuePosition": view.position, "reason": view.reason} if view.position else {}
+        if view.notice:
+            queue["notice"] = view.notice
         return wire.job(
             view.session, node=node["id"], hostname=node["hostname"], cluster=self.lifecycle.settings.cluster, **queue
         )

@@ -194,6 +194,9 @@ class Following:
             done, total, layers = view.progress.done, view.progress.total, view.progress.layers
             yield {"event": "pull", "done": done, "total": total, "layers": list(layers)}
 
+        if view.notice:
+            yield {"event": "notice", "text": view.notice}
+
     def _farewell(self, caller: Caller, view: View) -> None:
         session = view.session
         if session.error:

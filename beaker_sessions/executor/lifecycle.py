@@ -24,7 +24,7 @@ from ..errors import Error
 from ..model import Claim, Identity, Request, Session, State
 from ..sandbox import LABEL_OWNER, Found, Mount, Progress, Sandboxes, Spec, Status
 from ..settings import ExecutorSettings
-from . import credentials, inventory, plan
+from . import credentials, disk, inventory, plan
 from .inside import Inside
 from .rundir import TARGET
 from .sessions import Sessions
@@ -45,6 +45,7 @@ class Lifecycle:
     ) -> None:
         self.inside = inside
         self.sessions, self.sandboxes, self.settings, self.owner = sessions, sandboxes, settings, owner
+        self.disk = disk.limit(settings)
         self.output = Path(settings.storage_path, "executor", "output")
         self.output.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.ready = threading.Event()  # the first reconcile is done: what runs here is known
@@ -108,6 +109,7 @@ class Lifecycle:
             spec: Spec = plan.spec(
                 id, request, claim, identity, image, [*self._mounts(request, identity, pins), *own],
                 capacity=self.sessions.capacity, node=self.node(), owner=self.owner, job=wire.job(session),
+                disk=self.disk,
             )  # fmt: skip
             self.sandboxes.create(spec)
             size = self.sessions.offer(id, lambda: self.sandboxes.attach(id, replay=False))

@@ -17,6 +17,7 @@ from ..sandbox import Finding, Sandboxes
 from ..settings import ExecutorSettings, load
 from . import doctor, inventory
 from .access import Access
+from .disk import Disk
 from .door import Door
 from .inside import Inside
 from .ledger import Ledger
@@ -100,12 +101,14 @@ def serve(settings: ExecutorSettings) -> None:
     inside = Inside(Path(settings.socket).parent / "sessions", settings.address)
     lifecycle = Lifecycle(sessions, driver, settings, inside, owner=settings.storage_path)
     access = Access(ledger, settings.address, settings.accounts)
-    metrics = Metrics(sessions, driver, settings.storage_path)
+    disk = Disk(sessions, driver, settings)
+    metrics = Metrics(sessions, driver, settings.storage_path, disk.use)
     reporter = Reporter(lifecycle, access, settings, metrics)
     findings = functools.partial(doctor.findings, settings, driver, why)
     door = Door(settings.socket, lifecycle, access, reporter.nodes, findings, metrics.last)
     door.listen()
     lifecycle.run()
+    disk.run()
     metrics.run()
     reporter.run()
     log.info("serving %s at %s, driver %s", sessions.inventory.hostname, settings.socket, driver.name)

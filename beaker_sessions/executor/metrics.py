@@ -16,7 +16,7 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,15 @@ log = logging.getLogger(__name__)
 
 
 class Metrics:
-    """`run` starts the thread that samples; `pending` and `sent` are for whoever reports."""
+    """`run` starts the thread that samples; `pending` and `sent` are for whoever reports.
 
-    def __init__(self, sessions: Sessions, driver: Sandboxes, storage: str) -> None:
-        self.sessions, self.driver, self.storage = sessions, driver, storage
+    disk(id): bytes that a session holds on the disk, None when that is not known.
+    """
+
+    def __init__(
+        self, sessions: Sessions, driver: Sandboxes, storage: str, disk: Callable[[str], int | None] = lambda _: None
+    ) -> None:
+        self.sessions, self.driver, self.storage, self.disk = sessions, driver, storage, disk
         self._samples: deque[Sample] = deque(maxlen=KEPT)
         self._last: Sample = {}
         self._taken = 0.0
@@ -106,6 +111,8 @@ class Metrics:
             places = cgroups(Path(f"/proc/{self._pids[id]}/cgroup").read_text(), self._mounts)
         except (OSError, KeyError):
             return used
+        if (disk := self.disk(id)) is not None:
+            used["disk"] = disk
         with contextlib.suppress(OSError, ValueError, KeyError):
             self._rate(used, id, group_cpu(places))
         with contextlib.suppress(OSError, ValueError, KeyError):

@@ -78,8 +78,12 @@ def spec(
     node: Mapping[str, str],
     owner: str,
     job: Mapping[str, object],
+    disk: int = 0,
 ) -> Spec:
-    """The sandbox of a session. node: `{"id", "hostname"}`. owner: names the executor. job: its JSON, for the label."""
+    """The sandbox of a session. node: `{"id", "hostname"}`. owner: names the executor. job: its JSON, for the label.
+
+    disk: bytes that it may write outside of its mounts, 0 for no limit.
+    """
     weight = max(IDLE_WEIGHT, round(10000 * claim.cpus / capacity.cpus)) if claim.cpus else IDLE_WEIGHT
     return Spec(
         id=id,
@@ -107,6 +111,7 @@ def spec(
         stdin=request.stdin,
         host_network=request.host_network,
         ports=claim.ports,
+        disk=disk,
     )
 
 

@@ -66,17 +66,22 @@ class Live:
     since: float | None = None
     exit_seen: bool = False
     stopped_by: str = ""
+    notice: str = ""
     subscribers: set[Subscription] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
 class View:
-    """A session as a follower is told of it. position: 1 is next, 0 is not waiting."""
+    """A session as a follower is told of it. position: 1 is next, 0 is not waiting.
+
+    notice: what its author should know now, "" for nothing.
+    """
 
     session: Session
     position: int = 0
     reason: str = ""
     progress: Progress | None = None
+    notice: str = ""
 
 
 class Sessions:
@@ -117,7 +122,7 @@ class Sessions:
             if live is None:
                 return View(self._final(id)[0])
             if live.session.state != State.CREATED:
-                return View(live.session, progress=live.progress)
+                return View(live.session, progress=live.progress, notice=live.notice)
             waiting = [entry.session for entry in self._live.values() if entry.session.state == State.CREATED]
             index = next(i for i, session in enumerate(waiting) if session.id == id)
             why = self.cordoned or claims.reason([plan.amount(s.request) for s in waiting], index, self.free())
@@ -327,6 +332,13 @@ class Sessions:
         with self._lock:
             if live := self._live.get(id):
                 live.progress = progress
+                self._notify(live)
+
+    def notice(self, id: str, text: str) -> None:
+        """What a session's author should know now, "" for nothing more."""
+        with self._lock:
+            if (live := self._live.get(id)) and live.notice != text:
+                live.notice = text
                 self._notify(live)
 
     def offer(self, id: str, attach: Callable[[], Terminal]) -> tuple[int, int]:

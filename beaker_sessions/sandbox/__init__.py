@@ -61,7 +61,8 @@ class Spec:
     passwd and group entries must resolve in any image. cpu_weight: relative share, 1 to 10000, 100 is Docker's 1024
     shares. memory: hard limit in bytes, 0 for none. gpus: CDI names; exactly these devices are reachable.
     oom_score_adj: added to the badness of every process inside. ports: TCP ports inside, each with the node's that
-    leads there.
+    leads there. disk: bytes that it may write outside of its mounts, 0 for no limit; where a driver cannot enforce
+    that, it does not.
     """
 
     id: str
@@ -83,6 +84,7 @@ class Spec:
     stdin: bool = True
     host_network: bool = False
     ports: tuple[tuple[int, int], ...] = ()
+    disk: int = 0
 
 
 class Framing(enum.StrEnum):
@@ -209,6 +211,9 @@ class Sandboxes(Protocol):
 
     def logs(self, id: str, limit: int) -> bytes:
         """The last `limit` bytes of output, standard output and errors in the order they came."""
+
+    def disk(self, id: str) -> int | None:
+        """Bytes on the disk that the sandbox has written outside of its mounts; None when the engine does not tell."""
 
     def list(self) -> list[Found]:  # last: its name hides the type from what follows
         """Every sandbox of this executor, whatever its state."""

@@ -164,6 +164,9 @@ class FakeSandboxes:
     def logs(self, id: str, limit: int) -> bytes:
         return self._process(id).said[-limit:]
 
+    def disk(self, id: str) -> int | None:
+        return len(self._process(id).said)
+
     def check(self) -> list[Finding]:
         return [Finding("warning", "the fake driver runs nothing", "set driver: docker")]
 

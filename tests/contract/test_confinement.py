@@ -53,6 +53,21 @@ def test_an_ordinary_user_has_no_way_to_more(make: Maker) -> None:
     assert values == {"CapEff:": "0" * 16, "NoNewPrivs:": "0" if oci else "1", "Seccomp:": "2"}
 
 
+def test_what_it_writes_outside_of_mounts_is_counted(make: Maker, tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    write = "head -c 6000000 /dev/zero >/tmp/own; head -c 60000000 /dev/zero >/mnt/theirs; echo done; cat"
+    with pinned(tmp_path, "/mnt") as mount:
+        spec = make.spec("sh", "-c", write, image="debian", mounts=(mount,))
+        stream = make.start(spec)
+    before = make.lab.sandboxes.disk(spec.id)
+    stream.read(b"done")
+    after = make.lab.sandboxes.disk(spec.id)
+    assert before is not None
+    assert after is not None
+    assert before <= after
+    assert 6_000_000 <= after < 20_000_000
+
+
 def test_own_files_cannot_be_changed(make: Maker) -> None:
     root = Identity("root", 0, 0, "/root", {0: "root"})
     paths = ["/.beaker/entry.sh", "/.beaker/busybox"]

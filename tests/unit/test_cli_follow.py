@@ -367,6 +367,16 @@ def test_a_stuck_terminal_does_not_hold_up_the_session(door: FakeDoor, shell: Ca
     assert [call.receive(), call.receive()] == [{"resize": [41, 100]}, {"resize": [40, 100]}]  # for a repaint
 
 
+def test_a_notice_is_told_in_the_terminal_and_the_screen_drawn_again(
+    door: FakeDoor, shell: Callable[..., Shell]
+) -> None:
+    it = shell("session", "create")
+    call, _ = started(door, it)
+    call.send(event="notice", text="the disk is \x1b[31mfull")
+    it.expect(b"\r\n[beaker: the disk is \\x1b[31mfull]\r\n")
+    assert [call.receive(), call.receive()] == [{"resize": [41, 100]}, {"resize": [40, 100]}]
+
+
 def test_detaching_works_while_the_executor_is_stuck(door: FakeDoor, shell: Callable[..., Shell]) -> None:
     it = shell("session", "create")
     started(door, it)

@@ -36,6 +36,7 @@ STATUSES = {
     "paused": Status.RUNNING,
     "restarting": Status.RUNNING,
 }
+SIZING = 600.0  # seconds in which the engine adds up the files of a container
 EXEC_PATIENCE = 10.0  # seconds between the end of an exec's streams and its exit code
 LOG_ROUNDS, LOG_PAUSE = 25, 0.02  # how often, and how long apart in seconds, a late log is read again
 EVENTS = ["start", "die", "oom", "destroy"]
@@ -193,6 +194,10 @@ class DockerSandboxes:
     def logs(self, id: str, limit: int) -> bytes:
         tty = self._inspect(id)["Config"]["Tty"]
         return b"".join(data for _, data in self._tail(id, limit, tty))[-limit:]
+
+    def disk(self, id: str) -> int | None:
+        size = self.engine.call("GET", f"{_path(id)}/json", {"size": "1"}, timeout=SIZING).get("SizeRw")
+        return None if size is None else int(size)
 
     def check(self) -> list[Finding]:
         return check(self.engine, cdi.load(self.cdi_paths))

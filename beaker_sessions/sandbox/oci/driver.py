@@ -39,7 +39,7 @@ from pathlib import Path
 from ...errors import Error
 from ...model import Identity, Pull
 from .. import LABEL, LABEL_OWNER, Finding, Found, Framing, Image, Login, Progress, Spec, Status, Terminal, cdi
-from . import cgroups, config, conmon, logs, mounts, record, rootfs, userns
+from . import cgroups, config, conmon, layer, logs, mounts, record, rootfs, userns
 from .check import check
 from .images import Images
 from .mounts import IdMap
@@ -86,6 +86,7 @@ class OciSandboxes:
         self.images = Images(state / "images", docker)
         self.network = Network(RUN / bridge / "networks", bridge)
         self.runtime = conmon.Runtime(program(RUNTIMES), state / "runtime")
+        self.quotas = layer.has_quotas(state)
         self._namespaces: dict[tuple[object, ...], int] = {}
         self._watches: list[Watch] = []
         self._install()
@@ -112,8 +113,14 @@ class OciSandboxes:
             network = None if spec.host_network else self.network.take()
             if network:
                 sandbox = replace(sandbox, network=network.name, ports=spec.ports)
+            if self.quotas:
+                sandbox = replace(sandbox, project=layer.project({other.project for _, other in self._sandboxes()}))
             sandbox.save(directory)
             self.network.publish(sandbox.network, spec.id, sandbox.ports)
+            for part in layer.PARTS:
+                (directory / part).mkdir()
+            if sandbox.project:
+                layer.assign(directory, sandbox.project, spec.disk)
             root = self.roots / spec.id
             try:
                 rootfs.make(
@@ -224,6 +231,8 @@ class OciSandboxes:
             if sandbox.network:
                 self.network.withdraw(sandbox.network, id, sandbox.ports)
                 self.network.drop(sandbox.network)
+            if sandbox.project:
+                layer.lift(self.state, sandbox.project)
         self._unmount(id)
         mounts.remove_tree(self.runtime.root / id)
         directory.rename(self.state / "trash" / secrets.token_hex(8))
@@ -242,6 +251,13 @@ class OciSandboxes:
     def logs(self, id: str, limit: int) -> bytes:
         self._record(id)
         return logs.tail(self._directory(id), limit)
+
+    def disk(self, id: str) -> int | None:
+        sandbox = self._record(id)
+        try:
+            return layer.use(self._directory(id), sandbox.project)
+        except OSError as error:
+            raise Error("unavailable", f"the disk use of {id} is not known: {error}") from error
 
     def check(self) -> list[Finding]:
         registry = cdi.load(self.cdi_paths)

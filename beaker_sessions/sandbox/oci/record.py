@@ -23,7 +23,7 @@ KILLED = 137  # 128 + SIGKILL
 class Record:
     """boot: of the machine when it was made. network: the name of its namespace, "" for this machine's own.
 
-    ports: TCP ports of its own and this machine's that lead there.
+    ports: TCP ports of its own and this machine's that lead there. project: of its layer's quota, 0 for none.
 
     conmon and init: once they run; before that the sandbox is being made, or was when its executor was killed.
     """
@@ -35,6 +35,7 @@ class Record:
     network: str = ""
     ports: tuple[tuple[int, int], ...] = ()
     boot: str = ""
+    project: int = 0
     conmon: Process = field(default=Process(0, 0))
     init: Process = field(default=Process(0, 0))
 

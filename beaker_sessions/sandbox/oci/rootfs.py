@@ -37,14 +37,14 @@ def make(
     inside: Path,
     resolvers: str,
 ) -> None:
-    """Mount and fill the root file system at root; its writable layer is `upper` in base.
+    """Mount and fill the root file system at root; its writable layer is `upper` in base, which is there.
 
     inside: the directory that the sandbox sees as INSIDE. resolvers: the text of resolv.conf.
     Raises Error not_found for a mount whose source is gone, OSError otherwise.
     """
     owner = outside(uids, 0), outside(gids, 0)
+    root.mkdir()
     for path in (root, base / "upper", base / "work"):
-        path.mkdir()
         path.chmod(0o755)
     os.chown(base / "upper", *owner)
     mounts.overlay(root, [Path(layer) for layer in image.layers], base, userns)
