@@ -17,17 +17,21 @@ from pathlib import Path
 
 from ..client import Client
 from ..errors import Error
-from ..sandbox import Finding, Sandboxes, cdi
+from ..sandbox import LOW_DISK, Finding, Sandboxes, cdi
 from ..settings import ExecutorSettings, load
 from . import inventory
 
-LOW_DISK = 10 << 30  # bytes
+NVIDIA = Path("/dev/nvidiactl")  # there when NVIDIA's driver is loaded
 
 
 def findings(settings: ExecutorSettings, sandboxes: Sandboxes, why: str) -> Iterator[Finding]:
     """Everything, in the order one would mend it. why: the driver is this one and not the other."""
     yield Finding("ok", f"sessions are run by the {sandboxes.name} driver" + (f", because {why}" if why else ""))
     yield from _engine(sandboxes)
+    if sandboxes.name != "docker":
+        there = os.path.exists(settings.docker_socket)
+        images = "its images can be used" if there else "images come from registries and archives"
+        yield Finding("ok", f"Docker Engine is {'' if there else 'not '}at {settings.docker_socket}: {images}")
     yield from _server(settings)
     yield from _machine(settings)
 
@@ -70,24 +74,40 @@ def _machine(settings: ExecutorSettings) -> Iterable[Finding]:
         )
     except Error as error:
         yield Finding("error", error.message, error.hint)
-    claimable = any(gpu.id.startswith("nvidia.com/gpu=") for gpu in has.gpus) if has else True
-    if not claimable and Path("/dev/nvidiactl").exists():
-        mend = "nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"
-        yield Finding(
-            "error", "this machine has NVIDIA GPUs but no CDI specification, so no session can claim them", mend
-        )
+    yield from _nvidia(has)
     for path in settings.mount_paths:
         if not os.path.isdir(path):
             yield Finding(
                 "warning", f"{path} is not there, so sessions do not see it", "mount it, or take it out of mountPaths"
             )
     free = shutil.disk_usage(settings.storage_path).free
-    level = "ok" if free > LOW_DISK else "warning"
-    yield Finding(
-        level,
-        f"{free / 2**30:.1f} GiB free below {settings.storage_path}",
-        "" if level == "ok" else "docker image prune",
-    )
+    what = f"{free / 2**30:.1f} GiB are free in {settings.storage_path}"
+    yield Finding("ok", what) if free > LOW_DISK else Finding("warning", what, "beaker executor images prune")
+
+
+def _nvidia(has: inventory.Inventory | None) -> Iterable[Finding]:
+    """Whether sessions can claim this machine's GPUs, and whether a GPU forgets everything when a session ends."""
+    if not NVIDIA.exists():
+        return
+    if has and not any(gpu.id.startswith("nvidia.com/gpu=") for gpu in has.gpus):
+        mend = "nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"
+        yield Finding(
+            "error", "this machine has NVIDIA GPUs but no CDI specification, so no session can claim them", mend
+        )
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        for number in range(pynvml.nvmlDeviceGetCount()):
+            mode = pynvml.nvmlDeviceGetPersistenceMode(pynvml.nvmlDeviceGetHandleByIndex(number))
+            if mode != pynvml.NVML_FEATURE_ENABLED:
+                what = f"GPU {number} is without persistence mode: each session waits for it to be initialised"
+                yield Finding("warning", what, "systemctl enable --now nvidia-persistenced, or nvidia-smi -pm 1")
+            else:
+                yield Finding("ok", f"GPU {number} is in persistence mode")
+        pynvml.nvmlShutdown()
+    except pynvml.NVMLError as error:
+        yield Finding("warning", f"NVML does not answer, so the use of GPUs is unknown: {error}", "nvidia-smi")
 
 
 def main() -> int:

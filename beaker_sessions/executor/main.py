@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..errors import Error
-from ..sandbox import Finding, Sandboxes
+from ..sandbox import Sandboxes
 from ..settings import ExecutorSettings, load
 from . import doctor, inventory
 from .access import Access
@@ -37,21 +37,24 @@ def sandboxes(settings: ExecutorSettings, used: str = "") -> tuple[Sandboxes, st
     """
     if settings.driver not in ("auto", "oci", "docker"):
         raise Error("invalid", f"driver: {settings.driver!r} is not one of: auto, oci, docker", "correct the settings")
-    wanted = used if settings.driver == "auto" and used else settings.driver
+    said = "the settings say so"
+    wanted = settings.driver
+    if wanted == "auto" and used:
+        wanted, said = used, "live sessions use it"
     if wanted == "docker":
-        return _docker(
-            settings
-        ), "live sessions use it" if used and settings.driver == "auto" else "the settings say so"
-    try:
-        driver = _oci(settings)
-        problems = [finding for finding in driver.check() if finding.level == "error"]
-    except Error as error:
-        problems = [Finding("error", error.message, error.hint)]
-    if not problems:
-        return driver, "" if settings.driver == "auto" else "the settings say so"
-    why = f"oci cannot run here: {problems[0].what}"
-    if settings.driver == "oci":
-        raise Error("unavailable", why, problems[0].mend or "set driver: docker")
+        return _docker(settings), said
+    from ..sandbox.oci.command import problem
+
+    if wanted == "oci" and used == "oci":
+        return _oci(settings), said  # whatever new sessions may lack, it has live ones; doctor says what is wrong
+    Path(settings.storage_path).mkdir(parents=True, exist_ok=True)
+    found = problem(Path(settings.storage_path))
+    if not found:
+        passes = "a trial of it passes here, and it is preferred to Docker Engine"
+        return _oci(settings), said if wanted == "oci" else passes
+    why = f"oci cannot run here: {found.what}"
+    if wanted == "oci":
+        raise Error("unavailable", why, found.mend or "set driver: docker")
     log.warning("%s; sessions are run by Docker Engine", why)
     return _docker(settings), why
 

@@ -22,6 +22,7 @@ Login = Callable[[str], tuple[str, str] | None]
 LABEL = "beaker.session"  # every sandbox carries it, its value is the session's id
 # So that the executor of one state directory never touches the sandboxes of another.
 LABEL_OWNER = "beaker.executor"
+LOW_DISK = 10 << 30  # bytes of free disk below which images and sessions will soon be in trouble
 
 
 @dataclass(frozen=True)

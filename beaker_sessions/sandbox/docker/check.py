@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ...errors import Error
-from .. import Finding
+from .. import LOW_DISK, Finding, runtimes
 from ..cdi import Registry
 from .engine import Engine
 from .files import BUSYBOX
@@ -22,8 +24,8 @@ def check(engine: Engine, registry: Registry) -> list[Finding]:
     try:
         version, info = engine.version, engine.call("GET", "/info")
     except Error as error:
-        return [Finding("error", error.message, error.hint), _busybox(), *registry.findings]
-    return [*_engine(version, info), _busybox(), *_devices(info, registry), *registry.findings]
+        return [Finding("error", error.message, error.hint), _busybox()]
+    return [*_engine(version, info), *_runtime(version), _busybox(), *_devices(info, registry), *_disk(info)]
 
 
 def _engine(version: dict[str, Any], info: dict[str, Any]) -> Iterator[Finding]:
@@ -57,6 +59,22 @@ def _engine(version: dict[str, Any], info: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("ok", "seccomp is on")
     else:
         yield Finding("error", "Docker Engine runs containers without seccomp", "use a kernel with CONFIG_SECCOMP")
+
+    if "name=apparmor" in options:
+        yield Finding("ok", "AppArmor is on, with Docker Engine's profile for containers")
+
+
+def _runtime(version: dict[str, Any]) -> Iterator[Finding]:
+    for component in version.get("Components") or ():
+        if component["Name"] in runtimes.KNOWN:
+            yield runtimes.finding(component["Name"], component["Version"])
+
+
+def _disk(info: dict[str, Any]) -> Iterator[Finding]:
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(info["DockerRootDir"]).free
+        what = f"{free / 2**30:.1f} GiB are free in {info['DockerRootDir']}, for images and sessions"
+        yield Finding("ok", what) if free > LOW_DISK else Finding("warning", what, "docker image prune")
 
 
 def _busybox() -> Finding:

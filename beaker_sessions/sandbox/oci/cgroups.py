@@ -1,7 +1,7 @@
 """Control groups: which kind this machine has, and what the kernel says about a sandbox's.
 
 Owns: reading and removing what the runtime made, on cgroup v1, hybrid and v2 alike. The limits themselves are set by
-the runtime (`spec.py`). Sources: the kernel's `admin-guide/cgroup-v1` and `cgroup-v2.rst`.
+the runtime (`config.py`). Sources: the kernel's `admin-guide/cgroup-v1` and `cgroup-v2.rst`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,12 @@ class Cgroups:
     @property
     def name(self) -> str:
         return "version 2" if self.unified else "version 1, hybrid" if "" in self.hierarchies else "version 1"
+
+    def controllers(self) -> set[str]:
+        """What can be limited: `cpu`, `memory`, `pids` and more."""
+        if self.unified:
+            return set((self.hierarchies[""] / "cgroup.controllers").read_text().split())
+        return {name for names in self.hierarchies for name in names.split(",")}
 
     def oom(self, cgroup: str) -> bool:
         """Whether the kernel has killed some process of the group for memory."""

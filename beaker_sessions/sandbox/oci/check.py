@@ -2,50 +2,39 @@
 
 from __future__ import annotations
 
-import itertools
 import os
+import pwd
 import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .. import Finding
-from ..cdi import Registry
+from ...errors import Error
+from .. import Finding, runtimes
 from ..docker.check import is_static
-from . import mounts, userns
+from . import trial, userns
 from .cgroups import Cgroups
 
 PACKAGES = {"conmon": "conmon", "skopeo": "skopeo", "ip": "iproute2", "iptables": "iptables", "unshare": "util-linux"}
 CONMON = (2, 1, 6)  # the oldest that this was written for
-FIXED = {"runc": (1, 1, 12), "crun": (1, 14, 3)}  # after CVE-2024-21626 and its like
-ROOM = 10 << 30  # bytes of free disk below which images and sessions will soon be in trouble
+ACTIONS = Path("/proc/sys/kernel/seccomp/actions_avail")
+APPARMOR = Path("/sys/module/apparmor/parameters/enabled")
 
 
-def check(state: Path, runtime: str, cgroups: Cgroups, init: str, busybox: str, registry: Registry) -> list[Finding]:
+def check(state: Path, runtime: str, cgroups: Cgroups, init: str, busybox: str) -> list[Finding]:
+    """state: on whose file system it is tried. Any error among the findings means that no session can run."""
     return [
-        _runtime(runtime),
         *_programs(),
         _conmon(),
         *(_static(program) for program in (init, busybox)),
-        _layers(state),
-        _cgroups(cgroups),
+        *_kernel(),
+        *_cgroups(cgroups),
+        _trial(state, runtime, cgroups, busybox),
+        runtimes.finding(Path(runtime).name, _version(runtime)),
         *_subordinate(),
         _forwarding(),
-        _disk(state),
-        *registry.findings,
     ]
-
-
-def _runtime(path: str) -> Finding:
-    name, text = Path(path).name, _version(path)
-    version = _numbers(text)
-    what = f"{name} {'.'.join(map(str, version))}"
-    if version >= FIXED.get(name, ()) or "deb" in text or "ubuntu" in text:
-        return Finding("ok", f"{what} runs the sessions")  # distributions mend old versions without a new number
-    fixed = ".".join(map(str, FIXED[name]))
-    return Finding("warning", f"{what} has known ways out of a container, mended in {fixed}", f"apt-get install {name}")
 
 
 def _programs() -> Iterator[Finding]:
@@ -67,51 +56,63 @@ def _static(program: str) -> Finding:
     return Finding("error", f"{program} is not static, so that it cannot start in any image", mend)
 
 
-def _layers(state: Path) -> Finding:
-    """Makes what every session needs: an overlay on a layer whose owners are mapped."""
-    mapping = userns.id_map(userns.FIRST, [])
-    with tempfile.TemporaryDirectory(dir=state / "trash") as name:
-        base = Path(name)
-        for part in ("layer", "upper", "work", "root"):
-            (base / part).mkdir()
-        try:
-            with mounts.opened(mounts.user_namespace(mapping, mapping)) as namespace:
-                mounts.overlay(base / "root", [base / "layer"], base, namespace)
-        except OSError as error:
-            what = f"no idmapped layers on {state}: {error.strerror}; sessions of this driver will not start"
-            return Finding("error", what, "use Linux 5.19 or newer and ext4, XFS or Btrfs, or set driver: docker")
-        finally:
-            mounts.unmount(base / "root")
-    return Finding("ok", f"Linux {os.uname().release} has idmapped layers on {state}")
+def _kernel() -> Iterator[Finding]:
+    most = Path("/proc/sys/user/max_user_namespaces")
+    if not most.exists() or int(most.read_text()) == 0:
+        yield Finding("error", "this kernel makes no user namespaces", "sysctl -w user.max_user_namespaces=65536")
+    if not ACTIONS.exists() or "errno" not in ACTIONS.read_text().split():
+        yield Finding("error", "this kernel does not filter system calls", "use a kernel with CONFIG_SECCOMP_FILTER")
+    if APPARMOR.exists() and APPARMOR.read_text().startswith("Y"):
+        yield Finding("ok", "AppArmor is on; sessions have no profile of it, but namespaces, capabilities and seccomp")
+    else:
+        yield Finding("ok", "AppArmor is off; sessions are confined by namespaces, capabilities and seccomp")
 
 
-def _cgroups(cgroups: Cgroups) -> Finding:
+def _trial(state: Path, runtime: str, cgroups: Cgroups, busybox: str) -> Finding:
+    """Starts what a session would be."""
+    name = Path(runtime).name
+    try:
+        trial.run(runtime, busybox, cgroups, state)
+    except OSError as error:
+        what = f"no idmapped layers on {state}: {error.strerror}; sessions of this driver will not start"
+        return Finding("error", what, "use Linux 5.19 or newer and ext4, XFS or Btrfs, or set driver: docker")
+    except Error as error:
+        mend = f"install {'crun' if name == 'runc' else 'runc'} in its place, or set driver: docker"
+        return Finding("error", f"{name} cannot start a container here: {error.message}", mend)
+    release = os.uname().release
+    return Finding("ok", f"{name} starts containers on Linux {release}, on idmapped layers on {state}")
+
+
+def _cgroups(cgroups: Cgroups) -> Iterator[Finding]:
     if not cgroups.hierarchies:
-        return Finding("error", "no cgroups are mounted", "systemctl daemon-reexec")
-    if not cgroups.swap:
-        return Finding("warning", f"cgroups {cgroups.name}, without limits on swap", "boot with swapaccount=1")
-    return Finding("ok", f"cgroups {cgroups.name}")
+        yield Finding("error", "no cgroups are mounted", "systemctl daemon-reexec")
+        return
+    if missing := {"cpu", "memory", "pids"} - cgroups.controllers():
+        mend = "boot without cgroup_disable, or with cgroup_enable=memory"
+        yield Finding("error", f"cgroups {cgroups.name} cannot limit {', '.join(sorted(missing))}", mend)
+    elif not cgroups.swap:
+        yield Finding("warning", f"cgroups {cgroups.name}, without limits on swap", "boot with swapaccount=1")
+    else:
+        yield Finding("ok", f"cgroups {cgroups.name}: CPU, memory, swap and pids are limited")
 
 
 def _subordinate() -> Iterator[Finding]:
+    """Whether each account's range is its own, in both files. No error: all accounts but those can have sessions."""
+    accounts = {entry.pw_uid: entry.pw_name for entry in pwd.getpwall()}
+    bad = False
     for file in ("/etc/subuid", "/etc/subgid"):
-        ranges = sorted(userns.ranges(Path(file)), key=lambda entry: entry[1])
-        for (name, start, count), (other, second, _) in itertools.pairwise(ranges):
-            if name != other and second < start + count:
-                yield Finding("error", f"{file}: the ranges of {name} and {other} overlap", f"edit {file}")
+        for what in userns.overlaps(userns.ranges(Path(file)), accounts):
+            bad = True
+            yield Finding("warning", f"{file}: {what}, so that they get no session", f"edit {file}")
+    if not bad:
+        names = {name for name, _, _ in userns.ranges(Path("/etc/subuid"))}
+        yield Finding("ok", f"{len(names)} accounts have subordinate ids of their own; others get them when they come")
 
 
 def _forwarding() -> Finding:
     if Path("/proc/sys/net/ipv4/ip_forward").read_text().strip() == "1":
         return Finding("ok", "packets are forwarded")
     return Finding("warning", "packets are not forwarded yet", "sysctl -w net.ipv4.ip_forward=1")
-
-
-def _disk(state: Path) -> Finding:
-    disk = os.statvfs(state)
-    free = disk.f_bavail * disk.f_frsize
-    what = f"{free / (1 << 30):.0f} GiB are free on the disk of {state}"
-    return Finding("ok", what) if free > ROOM else Finding("warning", what, "beaker executor images prune")
 
 
 def _version(program: str) -> str:

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from ...errors import Error
-from .. import Finding, cdi
+from .. import Finding
 from . import cgroups, record
 from .check import check
 from .driver import BUSYBOX, INITS, RUNTIMES, OciSandboxes, program
@@ -19,10 +19,8 @@ from .driver import BUSYBOX, INITS, RUNTIMES, OciSandboxes, program
 def problem(directory: Path) -> Finding | None:
     """What keeps the driver from running with its state on the file system of directory, None for nothing."""
     with tempfile.TemporaryDirectory(dir=directory, prefix="probe-") as name:
-        state = Path(name)
-        (state / "trash").mkdir()
         try:
-            found = check(state, program(RUNTIMES), cgroups.detect(), program(INITS), BUSYBOX, cdi.load([]))
+            found = check(Path(name), program(RUNTIMES), cgroups.detect(), program(INITS), BUSYBOX)
         except Error as error:
             return Finding("error", error.message, error.hint)
         return next((finding for finding in found if finding.level == "error"), None)

@@ -192,11 +192,11 @@ def _answer(pipe: io.FileIO, what: str) -> int:
     answer = json.loads(line.partition(b"\n")[0])  # what a process that has ended already says comes next
     number = int(answer.get("pid", answer.get("data", -1)))
     if number < 0:
-        raise Error("internal", f"{what} failed: {_message(str(answer.get('message', '')))}")
+        raise Error("internal", f"{what} failed: {complaint(str(answer.get('message', '')))}")
     return number
 
 
-def _message(text: str) -> str:
+def complaint(text: str) -> str:
     """The last line of a runtime's complaint, which is in logfmt or plain."""
     lines = text.strip().splitlines() or ["without a word"]
     return lines[-1].partition("level=error msg=")[2].strip('"') or lines[-1]

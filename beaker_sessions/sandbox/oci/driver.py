@@ -260,8 +260,7 @@ class OciSandboxes:
             raise Error("unavailable", f"the disk use of {id} is not known: {error}") from error
 
     def check(self) -> list[Finding]:
-        registry = cdi.load(self.cdi_paths)
-        return check(self.state, self.runtime.path, self.cgroups, program(INITS), BUSYBOX, registry)
+        return check(self.state / "trash", self.runtime.path, self.cgroups, program(INITS), BUSYBOX)
 
     def close(self) -> None:
         """Give back what is kept ready for the next sandboxes: for tests, and when the executor is uninstalled."""

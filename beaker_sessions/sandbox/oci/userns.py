@@ -10,10 +10,11 @@ every other id, root first, is one of the account's own range, which means nobod
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import pwd
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from ...errors import Error
@@ -114,6 +115,21 @@ def ranges(path: Path) -> list[tuple[str, int, int]]:
         return []
     fields = [line.split(":") for line in lines if not line.startswith("#")]
     return [(f[0], int(f[1]), int(f[2])) for f in fields if len(f) == 3 and f[1].isdigit() and f[2].isdigit()]
+
+
+def overlaps(found: Iterable[tuple[str, int, int]], accounts: Mapping[int, str]) -> Iterator[str]:
+    """What is wrong with the ranges of a file: those of two accounts that overlap, and those that hold a real one.
+
+    accounts: names by uid.
+    """
+    ordered = sorted(found, key=lambda entry: entry[1])
+    for (name, start, count), (other, second, _) in itertools.pairwise(ordered):
+        if name != other and second < start + count:
+            yield f"the ranges of {name} and {other} overlap"
+    for name, start, count in ordered:
+        for id, account in accounts.items():
+            if start <= id < start + count:
+                yield f"the range of {name} holds the account {account}"
 
 
 def _allot(identity: Identity, directory: Path) -> None:

@@ -1,0 +1,72 @@
+"""A container of one program, started and ended as a session's would be: what shows that they can run on this machine.
+
+Owns nothing that is left afterwards. Needs neither images nor conmon nor a network.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import secrets
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from ...errors import Error
+from ...model import Identity
+from .. import Image, Spec, cdi
+from . import config, mounts, rootfs, userns
+from .cgroups import Cgroups
+from .conmon import complaint
+from .images import Description
+
+SECONDS = 30.0  # in which it must have ended
+SAYS = "started"
+
+
+def run(runtime: str, busybox: str, cgroups: Cgroups, state: Path) -> None:
+    """state: the directory that it is tried on.
+
+    Raises OSError where a root file system cannot be made, mostly for want of idmapped layers, Error unavailable with
+    what the runtime said.
+    """
+    id = f"trial-{secrets.token_hex(4)}"
+    identity = Identity("root", 0, 0, "/", {})
+    uids = gids = userns.id_map(userns.FIRST, [])
+    spec = Spec(id, {}, Image(id, id), identity, memory=64 << 20, pids=64, tty=False, host_network=True)
+    base, top = Path(tempfile.mkdtemp(dir=state)), Path(tempfile.mkdtemp(dir="/run"))
+    top.chmod(0o711)  # the ids inside are nobody's here and must come through, which the state need not allow
+    root = top / "root"
+    try:
+        for part in ("layer", "inside", "runtime"):
+            (base / part).mkdir()
+        shutil.copy(busybox, base / "inside/busybox")
+        image = Description(id, [str(base / "layer")], [], 0, "", None, None, None)
+        with mounts.opened(mounts.user_namespace(uids, gids)) as namespace:
+            rootfs.make(spec, root, base, image, uids, gids, namespace, inside=base / "inside", resolvers="")
+        host = config.Host(
+            root, f"/beaker-{id}", uids, gids, cgroups.unified, cgroups.swap,
+            resource.getrlimit(resource.RLIMIT_NOFILE)[1],
+        )  # fmt: skip
+        bundle = config.config(spec, host, cdi.Edits(), ())
+        bundle["process"]["args"] = [f"{config.INSIDE}/busybox", "echo", SAYS]
+        (base / "config.json").write_text(json.dumps(bundle))
+        _run([runtime, f"--root={base}/runtime"], base, id)
+    finally:
+        mounts.remove_tree(top)
+        mounts.remove_tree(base)
+        cgroups.remove(f"/beaker-{id}")
+
+
+def _run(runtime: list[str], bundle: Path, id: str) -> None:
+    try:
+        done = subprocess.run(
+            [*runtime, "run", "--bundle", str(bundle), id], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            errors="replace", check=False, timeout=SECONDS,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        subprocess.run([*runtime, "delete", "--force", id], capture_output=True, check=False)
+        raise Error("unavailable", f"it did not end in {SECONDS:.0f} s") from error
+    if done.returncode or SAYS not in done.stdout:
+        raise Error("unavailable", complaint(done.stderr))

@@ -1,0 +1,53 @@
+"""What doctor says of the machine itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pynvml
+import pytest
+
+from beaker_sessions.executor import doctor, inventory
+from beaker_sessions.sandbox import Finding
+from beaker_sessions.sandbox.fake import FakeSandboxes
+from beaker_sessions.settings import ExecutorSettings
+
+
+def found(tmp_path: Path, **settings: object) -> list[Finding]:
+    given = ExecutorSettings(
+        storage_path=str(tmp_path), token_path=str(tmp_path / "none"), cdi_paths=[str(tmp_path)], **settings  # type: ignore[arg-type]
+    )  # fmt: skip
+    return list(doctor.findings(given, FakeSandboxes(("base",)), "of a test"))
+
+
+def test_it_says_which_driver_and_why(tmp_path: Path) -> None:
+    assert found(tmp_path)[0].what == "sessions are run by the fake driver, because of a test"
+
+
+def test_a_broken_cdi_specification_is_told_once(tmp_path: Path) -> None:
+    (tmp_path / "broken.json").write_text("{")
+    assert [one.level for one in found(tmp_path) if "broken.json" in one.what] == ["error"]
+
+
+def test_persistence_mode_of_each_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "NVIDIA", tmp_path)
+    for name in ("nvmlInit", "nvmlShutdown"):
+        monkeypatch.setattr(pynvml, name, lambda: None)
+    monkeypatch.setattr(inventory, "_nvidia", dict)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 2)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda number: number)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetPersistenceMode", lambda handle: handle)
+    said = {one.what: one for one in found(tmp_path)}
+    assert said["GPU 1 is in persistence mode"].level == "ok"
+    off = next(one for what, one in said.items() if what.startswith("GPU 0 is without persistence mode"))
+    assert (off.level, "nvidia-persistenced" in off.mend) == ("warning", True)
+    assert any("no CDI specification" in what for what in said)
+
+
+def test_a_driver_that_does_not_answer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
+
+    monkeypatch.setattr(doctor, "NVIDIA", tmp_path)
+    monkeypatch.setattr(pynvml, "nvmlInit", fail)
+    assert any(one.level == "warning" and "NVML does not answer" in one.what for one in found(tmp_path))
