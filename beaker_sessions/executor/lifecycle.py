@@ -31,6 +31,8 @@ from .sessions import Sessions
 
 log = logging.getLogger(__name__)
 
+RESTARTED = "the machine was restarted"
+SIGNALLED = 128  # an exit code above it says that a signal ended the process: which one is what is above
 GRACE = 10.0  # seconds between asking a session to end and killing it
 OUTPUT_KEPT = 1 << 20  # bytes of its output that are kept for `session logs` after the end
 STUCK = 60.0  # seconds after which a sandbox that cannot be removed cordons the node
@@ -52,6 +54,11 @@ class Lifecycle:
         self._busy: set[str] = set()  # sessions that a thread of ours starts or cleans up right now
         self._lock = threading.Lock()
         self._reconciling = threading.Lock()
+        self._boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        restarted = (sessions.ledger.fact("boot") or self._boot) != self._boot
+        self._cut_off = (
+            {session.id for session in sessions.live()} if restarted else set()
+        )  # by a restart of the machine
         sessions.cordon("start", "the executor is starting")
         sessions.on_start = lambda id: self._spawn(id, self._start)
         sessions.on_exit = lambda id: self._spawn(id, self._clean_up)
@@ -175,7 +182,15 @@ class Lifecycle:
                 live = self.sessions.entry(found.id)
                 if live is None or live.session.state != State.STARTED:
                     continue
-            self.sessions.ended(found.id, found.exit_code, _farewell(found, live.session))
+            self.sessions.ended(found.id, found.exit_code, self._farewell(found, live.session))
+
+    def _farewell(self, found: Found, session: Session) -> str:
+        """Why a session ended, as far as its exit code does not say it."""
+        if found.oom:
+            return "out of memory: a process of this session was killed; ask for more with --memory"
+        if session.id in self._cut_off and (found.exit_code or 0) > SIGNALLED:
+            return RESTARTED
+        return session.canceled_for
 
     def _clean_up(self, id: str) -> None:
         try:
@@ -255,9 +270,14 @@ class Lifecycle:
             if session.state == State.SCHEDULED:
                 self._resume(session.id, found)
             elif session.state == State.STARTED and found is None:
-                self.sessions.ended(session.id, None, "its container was removed by somebody else")
+                why = (
+                    "the machine was restarted"
+                    if session.id in self._cut_off
+                    else "somebody else removed its container"
+                )
+                self.sessions.ended(session.id, None, why)
             elif session.state == State.STARTED and found and found.status == Status.EXITED:
-                self.sessions.ended(session.id, found.exit_code, _farewell(found, session))
+                self.sessions.ended(session.id, found.exit_code, self._farewell(found, session))
             elif session.state == State.STARTED and found and live.since is None:
                 live.since = _started(found.pid)
             elif session.state == State.EXITED:
@@ -266,6 +286,7 @@ class Lifecycle:
             self._adopt(found)
         self.inside.resume(lambda: [session.id for session in self.sessions.live()])
         if not self.ready.is_set():
+            self.sessions.ledger.fact("boot", self._boot)
             self.ready.set()
             self.sessions.cordon("start", "")
 
@@ -309,7 +330,7 @@ class Lifecycle:
         if found.status == Status.CREATED:
             self._resume(found.id, found)
         elif found.status == Status.EXITED:
-            self.sessions.ended(found.id, found.exit_code, _farewell(found, session))
+            self.sessions.ended(found.id, found.exit_code, self._farewell(found, session))
 
 
 def home(identity: Identity) -> int:
@@ -326,12 +347,6 @@ def home(identity: Identity) -> int:
         raise Error(
             "forbidden", f"{identity.name} cannot enter the home {identity.home}: {error.strerror}", "or use --bare"
         ) from error
-
-
-def _farewell(found: Found, session: Session) -> str:
-    if found.oom:
-        return "out of memory: a process of this session was killed; ask for more with --memory"
-    return session.canceled_for
 
 
 def _started(pid: int) -> float:

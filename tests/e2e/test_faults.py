@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sqlite3
 from contextlib import closing
@@ -72,6 +73,22 @@ def test_an_exec_survives_the_executor_too(stack: Stack, ada: User, tty: type[Tt
     second.expect(PROMPT)
     second.sendline("exit 11")
     assert second.end() == 11
+
+
+def test_a_restart_of_the_machine_is_told(stack: Stack, bob: User):
+    cut, done = detached(bob, "--gpus", "1", "--", "sleep", "1000"), detached(bob, "--gpus", "0", "--", "sleep", "1")
+    wait_for("both", lambda: all(stack.sandboxes().get(id) for id in (cut, done)))
+    pids = stack.sandboxes()
+    stack.executor.kill(signal.SIGKILL)
+    wait_for("the end of one", lambda: not Path(f"/proc/{pids[done]}").exists())
+    os.kill(pids[cut], signal.SIGKILL)  # as the end of a boot does
+    with closing(sqlite3.connect(stack.state / "executor/ledger.db")) as ledger, ledger:
+        assert ledger.execute("UPDATE facts SET value = 'of an earlier boot' WHERE name = 'boot'").rowcount == 1
+    stack.start_executor()
+    for id, code, why in ((cut, 137, "the machine was restarted"), (done, 0, None)):
+        wait_for("the end", lambda id=id: bob.json("session", "get", id)[0]["status"].get("finalized"))
+        status = bob.json("session", "get", id)[0]["status"]
+        assert (status["exitCode"], status.get("message")) == (code, why)
 
 
 @pytest.mark.parametrize("damage", ["lost", "corrupt"])
