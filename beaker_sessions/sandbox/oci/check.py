@@ -22,15 +22,18 @@ ACTIONS = Path("/proc/sys/kernel/seccomp/actions_avail")
 APPARMOR = Path("/sys/module/apparmor/parameters/enabled")
 
 
-def check(state: Path, runtime: str, cgroups: Cgroups, init: str, busybox: str) -> list[Finding]:
-    """state: on whose file system it is tried. Any error among the findings means that no session can run."""
+def check(state: Path, scratch: Path, runtime: str, cgroups: Cgroups, init: str, busybox: str) -> list[Finding]:
+    """scratch: a directory for what is tried, on the file system of state.
+
+    Any error among the findings means that no session can run.
+    """
     return [
         *_programs(),
         _conmon(),
         *(_static(program) for program in (init, busybox)),
         *_kernel(),
         *_cgroups(cgroups),
-        _trial(state, runtime, cgroups, busybox),
+        _trial(state, scratch, runtime, cgroups, busybox),
         runtimes.finding(Path(runtime).name, _version(runtime)),
         *_subordinate(),
         _forwarding(),
@@ -68,11 +71,11 @@ def _kernel() -> Iterator[Finding]:
         yield Finding("ok", "AppArmor is off; sessions are confined by namespaces, capabilities and seccomp")
 
 
-def _trial(state: Path, runtime: str, cgroups: Cgroups, busybox: str) -> Finding:
+def _trial(state: Path, scratch: Path, runtime: str, cgroups: Cgroups, busybox: str) -> Finding:
     """Starts what a session would be."""
     name = Path(runtime).name
     try:
-        trial.run(runtime, busybox, cgroups, state)
+        trial.run(runtime, busybox, cgroups, scratch)
     except OSError as error:
         what = f"no idmapped layers on {state}: {error.strerror}; sessions of this driver will not start"
         return Finding("error", what, "use Linux 5.19 or newer and ext4, XFS or Btrfs, or set driver: docker")

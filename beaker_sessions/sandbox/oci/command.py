@@ -20,7 +20,7 @@ def problem(directory: Path) -> Finding | None:
     """What keeps the driver from running with its state on the file system of directory, None for nothing."""
     with tempfile.TemporaryDirectory(dir=directory, prefix="probe-") as name:
         try:
-            found = check(Path(name), program(RUNTIMES), cgroups.detect(), program(INITS), BUSYBOX)
+            found = check(directory, Path(name), program(RUNTIMES), cgroups.detect(), program(INITS), BUSYBOX)
         except Error as error:
             return Finding("error", error.message, error.hint)
         return next((finding for finding in found if finding.level == "error"), None)

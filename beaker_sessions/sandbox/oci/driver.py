@@ -260,7 +260,7 @@ class OciSandboxes:
             raise Error("unavailable", f"the disk use of {id} is not known: {error}") from error
 
     def check(self) -> list[Finding]:
-        return check(self.state / "trash", self.runtime.path, self.cgroups, program(INITS), BUSYBOX)
+        return check(self.state, self.state / "trash", self.runtime.path, self.cgroups, program(INITS), BUSYBOX)
 
     def close(self) -> None:
         """Give back what is kept ready for the next sandboxes: for tests, and when the executor is uninstalled."""
