@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import yaml
 
 from beaker_sessions.model import Identity
 from beaker_sessions.sandbox import Status
+from beaker_sessions.sandbox.oci import cgroups
 
 from .conftest import ADA, Lab, Maker, OciLab, pinned
 
@@ -141,6 +144,27 @@ def test_only_the_claimed_gpu_can_be_opened(make: Maker, gpus: list[Path]) -> No
         else:
             assert opened("/stolen/gpu0", mounts=(mount,), identity=root, **claim) == "EPERM"
             assert opened("/stolen/gpu1", mounts=(mount,), identity=root, **claim) == "ENXIO"
+
+
+def test_the_kernel_denies_devices_to_whatever_runs_in_the_group(make: Maker, gpus: list[Path]) -> None:
+    """A process of this machine that is put there, so that nothing but the control of devices is in its way."""
+    spec = make.spec("sleep", "1000", gpus=("example.com/gpu=1",), stdin=False)
+    make.start(spec)
+    pid = make.wait(spec.id, Status.RUNNING).pid
+    lines = [line.split(":") for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines()]
+    group = next((path for _, names, path in lines if "devices" in names.split(",")), lines[-1][2])
+    found = cgroups.detect()
+    root = next((path for names, path in found.hierarchies.items() if "devices" in names.split(",")), None)
+    procs = (root or found.hierarchies[""]) / group.lstrip("/") / "cgroup.procs"
+    script = f"import os; open({str(procs)!r}, 'w').write(str(os.getpid()))\n{OPEN}"
+
+    def opened(path: Path | str) -> str:
+        done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    assert [opened(path) for path in gpus] == ["EPERM", "ENXIO", "ENXIO"]
+    assert opened("/dev/mem") in ("EPERM", "ENOENT")
+    assert opened("/dev/null") == ""
 
 
 @pytest.mark.usefixtures("gpus")

@@ -9,15 +9,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from beaker_sessions.errors import Error
 from beaker_sessions.sandbox import Status
 from beaker_sessions.sandbox.oci import mounts
 from beaker_sessions.sandbox.oci.processes import Process, mentioning
 
-from .conftest import SECONDS, Maker, OciLab
+from .conftest import ADA, SECONDS, Maker, OciLab
 
 # An executor that makes, starts and removes sessions until it is killed.
 EXECUTOR = """
@@ -92,6 +94,28 @@ def test_without_its_conmon_a_session_has_ended(make: Maker) -> None:
     os.kill(holder, signal.SIGKILL)
     assert make.exit_code(spec.id) == 128 + 9
     assert not Process.of(pid).alive()
+
+
+def test_another_runtime_that_was_installed_since_changes_nothing_for_what_runs(make: Maker) -> None:
+    spec = make.spec("sleep", "1000")
+    make.start(spec)
+    again = make.lab.again()
+    again.runtime = replace(again.runtime, path="/bin/false")
+    handle, terminal = again.exec(
+        spec.id, ("sh", "-c", "exit 4"), env={}, identity=ADA, workdir="/", size=None, stdin=False
+    )  # fmt: skip
+    make.stream(terminal).read()
+    assert again.exec_exit(spec.id, handle) == 4
+
+
+def test_a_runtime_that_was_removed_is_named(make: Maker, oci_lab: OciLab, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = "/usr/sbin/removed-runtime"
+    monkeypatch.setattr(oci_lab.sandboxes, "runtime", replace(oci_lab.sandboxes.runtime, path=gone))
+    with pytest.raises(Error) as error:
+        oci_lab.sandboxes.create(make.spec("true"))
+    assert (error.value.code, error.value.message) == ("unavailable", f"{gone} is not there any more")
+    assert any(f.level == "error" and gone in f.what for f in oci_lab.sandboxes.check())
+    assert not any(left_behind(oci_lab).values())
 
 
 def test_conmon_left_stopped_is_woken(make: Maker) -> None:

@@ -34,7 +34,7 @@ def check(state: Path, scratch: Path, runtime: str, cgroups: Cgroups, init: str,
         *_kernel(),
         *_cgroups(cgroups),
         _trial(state, scratch, runtime, cgroups, busybox),
-        runtimes.finding(Path(runtime).name, _version(runtime)),
+        *([runtimes.finding(Path(runtime).name, _version(runtime))] if Path(runtime).exists() else []),
         *_subordinate(),
         _forwarding(),
     ]
@@ -80,7 +80,7 @@ def _trial(state: Path, scratch: Path, runtime: str, cgroups: Cgroups, busybox: 
         what = f"no idmapped layers on {state}: {error.strerror}; sessions of this driver will not start"
         return Finding("error", what, "use Linux 5.19 or newer and ext4, XFS or Btrfs, or set driver: docker")
     except Error as error:
-        mend = f"install {'crun' if name == 'runc' else 'runc'} in its place, or set driver: docker"
+        mend = f"install {'crun' if name == 'runc' else 'runc'} in its place and restart the executor"
         return Finding("error", f"{name} cannot start a container here: {error.message}", mend)
     release = os.uname().release
     return Finding("ok", f"{name} starts containers on Linux {release}, on idmapped layers on {state}")

@@ -159,6 +159,10 @@ def _run(
     except FileNotFoundError as error:
         raise Error("unavailable", "conmon is not installed", "apt-get install conmon") from error
     if done.returncode != 0:
+        if not Path(runtime.path).exists():
+            raise Error(
+                "unavailable", f"{runtime.path} is not there any more", "install it again: beaker executor doctor"
+            )
         raise Error("internal", f"conmon ended with {done.returncode}: {done.stderr.decode(errors='replace').strip()}")
 
 

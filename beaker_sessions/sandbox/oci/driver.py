@@ -109,7 +109,9 @@ class OciSandboxes:
             raise Error("conflict", f"the sandbox {spec.id} exists already") from error
         try:
             labels = {**spec.labels, LABEL: spec.id, LABEL_OWNER: self.owner}
-            sandbox = Record(spec.id, labels, spec.tty, f"{self.cgroup}/{spec.id}", boot=record.boot())
+            sandbox = Record(
+                spec.id, labels, spec.tty, f"{self.cgroup}/{spec.id}", boot=record.boot(), runtime=self.runtime.path
+            )
             network = None if spec.host_network else self.network.take()
             if network:
                 sandbox = replace(sandbox, network=network.name, ports=spec.ports)
@@ -167,7 +169,7 @@ class OciSandboxes:
                 with mounts.opened(fd):
                     fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
         (directory / "started").touch()
-        conmon.start(self.runtime, id, directory)
+        conmon.start(self._runtime(sandbox), id, directory)
         self._tell(id)
 
     def resize(self, id: str, size: tuple[int, int], process: str = "") -> None:
@@ -196,7 +198,7 @@ class OciSandboxes:
         )  # fmt: skip
         (own / "process.json").write_text(json.dumps(process))
         holder, connection = conmon.execute(
-            self.runtime, id, own, self._network(sandbox), tty=size is not None, stdin=stdin
+            self._runtime(sandbox), id, own, self._network(sandbox), tty=size is not None, stdin=stdin
         )
         (own / "started").write_text(json.dumps(Process.of(holder).__dict__))
         return handle, Terminal(connection.detach(), Framing.CONMON)
@@ -302,6 +304,10 @@ class OciSandboxes:
 
     def _network(self, sandbox: Record) -> Path | None:
         return self.network.directory / sandbox.network if sandbox.network else None
+
+    def _runtime(self, sandbox: Record) -> conmon.Runtime:
+        """The one that made it: another may have been installed since."""
+        return replace(self.runtime, path=sandbox.runtime or self.runtime.path)
 
     def _tell(self, id: str) -> None:
         for watch in self._watches:

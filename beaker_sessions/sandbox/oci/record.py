@@ -21,9 +21,10 @@ KILLED = 137  # 128 + SIGKILL
 
 @dataclass(frozen=True)
 class Record:
-    """boot: of the machine when it was made. network: the name of its namespace, "" for this machine's own.
+    """boot: of the machine when it was made. runtime: its program, which alone can `exec` in it.
 
-    ports: TCP ports of its own and this machine's that lead there. project: of its layer's quota, 0 for none.
+    network: the name of its namespace, "" for this machine's own. ports: TCP ports of its own and this machine's that
+    lead there. project: of its layer's quota, 0 for none.
 
     conmon and init: once they run; before that the sandbox is being made, or was when its executor was killed.
     """
@@ -36,6 +37,7 @@ class Record:
     ports: tuple[tuple[int, int], ...] = ()
     boot: str = ""
     project: int = 0
+    runtime: str = ""
     conmon: Process = field(default=Process(0, 0))
     init: Process = field(default=Process(0, 0))
 

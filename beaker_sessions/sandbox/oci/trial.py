@@ -65,6 +65,8 @@ def _run(runtime: list[str], bundle: Path, id: str) -> None:
             [*runtime, "run", "--bundle", str(bundle), id], stdin=subprocess.DEVNULL, capture_output=True, text=True,
             errors="replace", check=False, timeout=SECONDS,
         )  # fmt: skip
+    except FileNotFoundError as error:
+        raise Error("unavailable", f"{runtime[0]} is not there any more") from error
     except subprocess.TimeoutExpired as error:
         subprocess.run([*runtime, "delete", "--force", id], capture_output=True, check=False)
         raise Error("unavailable", f"it did not end in {SECONDS:.0f} s") from error
