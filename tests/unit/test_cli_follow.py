@@ -360,7 +360,7 @@ def test_a_stuck_terminal_does_not_hold_up_the_session(door: FakeDoor, shell: Ca
     note = it.expect(b" bytes of output are not shown, as this terminal was stuck]\r\n")
     shown, _, skipped = note.rpartition(b"\x18\r\n[beaker: ")
     assert sent.startswith(shown)
-    session.send(b"and on\r\n")
+    threading.Thread(target=session.sendall, args=[b"and on\r\n"]).start()  # it waits for what is read next
     rest = it.expect(b"and on\r\n")
     assert sent.endswith(rest)
     assert len(shown) + int(skipped) + len(rest) == len(sent)
