@@ -38,6 +38,14 @@ def alpine() -> bytes:
     return tar(files)
 
 
+def links() -> bytes:
+    """A hostile image: links to where something will be mounted, out of the root, and to descriptors."""
+    files: dict[str, bytes | str] = {f"bin/{name}": "busybox" for name in APPLETS.split()}
+    files |= {"bin/busybox": BUSYBOX.read_bytes(), "etc/passwd": ALPINE_PASSWD.encode()}
+    files |= {"to-net": "/net", "to-home": "/home/ada", "to-outside": "../../../../../.."}
+    return tar(files | {f"fd{number}": f"/proc/self/fd/{number}" for number in range(3, 32)})
+
+
 def debian(*more: str) -> Path:
     """A tar of this machine's Debian with PACKAGES and more, kept in `build`.
 

@@ -6,6 +6,7 @@ Must not do input or output: everything that depends on the machine is an argume
 from __future__ import annotations
 
 import json
+import posixpath
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -56,7 +57,7 @@ def check_mounts(request: Request, identity: Identity, taken: Sequence[str]) -> 
     """
     for secret, path in request.secret_mounts:
         below = [place for place in (*RESERVED, identity.home, *taken) if path == place or path.startswith(f"{place}/")]
-        if below or path.endswith("/") or "//" in path:
+        if below or path == "/" or path != "/" + posixpath.normpath(path).lstrip("/"):
             why = f"{below[0]} is not the session's own" if below else "it is not the path of a file"
             raise Error("invalid", f"--secret-mount {secret}={path}: {why}", f"for example /secrets/{secret}")
 

@@ -1,11 +1,17 @@
 # The first program of a session's container after init, and of each `exec` in it:
 #
-#     busybox sh entry.sh GATE [COMMAND [ARGUMENT…]]
+#     busybox sh entry.sh [-C DIRECTORY] GATE [COMMAND [ARGUMENT…]]
 #
+# Goes to DIRECTORY, as the user and inside: a runtime would make a missing one as root, in whatever is mounted there.
 # Waits until the file GATE exists ("" for no wait), because the terminal gets its size only after the container has
 # started, then becomes COMMAND, or without one the image's best shell. Exit codes as in Bash: 127 when there is no such
 # command, 126 when it cannot be executed. It runs in foreign images, hence on nothing but a static busybox.
 
+directory=
+if [ "$1" = -C ]; then
+    directory=$2
+    shift 2
+fi
 gate=$1
 shift
 polls=0
@@ -40,6 +46,10 @@ fail() {
     exit "$1"
 }
 
+if [ -n "$directory" ]; then
+    cd -- "$directory" 2>/dev/null || fail 126 "$directory: there is no such directory, or you may not enter it"
+    unset OLDPWD
+fi
 if [ $# -eq 0 ]; then
     find_command /bin/bash
     [ -n "$found" ] || find_command bash

@@ -30,7 +30,7 @@ SECONDS = 60.0  # after which a test gives up on something that must happen
 
 
 class Lab(Protocol):
-    """A driver under test. images: by name, `scratch`, `alpine`, `debian` and `greedy` (asks for all GPUs)."""
+    """A driver under test. images: by name, `scratch`, `alpine`, `debian`, `greedy` (asks for all GPUs), `links`."""
 
     sandboxes: Sandboxes
     state: Path
@@ -114,7 +114,7 @@ class FakeLab:
 
 
 BUILDERS: dict[str, Callable[[], bytes]] = {
-    "scratch": images.scratch, "alpine": images.alpine, "greedy": images.alpine, "debian": bytes,
+    "scratch": images.scratch, "alpine": images.alpine, "greedy": images.alpine, "debian": bytes, "links": images.links,
 }  # fmt: skip
 
 
@@ -287,3 +287,51 @@ def make_any(any_lab: Lab) -> Iterator[Maker]:
     maker = Maker(any_lab)
     yield maker
     maker.close()
+
+
+ROOT = Identity("root", 0, 0, "/root", {0: "root"})
+# Prints the name of the error that a system call ends with, or "ok".
+CALL = """
+import ctypes, errno, sys
+libc = ctypes.CDLL(None, use_errno=True)
+def call(name, *arguments):
+    result = getattr(libc, name)(*arguments)
+    print(name, *(a for a in arguments[:1] if isinstance(a, int)),
+          "ok" if result >= 0 else errno.errorcode[ctypes.get_errno()])
+def attempt(what, function, *arguments):
+    try:
+        function(*arguments)
+        print(what, "ok")
+    except OSError as error:
+        print(what, errno.errorcode[error.errno])
+"""
+
+
+class Inside:
+    """A running session of ada with a home, in which anyone can run something."""
+
+    def __init__(self, make: Maker, home: Path, **more: object) -> None:
+        home.mkdir()
+        os.chown(home, ADA.uid, ADA.gid)
+        self.make, self.home = make, home
+        with pinned(home, "/home/ada") as mount:
+            mounts = (mount, *more.pop("mounts", ()))  # type: ignore[misc]
+            self.spec = make.spec(
+                "sleep", "1000", image="debian", mounts=mounts, host_network=False, stdin=False, **more
+            )  # fmt: skip
+            make.start(self.spec)
+
+    def run(self, *command: str, identity: Identity = ROOT, workdir: str = "/") -> tuple[int, str]:
+        """The exit code, and output and errors together."""
+        handle, terminal = self.make.lab.sandboxes.exec(
+            self.spec.id, command, env={}, identity=identity, workdir=workdir, size=None, stdin=False
+        )
+        stream = self.make.stream(terminal)
+        stream.read()
+        return self.make.lab.sandboxes.exec_exit(self.spec.id, handle), (stream.out + stream.err).decode()
+
+    def python(self, script: str, identity: Identity = ROOT) -> dict[str, str]:
+        """What CALL's functions printed."""
+        code, out = self.run("python3", "-c", CALL + script, identity=identity)
+        assert code == 0, out
+        return dict(line.rsplit(" ", 1) for line in out.splitlines())

@@ -14,30 +14,14 @@ from pathlib import Path
 import pytest
 
 from beaker_sessions.errors import Error
-from beaker_sessions.model import Identity, Pull
+from beaker_sessions.model import Pull
 from beaker_sessions.sandbox import Status
 from beaker_sessions.sandbox.oci import userns
 from tests import images
 
-from .conftest import ADA, Maker, OciLab, pinned
+from .conftest import ADA, CALL, ROOT, Inside, Maker, OciLab, pinned
 
-ROOT = Identity("root", 0, 0, "/root", {0: "root"})
 BEN_UID = 1600
-# Prints the name of the error that a system call ends with, or "ok".
-CALL = """
-import ctypes, errno, sys
-libc = ctypes.CDLL(None, use_errno=True)
-def call(name, *arguments):
-    result = getattr(libc, name)(*arguments)
-    print(name, *(a for a in arguments[:1] if isinstance(a, int)),
-          "ok" if result >= 0 else errno.errorcode[ctypes.get_errno()])
-def attempt(what, function, *arguments):
-    try:
-        function(*arguments)
-        print(what, "ok")
-    except OSError as error:
-        print(what, errno.errorcode[error.errno])
-"""
 
 
 @pytest.fixture
@@ -45,36 +29,6 @@ def make(oci_lab: OciLab) -> Iterator[Maker]:
     maker = Maker(oci_lab)
     yield maker
     maker.close()
-
-
-class Inside:
-    """A running session of ada with a home, in which anyone can run something."""
-
-    def __init__(self, make: Maker, home: Path, **more: object) -> None:
-        home.mkdir()
-        os.chown(home, ADA.uid, ADA.gid)
-        self.make, self.home = make, home
-        with pinned(home, "/home/ada") as mount:
-            mounts = (mount, *more.pop("mounts", ()))  # type: ignore[misc]
-            self.spec = make.spec(
-                "sleep", "1000", image="debian", mounts=mounts, host_network=False, stdin=False, **more
-            )  # fmt: skip
-            make.start(self.spec)
-
-    def run(self, *command: str, identity: Identity = ROOT, workdir: str = "/") -> tuple[int, str]:
-        """The exit code, and output and errors together."""
-        handle, terminal = self.make.lab.sandboxes.exec(
-            self.spec.id, command, env={}, identity=identity, workdir=workdir, size=None, stdin=False
-        )
-        stream = self.make.stream(terminal)
-        stream.read()
-        return self.make.lab.sandboxes.exec_exit(self.spec.id, handle), (stream.out + stream.err).decode()
-
-    def python(self, script: str, identity: Identity = ROOT) -> dict[str, str]:
-        """What CALL's functions printed."""
-        code, out = self.run("python3", "-c", CALL + script, identity=identity)
-        assert code == 0, out
-        return dict(line.rsplit(" ", 1) for line in out.splitlines())
 
 
 @pytest.fixture

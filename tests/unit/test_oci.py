@@ -180,7 +180,7 @@ def test_edits_become_mounts_hooks_and_variables() -> None:
 
 def test_nobody_holds_capabilities_but_root_inside() -> None:
     for identity, held in ((ADA, []), (Identity("root", 0, 0, "/root", {}), config.CAPABILITIES)):
-        process = config.process(["x"], {}, identity, "/", tty=False, gids=[], files=1024)
+        process = config.process(["x"], {}, identity, tty=False, gids=[], files=1024)
         assert (process["capabilities"]["effective"], process["capabilities"]["bounding"]) == (
             held,
             config.CAPABILITIES,

@@ -79,3 +79,11 @@ def test_it_starts_at_home_unless_told_otherwise():
     assert spec(Request(), Claim()).workdir == "/home/ada"
     assert spec(Request(bare=True), Claim()).workdir == "/"
     assert spec(Request(workdir="/net/data"), Claim()).workdir == "/net/data"
+
+
+@pytest.mark.parametrize(
+    "path", ["/proc/x", "/./proc/x", "/home/ada/x", "/home/./ada/x", "/net//x", "/net/x", "/x/", "//x", "/"]
+)
+def test_a_secrets_file_is_the_sessions_own(path: str):
+    with pytest.raises(Error, match="--secret-mount"):
+        plan.check_mounts(Request(secret_mounts=(("KEY", path),)), ADA, ["/net"])

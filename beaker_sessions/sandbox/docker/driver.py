@@ -87,6 +87,8 @@ class DockerSandboxes:
         try:
             body = config.container(spec, self.files.directory(spec.id), mounts, edits)
             body["Labels"][LABEL_OWNER] = self.owner
+            targets = [mount["Target"] for mount in body["HostConfig"]["Mounts"]]
+            images.check_targets(self.engine, self.files, spec.image.id, self.owner, targets)
             self.engine.call("POST", "/containers/create", {"name": config.name(spec.id)}, body)
         except BaseException:
             self.files.remove(spec.id)

@@ -6,6 +6,8 @@ what a session is. Endpoints and shapes: https://docs.docker.com/engine/api/v1.4
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import http.client
 import json
 import socket
@@ -76,6 +78,19 @@ class Engine:
                 raise
             return False
         return True
+
+    def stat(self, container: str, path: str) -> Any:
+        """What a path in a container is, with `linkTarget` for a link, as seen from its root; None for nothing."""
+        try:
+            target = self._base + _path(f"{container}/archive", {"path": path})
+            connection, response = self._open("HEAD", target)
+            with contextlib.closing(connection):
+                _raise_for(response)
+                return json.loads(base64.b64decode(response.headers["X-Docker-Container-Path-Stat"]))
+        except Error as error:
+            if error.code != "not_found":
+                raise
+            return None
 
     def stream(
         self,

@@ -7,12 +7,14 @@ image's files are read. Must not choose an image.
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import os
+import posixpath
 import tarfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,18 +67,58 @@ def accounts(engine: Engine, files: Files, id: str, owner: str) -> Accounts:
     """The account files of the image with this id, read out of it once."""
     facts = files.image(id)
     if facts is None:
-        body = {"Image": id, "Cmd": ["none"], "Labels": {LABEL_OWNER: owner}, "HostConfig": {"NetworkMode": "none"}}
-        path = f"/containers/{engine.call('POST', '/containers/create', body=body)['Id']}"
-        try:
+        with _reading(engine, id, owner) as path:
             facts = {
                 "passwd": _read(engine, path, "/etc/passwd"),
                 "group": _read(engine, path, "/etc/group"),
                 "shell": next((s for s in SHELLS if engine.exists(f"{path}/archive", {"path": s})), "/bin/sh"),
             }
-        finally:
-            engine.call("DELETE", path, {"force": 1, "v": 1})
         files.keep_image(id, facts)
     return Accounts(**facts)
+
+
+def check_targets(engine: Engine, files: Files, id: str, owner: str, targets: Iterable[str]) -> None:
+    """Raises Error invalid when links of the image lead one mount into another.
+
+    The engine makes missing mount points as root, and would make them in what is mounted there already.
+    """
+    known: dict[str, str] = files.image(f"{id}-paths") or {}
+    wanted = {posixpath.normpath(target) for target in targets}
+    if missing := wanted - known.keys():
+        with _reading(engine, id, owner) as container:
+            known |= {path: _real(engine, container, path) for path in missing}
+        files.keep_image(f"{id}-paths", known)
+    for target in wanted:
+        for other in wanted - {target}:
+            if _below(known[target], known[other]) and not _below(target, other):
+                why = f"a link of the image leads it into {other}"
+                raise Error("invalid", f"{target} cannot be mounted: {why}", "choose another path or image")
+
+
+def _below(path: str, directory: str) -> bool:
+    return path == directory or path.startswith(directory.rstrip("/") + "/")
+
+
+def _real(engine: Engine, container: str, path: str) -> str:
+    """Where a path of an image leads; what does not exist leads to itself."""
+    at, parts = "", path.strip("/").split("/")
+    for number, part in enumerate(parts):
+        found = engine.stat(container, f"{at}/{part}")
+        if found is None:
+            return "/".join([at, *parts[number:]])
+        at = found["linkTarget"].rstrip("/") if found["linkTarget"] else f"{at}/{part}"
+    return at or "/"
+
+
+@contextlib.contextmanager
+def _reading(engine: Engine, id: str, owner: str) -> Iterator[str]:
+    """The API's path of a container that shows the files of an image, and never runs."""
+    body = {"Image": id, "Cmd": ["none"], "Labels": {LABEL_OWNER: owner}, "HostConfig": {"NetworkMode": "none"}}
+    path = f"/containers/{engine.call('POST', '/containers/create', body=body)['Id']}"
+    try:
+        yield path
+    finally:
+        engine.call("DELETE", path, {"force": 1, "v": 1})
 
 
 def forget(engine: Engine, container: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from .userns import mapped
 
 INSIDE = "/.beaker"  # where a sandbox sees the programs that start it
 INIT = [f"{INSIDE}/init", "--"]
-ENTRY = [f"{INSIDE}/busybox", "sh", f"{INSIDE}/entry.sh", ""]
+ENTRY = [f"{INSIDE}/busybox", "sh", f"{INSIDE}/entry.sh"]
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 FILES = 65536  # open files of a process unless it raises the limit itself
 
@@ -76,10 +76,9 @@ def config(spec: Spec, host: Host, edits: Edits, nodes: Sequence[Node]) -> dict[
     Raises Error invalid for text that JSON cannot carry unchanged.
     """
     main = process(
-        [*INIT, *ENTRY, *spec.command],
+        [*INIT, *entry(spec.workdir, spec.command)],
         environment(spec.image.env, variables(spec.image.env, spec.env, edits.env)),
         spec.identity,
-        spec.workdir,
         tty=spec.tty,
         gids=[gid for gid in (*spec.identity.groups, *edits.gids) if mapped(host.gids, gid)],
         files=host.files,
@@ -107,11 +106,15 @@ def config(spec: Spec, host: Host, edits: Edits, nodes: Sequence[Node]) -> dict[
     }
 
 
+def entry(workdir: str, command: Iterable[str]) -> list[str]:
+    """The arguments of a first process, which goes to its directory itself (see `entry.sh`)."""
+    return [*ENTRY, "-C", workdir, "", *command]
+
+
 def process(
     args: Sequence[str],
     env: Mapping[str, str],
     identity: Identity,
-    workdir: str,
     *,
     tty: bool,
     gids: Iterable[int],
@@ -127,7 +130,7 @@ def process(
         "terminal": tty,
         "args": [_text(word) for word in args],
         "env": [_text(f"{name}={value}") for name, value in env.items()],
-        "cwd": _text(workdir),
+        "cwd": "/",
         "user": {"uid": identity.uid, "gid": identity.gid, "additionalGids": sorted({identity.gid, *gids})},
         "capabilities": {
             "bounding": CAPABILITIES, "permitted": held, "effective": held, "inheritable": [], "ambient": [],

@@ -191,9 +191,9 @@ class OciSandboxes:
         own = directory / "exec" / handle
         own.mkdir(parents=True)
         process = config.process(
-            [*config.ENTRY, *command],
+            config.entry(workdir, command),
             config.environment(container["process"]["env"], env),
-            identity, workdir, tty=size is not None, gids=groups, files=container["process"]["rlimits"][0]["hard"],
+            identity, tty=size is not None, gids=groups, files=container["process"]["rlimits"][0]["hard"],
             size=size,
         )  # fmt: skip
         (own / "process.json").write_text(json.dumps(process))

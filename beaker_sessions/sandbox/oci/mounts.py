@@ -117,7 +117,10 @@ def opened(fd: int) -> Iterator[int]:
 
 
 def make(root: int, path: str, owner: tuple[int, int], *, directory: bool) -> int:
-    """An O_PATH descriptor of a mount point below root, made with its parents when missing."""
+    """An O_PATH descriptor of a mount point below root, made with its parents when missing.
+
+    Raises OSError EXDEV rather than make anything in what is mounted below root already, whatever links lead there.
+    """
     at = os.dup(root)
     seen = ""
     parts = [part for part in path.split("/") if part]
@@ -126,6 +129,9 @@ def make(root: int, path: str, owner: tuple[int, int], *, directory: bool) -> in
         try:
             below = open_in(root, seen, os.O_PATH)
         except FileNotFoundError:
+            if os.fstat(at).st_dev != os.fstat(root).st_dev:
+                os.close(at)
+                raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), path) from None
             if directory or number < len(parts) - 1:
                 os.mkdir(part, dir_fd=at)
                 os.chmod(part, 0o755, dir_fd=at)

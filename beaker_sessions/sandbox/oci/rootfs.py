@@ -8,6 +8,7 @@ once the runtime has made the container, which has its own copies, they are unmo
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -108,5 +109,14 @@ def _bind(top: int, mount: Mount, owner: tuple[int, int]) -> None:
         raise Error("not_found", f"{mount.source} for {mount.target} does not exist") from error
     with mounts.opened(tree):
         directory = stat.S_ISDIR(os.fstat(tree).st_mode)
-        with mounts.opened(mounts.make(top, mount.target, owner, directory=directory)) as point:
+        try:
+            point = mounts.make(top, mount.target, owner, directory=directory)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            why = "a link of the image leads into another mount"
+            raise Error(
+                "invalid", f"{mount.target} cannot be mounted: {why}", "choose another path or image"
+            ) from error
+        with mounts.opened(point):
             mounts.attach(tree, point)
