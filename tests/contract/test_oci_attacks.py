@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from beaker_sessions.sandbox import Status
 from beaker_sessions.sandbox.oci import userns
 from tests import images
 
-from .conftest import ADA, CALL, ROOT, Inside, Maker, OciLab, pinned
+from .conftest import ADA, CALL, ROOT, SECONDS, Inside, Maker, OciLab, pinned
 
 BEN_UID = 1600
 
@@ -228,3 +229,15 @@ def test_a_socket_of_the_machine_is_not_in_the_network(inside: Inside) -> None:
         server.listen()
         script = f"import socket\nattempt('abstract', socket.socket(socket.AF_UNIX).connect, {name!r})"
         assert inside.python(script) == {"abstract": "ECONNREFUSED"}
+
+
+def test_a_tree_too_deep_for_paths_is_removed(make: Maker, oci_lab: OciLab) -> None:
+    """Else what one session leaves in its own layer would keep the next executor from starting."""
+    script = "import os\nfor _ in range(3000):\n os.mkdir('d'); os.chdir('d')\nopen('leaf', 'w').close()"
+    assert make.run("python3", "-c", script, image="debian", workdir="/tmp")[0] == 0
+    oci_lab.sandboxes.remove(make.ids[-1])
+    oci_lab.again()
+    deadline = time.monotonic() + SECONDS
+    while list((oci_lab.state / "trash").iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert list((oci_lab.state / "trash").iterdir()) == []
