@@ -22,7 +22,7 @@ from ..errors import Error
 from ..model import Identity, Session, State
 from ..sandbox import Finding
 from . import images, inventory, plan
-from .access import Access, peer
+from .access import Access, Peer, peer
 from .caller import PATIENCE, Caller
 from .following import Following
 from .lifecycle import Lifecycle, home
@@ -92,10 +92,16 @@ class Door:
                 caller.refuse(Error("internal", message, "tell the administrator, who finds it in the executor's log"))
 
     def _converse(self, caller: Caller) -> None:
-        request = caller.receive()  # first: an answer to what was not read is lost with the connection
+        who: Peer | Error
+        try:
+            who = peer(caller.connection)
+        except Error as error:
+            who = error
+        request = caller.receive()  # before any answer: one to what was not read is lost with the connection
         if request is None:
             return
-        who = peer(caller.connection)
+        if isinstance(who, Error):
+            raise who
         operation = request.get("op")
         handler = HANDLERS.get(str(operation))
         if request.get("v") != 1 or handler is None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
 import threading
+from pathlib import Path
 
-from tests.stack import BIN, Stack, User
+import pytest
+
+from tests.stack import BIN, Stack, User, wait_for
 
 # Speaks to the executor's door from inside, through a link to it in the home.
 KNOCK = """
@@ -30,6 +34,63 @@ def test_the_door_is_shut_to_processes_inside(stack: Stack, ada: User):
         door.unlink()
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["error"]["error"] == "forbidden"
+
+
+# Connects, and ends when told to; its child then asks.
+RELAY = """
+import json, os, pathlib, socket, sys, time
+door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+door.connect("door.sock")
+if not os.fork():
+    while not os.path.exists("ask"):
+        time.sleep(0.01)
+    door.sendall(json.dumps({"v": 1, "op": "list", "token": sys.argv[1]}).encode())
+    pathlib.Path("answer").write_bytes(door.recv(1 << 17))
+    os._exit(0)
+while not os.path.exists("end"):
+    time.sleep(0.01)
+"""
+
+
+def test_the_door_knows_a_caller_whose_pid_is_used_again(stack: Stack, ada: User):
+    """The process that connected has ended, and another one of this machine, the user's own, has its number."""
+    last = Path("/proc/sys/kernel/ns_last_pid")
+    if not last.exists():
+        pytest.skip("needs a kernel that lets root choose the next pid")
+    door, end, ask, answer = (ada.home / name for name in ("door.sock", "end", "ask", "answer"))
+    door.hardlink_to(stack.socket)
+    try:
+        create = ("session", "create", "--gpus", "0", "--detach", "--", "bash", "-c", 'python3 -c "$0" "$1"; sleep 60')
+        assert ada.beaker(*create, RELAY, ada.token).returncode == 0
+        wait_for("two processes", lambda: len(_running("-c", RELAY, ada.token)) == 2)
+        pid = min(_running("-c", RELAY, ada.token))
+        end.touch()
+        wait_for("the end of the first", lambda: not Path(f"/proc/{pid}").exists())
+        last.write_text(str(pid - 1))
+        with subprocess.Popen(["sleep", "60"], user=ada.uid, group=ada.gid) as again:
+            ask.touch()
+            wait_for("an answer", lambda: answer.exists() and answer.stat().st_size)
+            again.kill()
+        if again.pid != pid:
+            pytest.skip("somebody else got the pid")
+        assert json.loads(answer.read_text())["error"]["error"] == "forbidden"
+    finally:
+        for path in (door, end, ask, answer):
+            path.unlink(missing_ok=True)
+
+
+def _running(*arguments: str) -> list[int]:
+    """The processes of this machine that end with these arguments."""
+    words = "\0".join(arguments).encode() + b"\0"
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes()
+        except OSError:
+            continue
+        if line.endswith(words) and line.startswith(b"python3\0"):
+            found.append(int(path.parent.name))
+    return found
 
 
 def test_other_peoples_homes_stay_shut(ada: User, bob: User):

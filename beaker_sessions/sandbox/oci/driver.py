@@ -204,7 +204,7 @@ class OciSandboxes:
         return handle, Terminal(connection.detach(), Framing.CONMON)
 
     def exec_exit(self, id: str, handle: str) -> int:
-        own = self._process(id, handle)
+        own = self._process(id, handle or "none")
         process = Process(**json.loads((own / "started").read_text()))
         process.wait(GONE)
         try:
