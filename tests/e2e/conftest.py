@@ -14,6 +14,7 @@ import pytest
 
 from setup.environment import launcher
 from setup.recipe import COMMAND
+from tests.recorder import Recorder
 from tests.stack import BIN, REPOSITORY, Stack, User
 
 _NUMBERS = itertools.count(1000)
@@ -67,10 +68,12 @@ def command(ada: User) -> Iterator[Path]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_left(stack: Stack) -> Iterator[None]:
-    """After each test all sessions are stopped, and nothing is left of them on the node."""
-    yield
-    stack.settle()
+def recorder(stack: Stack) -> Iterator[Recorder]:
+    """Every invariant holds during each test, and after it: all sessions are stopped, and nothing is left of them."""
+    with Recorder(stack) as recorder:
+        yield recorder
+        stack.settle()
+    assert recorder.broken() == []
 
 
 class Tty(pexpect.spawn):

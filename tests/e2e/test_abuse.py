@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import threading
 from pathlib import Path
@@ -97,6 +98,7 @@ def test_other_peoples_homes_stay_shut(ada: User, bob: User):
     secret = bob.home / "secret"
     secret.write_text("bob's")
     secret.chmod(0o600)
+    os.chown(secret, bob.uid, bob.gid)
     done = ada.beaker("session", "create", "--gpus", "0", "--", "cat", str(secret))
     assert (done.returncode, done.stdout) == (1, b"")
 
