@@ -20,6 +20,7 @@ from . import config, mounts, rootfs, userns
 from .cgroups import Cgroups
 from .conmon import complaint
 from .images import Description
+from .layer import PARTS
 
 SECONDS = 30.0  # in which it must have ended
 SAYS = "started"
@@ -39,7 +40,7 @@ def run(runtime: str, busybox: str, cgroups: Cgroups, state: Path) -> None:
     top.chmod(0o711)  # the ids inside are nobody's here and must come through, which the state need not allow
     root = top / "root"
     try:
-        for part in ("layer", "inside", "runtime"):
+        for part in ("layer", "inside", "runtime", *PARTS):
             (base / part).mkdir()
         shutil.copy(busybox, base / "inside/busybox")
         image = Description(id, [str(base / "layer")], [], 0, "", None, None, None)
