@@ -30,7 +30,8 @@ def stack(request: pytest.FixtureRequest, debian: Path) -> Iterator[Stack]:
         pytest.skip("needs Docker Engine (dockerd)")
     root = Path(tempfile.mkdtemp(prefix="beaker-"))
     root.chmod(0o755)
-    stack = Stack(root, gpus=2, driver=request.param, settings={"defaultImage": "debian"})
+    settings = {"defaultImage": "debian", "mountPaths": ["/net", str(root / "net")]}
+    stack = Stack(root, gpus=2, driver=request.param, settings=settings)
     try:
         stack.start()
         stack.image("debian", debian)

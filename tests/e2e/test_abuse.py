@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.stack import BIN, Stack, User, wait_for
+from tests.stack import Stack, User, wait_for
 
 # Speaks to the executor's door from inside, through a link to it in the home.
 KNOCK = """
@@ -127,35 +130,64 @@ def test_a_session_sees_no_processes_of_the_machine(ada: User):
     assert done.stdout == b"True\n"
 
 
-def test_a_home_swapped_during_the_start_is_ones_own_or_nothing(ada: User, bob: User):
-    """Bob's home is a link that goes back and forth between his own directory and ada's, while he starts sessions."""
-    (ada.home / "private").write_text("ada's")
-    mode = ada.home.stat().st_mode & 0o7777
-    ada.home.chmod(0o700)
-    own, stopped = bob.home.with_name("bob-own"), threading.Event()
-    bob.home.rename(own)
-    bob.home.symlink_to(own)
+def test_a_mount_path_swapped_during_the_start_is_open_to_its_user_or_nothing(stack: Stack, ada: User, bob: User):
+    """A directory such as /net is a link that goes back and forth between one of bob's and one that ada keeps shut."""
+    path, open_, shut = stack.root / "net", bob.home / "open", ada.home / "shut"
+    for directory, owner in ((open_, bob), (shut, ada)):
+        directory.mkdir(mode=0o700)
+        (directory / "file").write_text(f"{owner.name}'s")
+        os.chown(directory, owner.uid, owner.gid)
+        os.chown(directory / "file", owner.uid, owner.gid)
+    try:
+        with _swapping(path, shut, open_):
+            for _ in range(8):
+                script = f"cat {path}/file; touch {path}/mine"
+                done = bob.beaker("session", "create", "--gpus", "0", "--", "sh", "-c", script)
+                assert ada.name.encode() not in done.stdout
+                assert done.returncode in (0, 1, 77), done.stderr
+        assert [file.name for file in shut.iterdir()] == ["file"]
+    finally:
+        path.unlink()
+        shutil.rmtree(open_)
+        shutil.rmtree(shut)
+
+
+@contextlib.contextmanager
+def _swapping(link: Path, *targets: Path) -> Iterator[None]:
+    """A link that leads to one after the other, all the time, and to the last in the end."""
+    spare, stopped = link.with_name(f"{link.name}-spare"), threading.Event()
 
     def swap() -> None:
-        spare = bob.home.with_name("bob-spare")
-        for target in itertools.cycle((ada.home, own)):
+        for target in itertools.cycle(targets):
             spare.symlink_to(target)
-            spare.replace(bob.home)
+            spare.replace(link)
             if stopped.wait(0.0005):
                 return
 
     swapper = threading.Thread(target=swap)
     swapper.start()
     try:
-        for _ in range(8):
-            done = bob.run(
-                str(BIN / "beaker"), "session", "create", "--gpus", "0", "--", "sh", "-c", "cat private; touch mine",
-                env={"BEAKER_TOKEN": bob.token}, cwd="/",
-            )  # fmt: skip
-            assert b"ada's" not in done.stdout
+        yield
     finally:
         stopped.set()
         swapper.join()
+
+
+def test_a_home_swapped_during_the_start_is_ones_own_or_nothing(ada: User, bob: User):
+    """Bob's home is a link that goes back and forth between his own directory and ada's, while he starts sessions."""
+    (ada.home / "private").write_text("ada's")
+    mode = ada.home.stat().st_mode & 0o7777
+    ada.home.chmod(0o700)
+    own = bob.home.with_name("bob-own")
+    bob.home.rename(own)
+    bob.home.symlink_to(own)
+    try:
+        with _swapping(bob.home, ada.home, own):
+            for _ in range(8):
+                words = ("session", "create", "--gpus", "0", "--", "sh", "-c", "cat private; touch mine")
+                done = bob.beaker(*words, env={"BEAKER_TOKEN": bob.token}, cwd="/")
+                assert b"ada's" not in done.stdout
+    finally:
         bob.home.unlink()
         own.rename(bob.home)
         (ada.home / "private").unlink()
