@@ -46,11 +46,16 @@ class Progress:
 
 @dataclass(frozen=True)
 class Mount:
-    """A bind mount. `source` may be `/proc/<pid>/fd/<n>`, a directory pinned by the executor."""
+    """A bind mount, with all that is mounted below it. `source` may be `/proc/<pid>/fd/<n>`, pinned by the executor.
+
+    What comes and goes below a pinned source later, where it is mounted shared, does so in the sandbox too. slave: a
+    driver's own note of that.
+    """
 
     source: str
     target: str
     read_only: bool = False
+    slave: bool = False
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,10 @@ def container(spec: Spec, files: Path, mounts: Sequence[Mount], edits: Edits | N
         "RestartPolicy": {"Name": "no"},
         "LogConfig": {"Type": "json-file", "Config": {"max-size": "8m", "max-file": "2"}},
         "Mounts": [
-            {"Type": "bind", "Source": bind.source, "Target": bind.target, "ReadOnly": bind.read_only} for bind in binds
+            {"Type": "bind", "Source": bind.source, "Target": bind.target, "ReadOnly": bind.read_only}
+            # The engine refuses this for what is neither shared nor a slave.
+            | ({"BindOptions": {"Propagation": "rslave"}} if bind.slave else {})
+            for bind in binds
         ],
         "GroupAdd": [str(gid) for gid in gids],
         "SecurityOpt": ["no-new-privileges"],

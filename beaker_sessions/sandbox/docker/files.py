@@ -115,7 +115,15 @@ class Files:
                     "not_found" if code == errno.ENOENT else "internal",
                     f"cannot bind {mount.source} for {mount.target}: {os.strerror(code)}",
                 )
-        return Mount(str(target), mount.target, mount.read_only)
+        return Mount(str(target), mount.target, mount.read_only, slave=_is_slave(target))
+
+
+def _is_slave(target: Path) -> bool:
+    """Whether a mount point receives what is mounted elsewhere: proc(5), `master` among the optional fields."""
+    lines = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    return any(
+        field.startswith("master:") for line in lines if line[4] == str(target) for field in line[6 : line.index("-")]
+    )
 
 
 def _entry() -> str:

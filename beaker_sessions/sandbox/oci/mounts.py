@@ -24,7 +24,7 @@ AT_FDCWD, AT_EMPTY_PATH, AT_RECURSIVE = -100, 0x1000, 0x8000
 OPEN_TREE_CLONE = 1
 MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = 0x04, 0x40
 ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV, ATTR_NOEXEC, ATTR_IDMAP = 0x1, 0x2, 0x4, 0x8, 0x100000
-MS_NOSUID, MS_NODEV, MS_BIND, MS_PRIVATE = 2, 4, 4096, 1 << 18
+MS_NOSUID, MS_NODEV, MS_BIND, MS_PRIVATE, MS_SLAVE = 2, 4, 4096, 1 << 18, 1 << 19
 MNT_DETACH = 2
 RESOLVE_NO_MAGICLINKS, RESOLVE_IN_ROOT = 0x02, 0x10
 
@@ -84,14 +84,19 @@ def remove_tree(path: Path) -> None:
 
 
 def clone(source: str, *, attributes: int = 0, userns: int = -1, recursive: bool = False) -> int:
-    """A descriptor of a detached copy of the mount at source, with these ATTR_ flags; idmapped when userns is given."""
+    """A descriptor of a detached copy of the mount at source, with these ATTR_ flags; idmapped when userns is given.
+
+    A recursive one is a slave: mounts that come and go below a shared source later do so in the copy too, with the
+    flags that they have there. Unmounting the source lifts the lock that keeps copies of a user namespace in place
+    (`propagate_mount_unlock` in the kernel), so that no sandbox pins it.
+    """
     flags = OPEN_TREE_CLONE | os.O_CLOEXEC | (AT_RECURSIVE if recursive else 0)
     tree = _check(_libc.syscall(OPEN_TREE, AT_FDCWD, os.fsencode(source), flags), source)
     try:
-        if attributes or userns >= 0:
+        if attributes or userns >= 0 or recursive:
             idmap = ATTR_IDMAP if userns >= 0 else 0
             # struct mount_attr: attr_set, attr_clr, propagation, userns_fd
-            attr = struct.pack("QQQQ", attributes | idmap, 0, MS_PRIVATE, max(userns, 0))
+            attr = struct.pack("QQQQ", attributes | idmap, 0, MS_SLAVE if recursive else MS_PRIVATE, max(userns, 0))
             flags = AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0)
             _check(_libc.syscall(MOUNT_SETATTR, tree, b"", flags, attr, ctypes.c_size_t(len(attr))), source)
     except BaseException:
@@ -155,7 +160,7 @@ def overlay(target: Path, layers: Iterable[Path], base: Path, userns: int = -1) 
     base: a directory with `upper` and `work`, where `lower` is made. userns: of the id map that the layers are seen
     through, none by default. The layers' own mounts are gone when this returns: an overlay keeps copies of its own.
     Nothing is synced to disk (`volatile`), because nothing here is to outlive a crash of the machine. Device files have
-    no effect.
+    no effect. It is private: what is mounted on it is shared with nobody, and unmounting that ends no copy.
     """
     lower = base / "lower"
     lower.mkdir()
@@ -179,6 +184,7 @@ def overlay(target: Path, layers: Iterable[Path], base: Path, userns: int = -1) 
             lowers = ":".join(f"/proc/self/fd/{below}/{name}" for name in names)
             data = f"lowerdir={lowers},upperdir=/proc/self/fd/{own}/upper,workdir=/proc/self/fd/{own}/work,volatile"
             mount("overlay", target, "overlay", MS_NODEV, data)
+            mount("none", target, None, MS_PRIVATE)
     finally:
         unmount(lower)
         lower.rmdir()
