@@ -42,6 +42,8 @@ class Progress:
             self.say("This node has no GPUs, so this session gets none.")
         least = f" with at least {output.count(self._gpus, 'GPU')}" if self._gpus else ""
         self.say(f"Starting session {job['id']}{least}... (Press Ctrl+C to cancel)")
+        if event.get("warning"):
+            self.say(f"beaker: warning: {event['warning']}")
 
     def _wait(self, event: dict[str, Any]) -> None:
         position, reason, nodes = event.get("position"), event.get("reason") or "", event.get("nodes") or []

@@ -21,11 +21,11 @@ from .. import ids, wire
 from ..errors import Error
 from ..model import Identity, Session, State
 from ..sandbox import Finding
-from . import images, inventory, plan
+from . import homes, images, inventory, plan
 from .access import Access, Peer, peer
 from .caller import PATIENCE, Caller
 from .following import Following
-from .lifecycle import Lifecycle, home
+from .lifecycle import Lifecycle
 from .sessions import View
 
 log = logging.getLogger(__name__)
@@ -137,8 +137,7 @@ class Door:
                 "forbidden", "--host-networking is not allowed on this node", "ask the administrator, or leave it out"
             )
         wanted = plan.defaults(wanted, self.sessions.capacity, settings.default_image)
-        if not wanted.bare:
-            os.close(home(identity))
+        warning = "" if wanted.bare else homes.look(identity, make=bool(settings.session_home))
         key = request.get("key")
         if key is not None and not (isinstance(key, str) and 0 < len(key) <= 200):
             raise Error("invalid", f"key: {key!r} is not an idempotency key", "send up to 200 characters")
@@ -153,7 +152,8 @@ class Door:
         if session.id != id:  # made before, with this key
             inside.forget(id)
         self._admit(session.id, caller)
-        caller.send({"event": "created", "job": self._job(self.sessions.view(session.id))})
+        created = {"event": "created", "job": self._job(self.sessions.view(session.id))}
+        caller.send(created | ({"warning": warning} if warning else {}))
         detach = bool(request.get("detach"))
         self.following.session(caller, session.id, terminal=not detach, size=wanted.size, brief=detach)
 

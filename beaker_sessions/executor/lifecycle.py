@@ -25,6 +25,7 @@ from ..model import Claim, Identity, Request, Session, State
 from ..sandbox import LABEL_OWNER, Found, Mount, Progress, Sandboxes, Spec, Status
 from ..settings import ExecutorSettings
 from . import credentials, disk, inventory, plan
+from .homes import home
 from .inside import Inside
 from .rundir import TARGET
 from .sessions import Sessions
@@ -134,7 +135,7 @@ class Lifecycle:
     def _mounts(self, request: Request, identity: Identity, pins: ExitStack) -> list[Mount]:
         if request.bare:
             return []
-        mounts = [Mount(self._pinned(home(identity), pins), identity.home)]
+        mounts = [Mount(self._pinned(home(identity, make=bool(self.settings.session_home)), pins), identity.home)]
         for path in self.settings.mount_paths:
             try:
                 mounts.append(Mount(self._pinned(inventory.pin(path, identity), pins), path))
@@ -331,22 +332,6 @@ class Lifecycle:
             self._resume(found.id, found)
         elif found.status == Status.EXITED:
             self.sessions.ended(found.id, found.exit_code, self._farewell(found, session))
-
-
-def home(identity: Identity) -> int:
-    """The caller's home, pinned. Raises Error not_found or forbidden: a create asks before it is queued."""
-    try:
-        return inventory.pin(identity.home, identity)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise Error(
-            "not_found",
-            f"the home {identity.home} of {identity.name} does not exist",
-            "ask the administrator for it, or use --bare",
-        ) from error
-    except OSError as error:
-        raise Error(
-            "forbidden", f"{identity.name} cannot enter the home {identity.home}: {error.strerror}", "or use --bare"
-        ) from error
 
 
 def _started(pid: int) -> float:

@@ -23,7 +23,8 @@ from ..model import Identity, Session, State
 from ..settings import ExecutorSettings
 from . import inventory, plan
 from .access import Access
-from .lifecycle import Lifecycle, home
+from .homes import home
+from .lifecycle import Lifecycle
 from .metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -181,7 +182,7 @@ class Reporter:
                 raise Error("forbidden", "host networking is not allowed on this node")
             wanted = plan.defaults(session.request, self.sessions.capacity, self.settings.default_image)
             if not wanted.bare:
-                os.close(home(identity))
+                os.close(home(identity, make=bool(self.settings.session_home)))
             plan.check_mounts(wanted, identity, self.settings.mount_paths)
             self.sessions.create(session.account, identity, wanted, None, id=session.id)
         except Error as error:
