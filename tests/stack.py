@@ -229,8 +229,9 @@ class Stack:
         assert not self.files(), f"files of ended sessions are left: {self.files()}"
 
     def files(self) -> list[Path]:
-        """The directories of sandboxes."""
-        return [path for path in (self.state / "executor" / self.driver).rglob("*") if is_ulid(path.name)]
+        """The directories of sandboxes. Names in containers-storage look like ids by chance."""
+        found = (self.state / "executor" / self.driver).rglob("*")
+        return [path for path in found if is_ulid(path.name) and "storage" not in path.parts]
 
     def sandboxes(self) -> dict[str, int]:
         """Every sandbox that exists, running or not: session id -> pid of its init, 0 when it does not run."""
