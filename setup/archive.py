@@ -1,7 +1,7 @@
-"""The default image for the driver that keeps its own images: two layers, written as an archive and loaded.
+"""The default image for the driver that keeps its own images: three layers, written as an archive and loaded.
 
-The first layer is the base of packages, kept as a tar, so that a change of the command line makes only the second anew:
-what `images/install.sh` changes. The archive's format is `docker save`'s:
+The first two, of packages and of tools, are kept as tars, so that a change of the command line makes only the third
+anew. Each is what its `install.sh` changes on those below it. The archive's format is `docker save`'s:
 https://github.com/moby/docker-image-spec, "Combined Image JSON + Filesystem Changeset Format".
 """
 
@@ -11,12 +11,13 @@ import fcntl
 import hashlib
 import io
 import json
-import os
 import platform
 import shutil
 import tarfile
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from . import daemon, host, recipe
@@ -26,6 +27,13 @@ from .steps import Failed, Report, command
 _DIRECTORY = host.STATE / "image"
 _STAMP = host.STATE / "setup/image"
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
+_PASSING = ("dev", "proc", "sys", "tmp")
+# Run in a mount namespace of its own, with the root's path as $0; a base has the files that are mounted over.
+_INSTALL = """
+for file in /etc/resolv.conf /etc/hosts; do [ ! -e "$0$file" ] || mount --bind "$(realpath $file)" "$0$file"; done
+mount -t proc proc "$0/proc"
+exec chroot "$0" sh /tmp/image/install.sh
+"""
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -44,64 +52,92 @@ def make(report: Report) -> str:
             return "made meanwhile"
         for left in _DIRECTORY.glob("build-*"):  # of one that was killed
             shutil.rmtree(left)
-        key = recipe.key()
-        base = _base(report)
-        with tempfile.TemporaryDirectory(dir=_DIRECTORY, prefix="build-") as name:
-            directory = Path(name)
-            try:
-                report("installing the command")
-                top = _top(base, directory, report)
-                report("writing the archive")
-                write(directory / "image.tar", [base, top], key)
-            except OSError as error:
-                raise Failed(f"the image cannot be built in {_DIRECTORY}: {error.strerror}") from None
+        key, listener = recipe.key(), recipe.Listener(report)
+        with building(_DIRECTORY) as directory:
+            layers = build(_DIRECTORY, directory, listener)
+            report("writing the archive")
+            write(directory / "image.tar", layers, key)
             report("loading")
             program = [str(host.VENV / "bin/beaker"), "executor", "images", "load", str(directory / "image.tar")]
             command([*program, recipe.NAME], report, env=daemon.environment())
+            size = sum(one.stat().st_size for one in layers) / 1e6
         host.write(_STAMP, key)
-        return f"{recipe.NAME}, {(base.stat().st_size) / 1e6:.0f} MB"
+        return f"{recipe.NAME}, {size:.0f} MB{listener.left_out()}"
 
 
-def _base(report: Report) -> Path:
-    """The tar of the base, made unless it is there."""
-    base = _DIRECTORY / f"base-{host.codename()}-{recipe.base_key()}.tar"
+@contextmanager
+def building(place: Path) -> Iterator[Path]:
+    """A directory that is gone afterwards. Raises Failed for what the disk refuses."""
+    with tempfile.TemporaryDirectory(dir=place, prefix="build-") as name:
+        Path(name).chmod(0o755)  # for apt, which gives its rights up
+        try:
+            yield Path(name)
+        except OSError as error:
+            raise Failed(f"the image cannot be built in {place}: {error.strerror}") from None
+
+
+def build(place: Path, directory: Path, report: Report) -> list[Path]:
+    """The tars of the layers; those of packages and tools are kept in a place, and made unless they are there.
+
+    directory: for what is being made.
+    """
+    base = place / f"base-{host.codename()}-{recipe.base_key()}.tar"
     if not base.exists():
-        with tempfile.TemporaryDirectory(dir=_DIRECTORY, prefix="build-") as name:
-            Path(name).chmod(0o755)  # for apt, which gives its rights up
-            part = Path(name, "base.tar")
-            command(recipe.bootstrap(str(part), sources()), report, env={**daemon.environment(), "TMPDIR": name})
-            for former in _DIRECTORY.glob("base-*.tar"):
-                former.unlink()
-            part.replace(base)
-    return base
+        bootstrap(directory / "base.tar", report)
+        _keep(directory / "base.tar", base, "base-*.tar")
+    tools = place / f"tools-{host.codename()}-{recipe.tools_key()}.tar"
+    if not tools.exists():
+        _keep(layer("tools", [base], directory, recipe.programs(report), report), tools, "tools-*.tar")
+    return [base, tools, layer("command", [base, tools], directory, {}, report)]
 
 
-def _top(base: Path, directory: Path, report: Report) -> Path:
-    """The tar of what installing changes on the base: all that is newer than its unpacking."""
-    root, top = directory / "root", directory / "top.tar"
+def _keep(made: Path, target: Path, former: str) -> None:
+    for path in target.parent.glob(former):
+        path.unlink()
+    made.replace(target)
+
+
+def bootstrap(target: Path, report: Report) -> None:
+    """Write the base as a tar."""
+    recipe.lacking(report)
+    environment = {**daemon.environment(), "TMPDIR": str(target.parent)}
+    command(recipe.bootstrap(str(target), sources()), report, env=environment)
+
+
+def layer(name: str, below: list[Path], directory: Path, programs: Mapping[str, bytes], report: Report) -> Path:
+    """The tar of what a layer's `install.sh` changes on those below it: all that is newer than their unpacking."""
+    root, result = directory / "root", directory / f"{name}.tar"
     root.mkdir(mode=0o755)
-    # By tar, which is faster and keeps all owners; the attributes are those of file capabilities.
-    command(["tar", "--xattrs", "--xattrs-include=*", "-xpf", str(base), "-C", str(root)], report)
+    report("unpacking")
+    for one in below:  # by tar, which is faster and keeps all owners; the attributes are those of file capabilities
+        command(["tar", "--xattrs", "--xattrs-include=*", "-xpf", str(one), "-C", str(root)], report)
     (root / "tmp/image").mkdir()
     time.sleep(0.02)  # the clock of files ticks more slowly than that of programs
     began = time.time_ns()
     time.sleep(0.02)
-    for name, content in recipe.files():
-        path = root / "tmp/image" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-        path.chmod(0o755 if os.access(recipe.DIRECTORY / name, os.X_OK) or path.name == "launcher" else 0o644)
+    for path, content in recipe.files(name):
+        _put(root / "tmp/image" / path, content, 0o644)
+    for program, content in programs.items():
+        _put(root / "usr/local/bin" / program, content, 0o755)
+    # Only tools come from the network.
+    network = [] if name == "tools" else ["--net"]
     command(
-        ["unshare", "--mount", "--net", "chroot", str(root), "sh", "/tmp/image/install.sh"], report,
-        env={"PATH": _PATH, "LANG": "C.UTF-8", "HOME": "/root"},
+        ["unshare", "--mount", *network, "sh", "-c", _INSTALL, str(root)], report,
+        env={**daemon.environment(), "PATH": _PATH},
     )  # fmt: skip
     shutil.rmtree(root / "tmp/image")
-    with tarfile.open(top, "w") as layer:
+    with tarfile.open(result, "w") as tar:
         for path in sorted(root.rglob("*")):
-            if path.lstat().st_ctime_ns >= began and path.relative_to(root).parts[0] != "tmp":
-                layer.add(path, str(path.relative_to(root)), recursive=False)
+            if path.lstat().st_ctime_ns >= began and path.relative_to(root).parts[0] not in _PASSING:
+                tar.add(path, str(path.relative_to(root)), recursive=False)
     shutil.rmtree(root)
-    return top
+    return result
+
+
+def _put(path: Path, content: bytes, mode: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    path.chmod(mode)
 
 
 def write(target: Path, layers: list[Path], key: str) -> None:

@@ -72,6 +72,7 @@ def lock(report: Report) -> str:
     command([*base, "-o", "requirements.txt"], report, cwd=host.ROOT)
     development = [*base, "--extra", "dev", "-c", "requirements.txt", "-o", "requirements-dev.txt"]
     command(development, report, cwd=host.ROOT)
+    command([*base[:-1], "images/tools/uv.in", "-o", "images/tools/uv.txt"], report, cwd=host.ROOT)
     return "written"
 
 

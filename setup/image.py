@@ -53,25 +53,28 @@ def _label(name: str) -> str | None:
 
 def _build(base: str, name: str, report: Report) -> str:
     key = recipe.key(base)
+    listener = recipe.Listener(report)
     status, former = engine.call("GET", f"/images/{name}/json")
     if _label(name) != key:  # else only the stamp was missing
-        started = base or _bootstrap(report)
+        started = base or _bootstrap(listener)
         parameters = {
             "t": name,
             "rm": 1,
             "forcerm": 1,
             "buildargs": json.dumps({"BASE": started}),
             "labels": json.dumps({LABEL: key}),
-            "networkmode": "bridge" if base else "none",
+            "networkmode": "host",  # a bridge need not be there
         }
-        for event in engine.stream("POST", f"/build?{urlencode(parameters)}", recipe.context()):
-            report(event.get("stream") or event.get("status") or "")
+        context = recipe.context(recipe.programs(listener))
+        for event in engine.stream("POST", f"/build?{urlencode(parameters)}", context):
+            for line in (event.get("stream") or event.get("status") or "").splitlines():
+                listener(line)
         if status == 200:
             engine.call("DELETE", f"/images/{former['Id']}")  # refused, and rightly, while a session runs from it
     _, image = engine.call("GET", f"/images/{name}/json")
     if name == NAME:
         host.write(_STAMP, key)
-    return f"{name}, {image['Size'] / 1e6:.0f} MB"
+    return f"{name}, {image['Size'] / 1e6:.0f} MB{listener.left_out()}"
 
 
 def _bootstrap(report: Report) -> str:
@@ -79,6 +82,7 @@ def _bootstrap(report: Report) -> str:
     name = f"{NAME}:{host.codename()}-{recipe.base_key()}"
     if engine.call("GET", f"/images/{name}/json")[0] == 200:
         return name
+    recipe.lacking(report)
     argv = recipe.bootstrap("-", sources())
     said: deque[str] = deque(maxlen=20)
     with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

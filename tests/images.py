@@ -51,12 +51,22 @@ def debian(*more: str) -> Path:
 
     Raises CalledProcessError without a mirror.
     """
-    release, packages = host.codename(), ",".join([PACKAGES, *more])
+    return _bootstrap(host.codename(), ",".join([PACKAGES, *more]), sources())
+
+
+def bullseye() -> Path:
+    """A tar of Debian 11, which has Python 3.9, from this machine's mirror. Raises CalledProcessError without one."""
+    own = [line.split() for line in sources() if f" {host.codename()} " in line]
+    mirror = [" ".join(["deb", one[-3], "bullseye", "main"]) for one in own[:1]]
+    return _bootstrap("bullseye", "bash,coreutils,python3", mirror, "extract")  # nothing needs to be configured
+
+
+def _bootstrap(release: str, packages: str, sources: list[str], variant: str = "minbase") -> Path:
     path = BUILD / f"debian-{hashlib.sha256(f'{release} {packages}'.encode()).hexdigest()[:12]}.tar"
     if not path.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{os.getpid()}-{path.name}")
-        command = ["mmdebstrap", "--variant=minbase", f"--include={packages}", release, str(partial), *sources()]
+        command = ["mmdebstrap", f"--variant={variant}", f"--include={packages}", release, str(partial), *sources]
         subprocess.run(command, check=True, capture_output=True)
         partial.replace(path)
     return path
@@ -112,3 +122,15 @@ def tar(files: dict[str, bytes | str]) -> bytes:
                 member.size, member.mode = len(what), 0o644 if name.startswith("etc/") else 0o755
                 tar.addfile(member, io.BytesIO(what))
     return content.getvalue()
+
+
+def default(target: Path) -> Path:
+    """The default image as an archive; its layers of packages and tools are kept in `build`."""
+    from setup import archive, recipe
+
+    place = BUILD / "default"
+    place.mkdir(parents=True, exist_ok=True)
+    with archive.building(place) as directory:
+        layers = archive.build(place, directory, lambda _: None)
+        archive.write(target, layers, recipe.key())
+    return target

@@ -60,7 +60,7 @@ def command(ada: User) -> Iterator[Path]:
         shutil.copyfile(path, target)
     (home / "bin").mkdir()
     (home / "bin/beaker").write_text(launcher(str(home / "lib"), "/usr/bin/python3"))
-    shutil.copyfile(REPOSITORY / "images/git-credential-beaker", home / "bin/git-credential-beaker")
+    shutil.copyfile(REPOSITORY / "images/command/git-credential-beaker", home / "bin/git-credential-beaker")
     for program in (home / "bin").iterdir():
         program.chmod(0o755)
     yield home / "bin/beaker"

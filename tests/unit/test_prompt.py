@@ -1,4 +1,4 @@
-"""What a shell of the default image shows first: `images/bashrc`, before a home's own .bashrc."""
+"""What a shell of the default image shows first: `images/command/bashrc`, before a home's own .bashrc."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pexpect
 import pytest
 
-BASHRC = Path(__file__).parents[2] / "images/bashrc"
+BASHRC = Path(__file__).parents[2] / "images/command/bashrc"
 SESSION = {
     "BEAKER_JOB_ID": "01HW8DZJFR6QEAFAABCTCR2BY2",
     "BEAKER_NODE_HOSTNAME": "gpu-1.lab",

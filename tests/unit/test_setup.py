@@ -87,7 +87,7 @@ def test_launcher_starts_the_command_line_of_its_checkout(tmp_path: Path) -> Non
 
 
 def test_the_image_has_all_that_the_command_line_imports(tmp_path: Path) -> None:
-    for path, content in recipe.files():
+    for path, content in recipe.files("command"):
         file = tmp_path / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
