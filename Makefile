@@ -31,7 +31,7 @@ bench: ## compare with docker, write bench/README.md
 lock: ## write requirements*.txt anew
 	@$(setup) lock
 
-image: ## the default image; with BASE=nvidia/cuda:… one on that base, named NAME
+image: ## the default image; with BASE=cuda one with CUDA for this machine's driver, or on any base, named NAME
 	@$(setup) build "$(BASE)" "$(or $(NAME),beaker-sessions/cuda)"
 
 docs: ## the guides as a site in build/site, and docs/reference.md from the commands

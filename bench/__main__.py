@@ -22,6 +22,7 @@ from pathlib import Path
 from tests import images
 from tests.stack import BIN, Stack, User
 
+from . import image as default_image
 from . import measure, peers
 from .peers import Subject
 
@@ -181,7 +182,7 @@ def _verdict(value: float, aim: str) -> list[str]:
     return [f"{value:.2f}", aim, "yes" if met else "**no**"]
 
 
-def report(table: Table, rounds: int) -> str:
+def report(table: Table, rounds: int, layers: list[list[str]], left_out: list[str]) -> str:
     columns = ["oci", "docker", "docker run", "podman run", "runc run"]
     rows = [
         [what, *(f"{values[c]:.2f}" if c in values else "" for c in columns)]
@@ -208,6 +209,13 @@ def report(table: Table, rounds: int) -> str:
             "## Aims",
             "",
             *_markdown(["what", "ours", "peer", "ours / peer", "aim", "met"], list(verdicts(table))),
+            "",
+            "## The default image",
+            "",
+            "Its layers, each kept until what it is made of changes. An update of the command line is the last alone.",
+            *[f"{text[:1].upper()}{text[1:]}." for text in left_out],
+            "",
+            *_markdown(["layer", "what", "MB", "build, s"], layers),
             "",
         ]
     )
@@ -274,7 +282,7 @@ def main() -> None:
         for verdict in verdicts(bench.table):
             print("  ".join(verdict))
         if not options.dry_run:
-            (HERE / "README.md").write_text(report(bench.table, options.rounds))
+            (HERE / "README.md").write_text(report(bench.table, options.rounds, *default_image.build()))
 
 
 if __name__ == "__main__":

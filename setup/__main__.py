@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from . import account, driver, engine, environment, host, image, packages, removal, services, testing
+from . import account, cuda, driver, engine, environment, host, image, packages, removal, services, testing
 from .steps import Failed, Step, as_user, do, run
 
 SESSION = [
@@ -50,8 +50,9 @@ def develop() -> None:
 
 
 def build(base: str, name: str) -> None:
-    """An image by the default image's recipe on another base, under a name of its own."""
+    """An image by the default image's recipe on another base, under a name of its own; `cuda`: what fits the driver."""
     _as_root()
+    base = cuda.base() if base == "cuda" else base
     run([SESSION[0], engine.needed, image.step_on(base, name)] if base else SESSION)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from setup import archive, daemon, environment, host, recipe, removal, services, steps, testing
+from setup import archive, cuda, daemon, environment, host, recipe, removal, services, steps, testing
 from setup.sources import sources
 
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
@@ -211,3 +211,59 @@ def test_what_tests_leave_running_is_found() -> None:
         left.kill()
         left.wait()
     assert testing._left("/nonexistent", mark, seconds=0) == []
+
+
+PROPRIETARY = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}  Thu Mar  7 22:00:00 UTC 2024\nGCC version: 12.2.0\n"
+OPEN = (
+    "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {}  Release Build  (dvs-builder)\nGCC version: 12.2.0\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("driver", "tag"),
+    [
+        ("550.54.15", "12.4.1"), ("550.54.14", "12.4.1"), ("550.40.07", "12.3.2"), ("535.183.01", "12.2.2"),
+        ("570.26", "12.8.1"), ("580.65.06", "13.0.1"), ("999.1", "13.0.1"), ("520.61.05", "11.8.0"),
+    ],
+)  # fmt: skip
+def test_the_newest_cuda_that_the_driver_runs(driver: str, tag: str) -> None:
+    for text in (PROPRIETARY, OPEN):
+        assert cuda.choose(text.format(driver)) == f"nvidia/cuda:{tag}-runtime-ubuntu22.04"
+
+
+def test_a_driver_that_no_cuda_runs_on_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(steps.Failed, match=r"470\.82\.01 is older than 520\.61\.5"):
+        cuda.choose(PROPRIETARY.format("470.82.01"))
+    with pytest.raises(steps.Failed, match="BASE="):
+        cuda.choose("")
+    monkeypatch.setattr(cuda, "VERSION", tmp_path / "none")
+    with pytest.raises(steps.Failed, match="no NVIDIA driver is loaded"):
+        cuda.base()
+
+
+def test_what_is_left_out_of_the_image_is_said_at_the_end() -> None:
+    said: list[str] = []
+    listener = recipe.Listener(said.append)
+    listener("installing")
+    listener("left out: uv (nothing could be downloaded from PyPI)")
+    assert said == ["installing", "left out: uv (nothing could be downloaded from PyPI)"]
+    assert listener.left_out() == "; left out: uv (nothing could be downloaded from PyPI)"
+
+
+def test_what_a_layer_is_made_of_changes_its_key_and_no_lower_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(recipe.DIRECTORY, tmp_path / "images")
+    monkeypatch.setattr(recipe, "DIRECTORY", tmp_path / "images")
+    monkeypatch.setattr(recipe, "_offered", lambda _: True)
+
+    def keys() -> list[str]:
+        return [recipe.base_key(), recipe.tools_key(), recipe.key()]
+
+    before = keys()
+    for file, changed in (("command/bashrc", 1), ("tools/install.sh", 2), ("base/packages.txt", 3)):
+        with (tmp_path / "images" / file).open("a") as opened:
+            opened.write("\nextra\n")
+        after = keys()
+        assert [a != b for a, b in zip(before, after, strict=True)] == [n >= 3 - changed for n in range(3)]
+        before = after
