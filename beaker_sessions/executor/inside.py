@@ -121,12 +121,14 @@ class Inside:
             if not author:
                 raise Error(
                     "unauthorized",
-                    f"the session {id} has no token of its own, as the executor restarted or the server was away",
+                    f"the session {id} has no token of its own: the executor restarted, the server was away, or the "
+                    "token that it was made with was revoked",
                     "attach to it once from outside",
                 )
             with closing(Client(self.address, author, PATIENCE)) as client:
                 body = {"name": f"session {id}", "scope": "session", "session": id}
-                token = client.create_token(body, key=f"session-{id}")["token"]
+                # Not the same key for another author's token: one that was revoked was answered already.
+                token = client.create_token(body, key=f"session-{id}-{ids.hash_token(author)[:12]}")["token"]
             self.directories.keep_token(id, token)
         self.forget(id)
         return token
@@ -189,7 +191,16 @@ class Inside:
             raise Error("invalid", "the body is not in base 64", "update beaker") from None
         headers = {"Content-Type": kind} if kind in ("application/json", "application/octet-stream") else {}
         with closing(Client(self.address, self._token(id), PATIENCE)) as client:
-            answer = client.forward(str(method), path, body, headers)
+            try:
+                answer = client.forward(str(method), path, body, headers)
+            except Error as error:
+                if error.code != "unauthorized":
+                    raise
+                self.directories.forget_token(id)
+                why = "the token of this session has ended with the one that it was made with"
+                raise Error(
+                    "unauthorized", why, "attach to the session once from outside, with a valid token"
+                ) from error
         encoded = base64.b64encode(answer).decode()
         if len(encoded) > FRAME - 1024:
             raise Error("invalid", f"the answer has {len(answer)} bytes", "ask for less")

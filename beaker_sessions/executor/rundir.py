@@ -81,6 +81,9 @@ class RunDirectories:
             file.write(token)
         new.replace(self._token(id))
 
+    def forget_token(self, id: str) -> None:
+        self._token(id).unlink(missing_ok=True)
+
     def remove(self, id: str) -> None:
         """Silent if there is none."""
         for file in (self._token(id), self._token(id).with_suffix(".new")):

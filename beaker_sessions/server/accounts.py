@@ -73,7 +73,8 @@ class Accounts(Rules):
     def create_token(self, caller: Caller, body: TokenBody | None = None) -> JSON:
         """Without a body, a token in place of the caller's, which ends; with one, another token beside it.
 
-        No token outlives the one that made it, unless that was an administrator's.
+        No token outlives the one that made it, unless that was an administrator's. Tokens of running sessions pass on
+        to the one that takes the place of theirs.
         """
         caller.need_user()
         if body is not None and (body.scope in ("executor", "admin") or body.account is not None):
@@ -87,6 +88,8 @@ class Accounts(Rules):
             if body is None:
                 rows.update(tables.tokens, asking.id, revoked=rows.now)
                 id = add_token(rows, caller.account_id, token, asking.name, Scope(asking.scope), asking.expiry)
+                for child in rows.all(tables.tokens, parent=asking.id, revoked=None):
+                    rows.update(tables.tokens, child.id, parent=id)
             else:
                 expiry = None if body.expiry is None else rows.now + timedelta(seconds=body.expiry)
                 if asking.expiry is not None and not caller.admin:
@@ -97,6 +100,8 @@ class Accounts(Rules):
                 name = body.account or caller.account
                 account = found(rows.account(name), "account", name)
                 id = add_token(rows, account.id, token, body.name, Scope(body.scope), expiry, body.session)
+                if body.session is not None:
+                    rows.update(tables.tokens, id, parent=asking.id)
             self.record(
                 rows, caller, "create_token", id, scope=body.scope if body else asking.scope, rotated=body is None
             )
@@ -105,7 +110,11 @@ class Accounts(Rules):
         return self._with_token(self.once(caller, "create_token", body.model_dump() if body else {}, make), token)
 
     def revoke_token(self, caller: Caller, id: str) -> None:
-        """One of the caller's own tokens, or for an administrator anybody's. Revoking it again is no error."""
+        """One of the caller's own tokens, or for an administrator anybody's. Revoking it again is no error.
+
+        With it end the tokens of the sessions that were made with it, and of its account's sessions to which the server
+        gave one: with which token these were asked for is not known.
+        """
         if caller.scope != Scope.SESSION or id != caller.token_id:  # a session's token may end itself
             caller.need_user()
         with self.store.write() as rows:
@@ -114,7 +123,18 @@ class Accounts(Rules):
                 raise Error("not_found", f"you have no token {id!r}", "see GET auth/tokens")
             if row.revoked is None:
                 rows.update(tables.tokens, id, revoked=rows.now)
-                self.record(rows, caller, "revoke_token", id)
+                sessions = list(rows.all(tables.tokens, parent=id, revoked=None))
+                if row.scope != Scope.SESSION:
+                    given = {
+                        "account_id": row.account_id,
+                        "scope": Scope.SESSION.value,
+                        "parent": None,
+                        "revoked": None,
+                    }
+                    sessions += rows.all(tables.tokens, **given)
+                for session in sessions:
+                    rows.update(tables.tokens, session.id, revoked=rows.now)
+                self.record(rows, caller, "revoke_token", id, sessions=[session.session for session in sessions])
 
     def _with_token(self, answer: JSON, token: str) -> JSON:
         with self.store.read() as rows:

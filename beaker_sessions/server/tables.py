@@ -110,6 +110,7 @@ tokens = sa.Table(
     sa.Column("name", sa.Text, nullable=False),
     sa.Column("scope", sa.Text, nullable=False),
     sa.Column("session", sa.String(26)),  # whose token it is; reported by its node a little later, hence no reference
+    sa.Column("parent", sa.String(26)),  # the token that a session's was made with, and ends with; null: by the server
     sa.Column("created", Time, nullable=False),
     sa.Column("expiry", Time),
     sa.Column("revoked", Time),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from beaker_sessions.client import Client
+from beaker_sessions.errors import Error
 from tests.stack import Stack, User, wait_for
 
 
@@ -57,9 +60,6 @@ def test_it_outlives_the_executor_and_ends_with_the_session(stack: Stack, ada: U
     ada.beaker("session", "stop", session)
     wait_for("the end", lambda: not stack.live() and not list((stack.root / "sessions").iterdir()))
 
-    from beaker_sessions.client import Client
-    from beaker_sessions.errors import Error
-
     client = Client(stack.address, token)
 
     def refused() -> bool:
@@ -71,6 +71,35 @@ def test_it_outlives_the_executor_and_ends_with_the_session(stack: Stack, ada: U
 
     wait_for("the end of its token", refused)
     client.close()
+
+
+def test_a_revoked_token_takes_those_of_its_sessions_along(stack: Stack, ada: User, command: Path):
+    """Refused at once, and in order again when its author comes back with a valid one. Replacing it changes nothing."""
+    with closing(Client(stack.address, ada.token)) as client:
+        second = client.create_token({"name": "second"})
+    with closing(Client(stack.address, second["token"])) as replaced:
+        third = replaced.create_token()
+    create = ("session", "create", "--gpus", "0", "--detach", "--", "sleep", "1000")
+    id = ada.beaker(*create, env={"BEAKER_TOKEN": third["token"]}).stdout.decode().strip()
+    wait_for("the session", lambda: ada.json("session", "get", id)[0]["status"].get("started"))
+    asking = Client(stack.address, third["token"])
+
+    def whoami(token: str) -> subprocess.CompletedProcess:
+        words = ["session", "exec", id, "--env", "HOME=/tmp", "--", str(command), "account", "whoami", "--quiet"]
+        return ada.beaker(*words, env={"BEAKER_TOKEN": token})
+
+    assert whoami(third["token"]).returncode == 0
+    fourth = asking.create_token()
+    asking.close()
+    assert whoami(fourth["token"]).returncode == 0  # the session was handed on
+    token = (stack.root / "sessions" / f"{id}.token").read_text()
+    stack.admin.revoke_token(fourth["id"])
+    with closing(Client(stack.address, token)) as session, pytest.raises(Error) as refused:
+        session.whoami()
+    assert refused.value.code == "unauthorized"
+    first = whoami(ada.token)  # notices
+    assert (first.returncode, b"attach to the session once from outside" in first.stderr) == (77, True), first.stderr
+    assert whoami(ada.token).stdout == f"{ada.name}\n".encode()
 
 
 def test_nobody_else_reaches_a_sessions_socket(stack: Stack, ada: User, bob: User, session: str):

@@ -151,6 +151,32 @@ def test_a_sessions_token(server: SimpleNamespace, node: SimpleNamespace) -> Non
     assert refused(inside.whoami) == "unauthorized"
 
 
+def test_a_sessions_token_ends_with_the_one_that_it_was_made_with(
+    server: SimpleNamespace, node: SimpleNamespace
+) -> None:
+    """Not with another one of its account, and a token that is replaced hands its sessions on."""
+    ann = server.client(server.ann)
+    laptop, script = (ann.create_token({"name": name}) for name in ("laptop", "script"))
+    sessions = [ulid(), ulid()]
+    inside = [
+        server.client(server.client(each["token"]).create_token({"scope": "session", "session": id})["token"])
+        for each, id in zip((laptop, script), sessions, strict=True)
+    ]
+    ann.revoke_token(script["id"])
+    assert refused(inside[1].whoami) == "unauthorized"
+    assert inside[0].whoami()["name"] == "ann"
+    successor = server.client(laptop["token"]).create_token()
+    assert inside[0].whoami()["name"] == "ann"
+    handed = ann.create_job({"session": {"node": "gpu-1"}})["id"]
+    (job,) = node.beat()["jobs"]
+    assert job["id"] == handed
+    given = server.client(job["token"])
+    assert given.whoami()["name"] == "ann"
+    server.client(server.admin).revoke_token(successor["id"])
+    assert refused(inside[0].whoami) == "unauthorized"
+    assert refused(given.whoami) == "unauthorized"
+
+
 def test_a_session_that_is_handed_on_brings_its_token(server: SimpleNamespace, node: SimpleNamespace) -> None:
     """The same each time, until the session ends; it may what its author's session may."""
     ann = server.client(server.ann)
