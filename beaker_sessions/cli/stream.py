@@ -25,10 +25,15 @@ class Stream:
     def receive(self) -> list[tuple[int, bytes]] | None:
         """What the session wrote, as (1 or 2, bytes); [] when that is not complete yet, None at the end."""
         try:
-            data = self._socket.recv(CHUNK, MSG_DONTWAIT)
+            try:
+                data = self._socket.recv(CHUNK, MSG_DONTWAIT)
+            except ConnectionResetError:
+                # A process that ended without reading all that was typed. The kernel tells this first, and what had
+                # arrived before only to who asks again.
+                data = self._socket.recv(CHUNK, MSG_DONTWAIT)
         except BlockingIOError:
             return []
-        except OSError:  # a reset is how some engines end
+        except OSError:
             return None
         return self._parse(data) if data else None
 
