@@ -37,7 +37,6 @@ class Shell:
     """A user's Bash on the machine, in an emulated terminal."""
 
     def __init__(self, user: User, rows: int) -> None:
-        self.user = user
         self.screen = pyte.Screen(COLUMNS, rows)
         self._stream = pyte.ByteStream(self.screen)
         process = user.process()
@@ -59,9 +58,7 @@ class Shell:
         deadline = time.monotonic() + 60
         while True:
             try:
-                # As if the user had the name that the guide gives her: that of a test is unique on its machine.
-                data = self.child.read_nonblocking(1 << 16, timeout=0.3)
-                self._stream.feed(data.replace(self.user.name.encode(), b"ada"))
+                self._stream.feed(shorten(self.child.read_nonblocking(1 << 16, timeout=0.3)))
                 continue
             except pexpect.TIMEOUT:
                 pass
@@ -80,6 +77,12 @@ class Shell:
         target = IMAGES / f"terminal-{name}.svg"
         target.write_text(svg(self.screen))
         print(f"{target.name}: {target.stat().st_size / 1000:.0f} kB")
+
+
+def shorten(data: bytes) -> bytes:
+    """As if users had the names that the guide gives them: those of tests are unique on their machine. Columns stay."""
+    data = re.sub(rb"\b(ada|bob)(-\w+)(?=  )", lambda found: found[1] + b" " * len(found[2]), data)
+    return re.sub(rb"\b(ada|bob)-\w+", rb"\1", data)
 
 
 def svg(screen: pyte.Screen) -> str:
@@ -135,7 +138,7 @@ def take(stack: Stack, ada: User, bob: User) -> None:
     other.child.sendintr()
     other.wait(r"\$")
 
-    second = Shell(ada, 14)
+    second = Shell(ada, 22)
     second.type("beaker session exec -- ps -o pid,tty,args")
     second.type("beaker session exec", r"\[BEAKER\] ada ~ \$")
     second.save("exec")
@@ -156,7 +159,7 @@ def take(stack: Stack, ada: User, bob: User) -> None:
     time.sleep(25)  # two samples of what they use
     second.screen.reset()
     second.child.send("beaker session top --all\r")
-    second.wait(r"(?s)sweep.*")
+    second.wait(r"(?s)SESSION.*large.*")
     second.save("top")
     for one in (shell, second, other):
         one.child.close(force=True)

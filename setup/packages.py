@@ -26,11 +26,13 @@ TESTS = {
     "chromium": ("chromium",),
     "crun": ("crun",),
     "docker-registry": ("docker-registry",),
+    "fuse3": ("fusermount3",),
     "git": ("git",),
     "hyperfine": ("hyperfine",),
     "openssh-client": ("ssh-agent",),
     "podman": ("podman",),
     "runc": ("runc",),
+    "sqlite3": ("sqlite3",),
     "tmux": ("tmux",),
 }
 _BUSYBOX = Path("/bin/busybox")

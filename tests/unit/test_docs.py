@@ -56,3 +56,18 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert "Beaker Sessions" in index
     fetched = re.findall(r"""<(?:script|link|img)[^>]+(?:src|href)=["'](https?:[^"']+)""", index)
     assert fetched == [], "the site fetches from elsewhere"
+
+
+def test_the_messages_that_the_guide_explains_are_ours() -> None:
+    """Each row's message, between its gaps, is in the source; those of other programs and of a shell are named here."""
+    others = {"The agent has no identities.", "exit code 127", "a prompt without `[BEAKER]"}
+    kinds = ("there is no secret", "there is no …")  # `rules.found` says what it was
+    table = (ROOT / "docs/interactive.md").read_text().partition("## When something goes wrong")[2]
+    messages = re.findall(r"^\| (.+?) \|", table, re.MULTILINE)[2:]
+    # Adjacent literals are one text, whose values are gaps too.
+    source = "".join(path.read_text() for path in (ROOT / "beaker_sessions").rglob("*.py"))
+    source = re.sub(r"\{[^{}]*\}", "…", re.sub(r'"\s*\n\s*f?"', "", source))
+    for message in (message.strip("`") for message in messages if message.strip("`") not in others):
+        for part in filter(None, (part.strip(" :") for part in message.split("…"))):
+            assert part.replace(*kinds) in source, message
+    assert len(messages) > 12
