@@ -332,6 +332,8 @@ class ClaimReport(Report):
 class StatusReport(Report):
     created: Time | None = None
     scheduled: Time | None = None
+    image_ready: Time | None = None
+    made: Time | None = None
     started: Time | None = None
     exited: Time | None = None
     finalized: Time | None = None

@@ -142,7 +142,8 @@ class Session:
 
     message: why it ended as it did, or why it waits, for people. error: the code (of `errors.CODES`) of what kept its
     main process from running, "" when nothing did. revision: grows by one with every change; a report with a lower
-    one is stale. node: the node's id, or "" before it is known.
+    one is stale. node: the node's id, or "" before it is known. image_ready, made: when, on the way from scheduled to
+    started, its image was there and its sandbox was made.
     """
 
     id: str
@@ -153,6 +154,8 @@ class Session:
     claim: Claim | None = None
     created: datetime | None = None
     scheduled: datetime | None = None
+    image_ready: datetime | None = None
+    made: datetime | None = None
     started: datetime | None = None
     exited: datetime | None = None
     finalized: datetime | None = None

@@ -1,8 +1,8 @@
 """REST JSON <-> model, in both directions. With `bodies`, the only place that validates what comes from outside.
 
 Owns the shapes of answers: lowerCamelCase, absent means null, RFC 3339 times, sizes as text. Names and types are those
-of the original API, as beaker-py 1.x reads them; `revision`, `queuePosition` and what follows `priority` in `session`
-are ours. Must not decide who may do what.
+of the original API, as beaker-py 1.x reads them; `revision`, `queuePosition`, `imageReady`, `made` and what follows
+`priority` in `session` are ours. Must not decide who may do what.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def job(session: model.Session, **directory: Any) -> dict[str, Any]:
         },
         "limits": claim and {"gpus": list(claim.gpus), "cpuCount": claim.cpus, "memory": exact_size(claim.memory)},
         "status": {
-            **{name: time(getattr(session, name)) for name in TIMES},
+            **{key: time(getattr(session, name)) for name, key in TIMES.items()},
             "canceledFor": session.canceled_for or None,
             "exitCode": session.exit_code,
             "message": session.message or None,
@@ -144,7 +144,10 @@ def mappings(claim: model.Claim | None) -> dict[str, int]:
 
 
 _SESSION_FIELDS = {field.alias for field in SessionBody.model_fields.values()}
-TIMES = ("created", "scheduled", "started", "exited", "finalized", "canceled")
+TIMES = {  # moments of a session: as the model calls them, and as `status` does
+    "created": "created", "scheduled": "scheduled", "image_ready": "imageReady", "made": "made", "started": "started",
+    "exited": "exited", "finalized": "finalized", "canceled": "canceled",
+}  # fmt: skip
 
 
 def time(moment: datetime | None) -> str | None:

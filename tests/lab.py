@@ -112,6 +112,9 @@ class FakeNode:
         created = datetime.now(UTC) - timedelta(seconds=age)
         passed = list(State)[: list(State).index(state) + 1]
         times = {one.value: created + timedelta(seconds=3 * at) for at, one in enumerate(passed)}
+        if "started" in times:  # 2 s for the image, 750 ms to make the sandbox
+            times["image_ready"] = times["scheduled"] + timedelta(seconds=2)
+            times["made"] = times["scheduled"] + timedelta(seconds=2.75)
         claim = Claim(tuple(self.gpus[gpu] for gpu in held), 16.0 * len(held), len(held) << 37)
         asked.setdefault("gpus", len(held))
         session = Session(

@@ -94,6 +94,7 @@ def describe(options: Options) -> int:
                 (name.capitalize(), status.get(name))
                 for name in ("created", "scheduled", "started", "exited", "finalized")
             ),
+            *stages(status),
             ("Canceled", status.get("canceledFor") or status.get("canceled")),
             ("Duration", duration(status)),
             ("Exit code", status.get("exitCode")),
@@ -211,6 +212,14 @@ def duration(status: dict[str, Any]) -> str | None:
     return output.duration((_seconds(end) if end else time.time()) - _seconds(status["started"]))
 
 
+def stages(status: dict[str, Any]) -> list[tuple[str, str]]:
+    """What of the way to its prompt took how long, in seconds, as far as it is known."""
+    moments = ("created", "scheduled", "imageReady", "made", "started")
+    names = ("In the queue", "Image", "Create", "Start")
+    known = [(name, status.get(begin), status.get(end)) for name, begin, end in zip(names, moments, moments[1:])]
+    return [(f"{name} took", f"{_seconds(end) - _seconds(begin):.3f} s") for name, begin, end in known if begin and end]
+
+
 def _seconds(moment: str) -> float:
-    """Since the epoch, of RFC 3339 in UTC, to the second."""
-    return timegm(time.strptime(moment[:19], "%Y-%m-%dT%H:%M:%S"))
+    """Since the epoch, of RFC 3339 in UTC."""
+    return timegm(time.strptime(moment[:19], "%Y-%m-%dT%H:%M:%S")) + float("0" + moment[19:].rstrip("Z"))

@@ -110,6 +110,7 @@ class Lifecycle:
         assert request.image  # `plan.defaults` has filled it in
         login = partial(credentials.find, identity)
         image = self.sandboxes.image(request.image, request.pull, lambda p: self._progress(id, p), login)
+        self.sessions.passed(id, "image_ready")
         rundir, files = self.inside.prepare(id, request, identity)
         own = [Mount(str(rundir), TARGET, read_only=True)]
         own += [Mount(str(f), path, read_only=True) for f, (_, path) in zip(files, request.secret_mounts, strict=True)]
@@ -120,6 +121,7 @@ class Lifecycle:
                 disk=self.disk,
             )  # fmt: skip
             self.sandboxes.create(spec)
+            self.sessions.passed(id, "made")
             size = self.sessions.offer(id, lambda: self.sandboxes.attach(id, replay=False))
             self.sandboxes.start(id, size if request.tty else None)
 
@@ -162,13 +164,13 @@ class Lifecycle:
         if live and live.session.state == State.STARTED:
             self.sandboxes.stop(id, GRACE)
 
-    def logs(self, session: Session) -> bytes:
-        """The latest output of a session, live or ended.."""
+    def logs(self, session: Session, limit: int = OUTPUT_KEPT) -> bytes:
+        """The latest output of a session, live or ended."""
         if session.state in (State.STARTED, State.EXITED):
             with suppress(Error):  # removed just now: what was kept is on the disk
-                return self.sandboxes.logs(session.id, OUTPUT_KEPT)
+                return self.sandboxes.logs(session.id, limit)
         try:
-            return (self.output / session.id).read_bytes()
+            return (self.output / session.id).read_bytes()[-limit:]
         except FileNotFoundError:
             return b""
 

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT = 3.0  # seconds
 SAMPLES = 60  # of metrics, at most, in one heartbeat
+SHOWN = 64 << 10  # bytes of the output of a session that runs
 SETTLE = 0.3  # seconds after a change: a session's start is many, and the machine has better to do just then
 BACK_OFF = 15.0  # seconds, at most, between attempts to reach a server that is away
 
@@ -44,6 +45,7 @@ class Reporter:
         self.instance = ids.ulid()  # of two executors that claim one node, the server heeds the younger
         self.trouble = "the server was not asked yet"  # why it cannot be reached, "" when it can
         self._others: list[dict[str, Any]] = []
+        self._shown: dict[str, tuple[str, bytes]] = {}  # session whose author looks -> the look, and what was sent
         self._registered = False
         self._changed = threading.Event()
         self.sessions.on_change = self._changed.set
@@ -70,7 +72,7 @@ class Reporter:
                     self._register(client)
                 if time.monotonic() >= due:
                     due = time.monotonic() + HEARTBEAT
-                    self._heartbeat(client)
+                    self._show(client, self._heartbeat(client))
                 self._report(client)
                 if self.trouble:
                     log.info("the server at %s answers", self.settings.address)
@@ -110,7 +112,8 @@ class Reporter:
         self.ledger.fact("node", node["id"])
         self._registered = True
 
-    def _heartbeat(self, client: Client) -> None:
+    def _heartbeat(self, client: Client) -> dict[str, str]:
+        """Sessions whose authors look at their output, and when they did so last."""
         waiting = sum(session.state == State.CREATED for session in self.sessions.live())
         samples = self.metrics.pending(SAMPLES)
         body = {
@@ -138,6 +141,25 @@ class Reporter:
         for id in answer.get("cancel", []):
             if self.sessions.entry(id):
                 threading.Thread(target=self.lifecycle.stop, args=(id, "the server"), daemon=True).start()
+        return dict(answer.get("output") or {})
+
+    def _show(self, client: Client, wanted: dict[str, str]) -> None:
+        """The latest output of running sessions, when it is new or the look is."""
+        self._shown = {id: shown for id, shown in self._shown.items() if id in wanted}
+        for id, look in wanted.items():
+            live = self.sessions.entry(id)
+            if live is None or live.session.state != State.STARTED:
+                continue  # all that it wrote comes with its end
+            now = (look, self.lifecycle.logs(live.session, SHOWN))
+            if self._shown.get(id) == now:
+                continue
+            self._shown[id] = now
+            try:
+                client.put_logs(id, now[1])
+            except Error as error:
+                if error.code not in ("invalid", "not_found", "forbidden"):
+                    raise
+                log.warning("the server refuses the output of session %s: %s", id, error)
 
     def _positive(self) -> Any:
         free = self.sessions.free()

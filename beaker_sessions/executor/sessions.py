@@ -26,6 +26,8 @@ from .ledger import Ledger, held
 
 log = logging.getLogger(__name__)
 
+LONG = 1.0  # seconds on the way to a prompt after which a write more is not felt
+
 
 class Subscription:
     """Someone who follows a session. `fd` becomes readable when there is something new in `Sessions.view`.
@@ -58,6 +60,7 @@ class Live:
     """What is known of a session that is not final, beside what the ledger holds.
 
     since: seconds of CLOCK_BOOTTIME when its main process started, which no change of the wall clock moves.
+    passed: moments of its start, as fields of the session, that its next change will write.
     """
 
     session: Session
@@ -67,6 +70,7 @@ class Live:
     exit_seen: bool = False
     stopped_by: str = ""
     notice: str = ""
+    passed: dict[str, datetime] = field(default_factory=dict)
     subscribers: set[Subscription] = field(default_factory=set)
 
 
@@ -250,7 +254,7 @@ class Sessions:
         with self._lock:
             live = self._live[id]
             old = live.session
-            wanted = replace(old, state=state or old.state, **changes)  # type: ignore[arg-type]
+            wanted = replace(old, state=state or old.state, **live.passed | changes)  # type: ignore[arg-type]
             live.session = self.ledger.move(old, wanted, actor)
             if live.session.state == State.FINALIZED:
                 del self._live[id]
@@ -259,6 +263,19 @@ class Sessions:
             self._notify(live)
             self.on_change()
             return live.session
+
+    def passed(self, id: str, moment: str) -> None:
+        """A moment of a session's start: `image_ready` or `made`.
+
+        Written with its next change, because each write makes the way to a prompt longer; at once when it took so long
+        that people look at it.
+        """
+        with self._lock:
+            if live := self._live.get(id):
+                now = datetime.now(UTC)
+                live.passed[moment] = now
+                if live.session.scheduled and (now - live.session.scheduled).total_seconds() > LONG:
+                    self.move(id)
 
     def ended(self, id: str, exit_code: int | None, message: str = "", error: str = "") -> None:
         """The main process is gone, or never came to be (then with an error's code): say so, and have it cleaned up."""

@@ -1,7 +1,7 @@
 """Sessions, as jobs of kind session: rules and answers. The node decides their fate; this records what it reports.
 
-Everybody sees that a session is there and what it holds. Its command, its variables and its output are shown to its
-author and to administrators only.
+Everybody sees that a session is there and what it holds. Its command and its variables are shown to its author and to
+administrators only, and its output to its author alone.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 from .. import ids, model, wire
@@ -21,7 +22,9 @@ from .rules import JSON, Caller, Rules, found
 from .store import Row, Rows
 
 PAGE = 100
-LOG_LIMIT = 1 << 20
+LOG_LIMIT = 1 << 20  # bytes of the output of a session that has ended
+LIVE_LIMIT = 64 << 10  # and of one that runs
+LOOKED = timedelta(seconds=15)  # between two notes that somebody looks
 REPORTED = ("queuePosition",)  # what a report may say beside the session itself
 
 
@@ -143,21 +146,44 @@ class Jobs(Rules):
             return job_json(job_of(rows, id), caller)
 
     def get_logs(self, caller: Caller, id: str) -> bytes:
-        """The end of the output, as the node reported it; empty when it has not yet."""
+        """The end of the output, as the node reported it; empty when it has not yet. For its author alone.
+
+        While the session runs, its node is asked at its next heartbeats for what comes: see `logs_due`.
+        """
         with self.store.read() as rows:
             row = job_of(rows, id)
-            if not _private(row, caller):
+            if not _own(row, caller):
                 raise Error("forbidden", f"session {id} is {row.author}'s", "ask them for its output")
             kept = rows.one(tables.logs, job_id=id)
-            return b"" if kept is None else bytes(kept.output)
+            new = row.state == State.STARTED and (row.watched is None or rows.now - row.watched > LOOKED)
+        if new:
+            with self.store.write() as rows:
+                rows.update(tables.jobs, id, watched=rows.now)
+        return b"" if kept is None else bytes(kept.output)
+
+    def logs_due(self, id: str) -> bool:
+        """Whether the node of a running session has yet to answer the latest look at its output."""
+        with self.store.read() as rows:
+            row = job_of(rows, id)
+            kept = rows.one(tables.logs, job_id=id)
+            asked = row.state == State.STARTED and row.watched is not None and row.expiry > rows.now
+            return asked and (kept is None or kept.at is None or kept.at < row.watched)
 
     def put_logs(self, caller: Caller, id: str, output: bytes) -> None:
-        if len(output) > LOG_LIMIT:
-            raise Error("invalid", f"the output has {len(output)} bytes", f"send the last {LOG_LIMIT}")
+        """Of a session that runs, for its author who looks; of one that has ended, to keep."""
         with self.store.write() as rows:
-            caller.need_node(job_of(rows, id).node_id)
+            row = job_of(rows, id)
+            caller.need_node(row.node_id)
+            final = row.state == State.FINALIZED
+            limit = LOG_LIMIT if final else LIVE_LIMIT
+            if len(output) > limit:
+                raise Error("invalid", f"the output has {len(output)} bytes", f"send the last {limit}")
+            kept = rows.one(tables.logs, job_id=id)
             rows.keep_logs(id, output)
-            self.record(rows, caller, "put_logs", id, bytes=len(output))
+            if kept is None or bytes(kept.output) != output:
+                rows.touch(id)
+            if final:  # what somebody looks at changes nothing that lasts
+                self.record(rows, caller, "put_logs", id, bytes=len(output))
 
 
 def place(rows: Rows, session: SessionBody, wanted: model.Request) -> Row:
@@ -208,13 +234,18 @@ def job_json(row: Row, caller: Caller) -> JSON:
     return job if _private(row, caller) else wire.redacted(job)
 
 
-def _private(row: Row, caller: Caller) -> bool:
-    """Whether the caller may see what is the author's business."""
-    if caller.scope == model.Scope.EXECUTOR:
-        return bool(caller.node == row.node_id)
+def _own(row: Row, caller: Caller) -> bool:
+    """Whether the caller is the author, outside or in this very session."""
     if caller.scope == model.Scope.SESSION:
         return bool(caller.session == row.id)
-    return bool(row.account_id == caller.account_id) or caller.admin
+    return caller.scope != model.Scope.EXECUTOR and bool(row.account_id == caller.account_id)
+
+
+def _private(row: Row, caller: Caller) -> bool:
+    """Whether the caller may see what is the business of the author and of administrators."""
+    if caller.scope == model.Scope.EXECUTOR:
+        return bool(caller.node == row.node_id)
+    return _own(row, caller) or caller.admin
 
 
 def _record(session: model.Session, body: JSON) -> JSON:

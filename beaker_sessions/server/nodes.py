@@ -16,6 +16,7 @@ from .samples import keep_samples
 from .store import Row, Rows
 
 HANDED = 100  # how many new sessions one heartbeat hands over
+WATCHED = timedelta(seconds=60)  # after a look at its output, for how long a running session's is sent
 SILENCE = timedelta(seconds=30)  # a node not heard from for this long is "not reporting"
 
 
@@ -172,6 +173,7 @@ class Nodes(Rules):
             return {
                 "jobs": [json.loads(job.body) | {"token": session_token(rows, caller, job)} for job in waiting],
                 "cancel": list(rows.to_cancel(row.id)),
+                "output": {id: wire.time(at) for id, at in rows.watched(row.id, rows.now - WATCHED).items()},
                 "cordoned": row.cordoned is not None,
                 "cordonReason": row.cordon_reason,
                 "nodes": [

@@ -5,10 +5,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from contextlib import suppress
 from typing import Annotated
 
 from fastapi import APIRouter, Body, Depends, FastAPI, Request, Response
 from fastapi.security import HTTPBearer
+from starlette.concurrency import run_in_threadpool
 
 from .. import __version__, ids
 from .. import bodies as b
@@ -34,6 +38,7 @@ def _caller(request: Request) -> Caller:
 Does = Annotated[Service, Depends(_service)]
 Who = Annotated[Caller, Depends(_caller)]
 BYTES = "application/octet-stream"
+LOGS_WAIT = 5.0  # seconds for a node to send the output of a running session: its heartbeat and a little
 FAILURE = {  # in place of FastAPI's own 422
     "description": "What failed, and what to do next",
     "content": {
@@ -302,8 +307,17 @@ def report_job(does: Does, who: Who, id: str, body: JSON) -> JSON:
 
 
 @router.get("/jobs/{id}/logs", response_class=Response)
-def get_logs(does: Does, who: Who, id: str) -> Response:
-    return Response(does.get_logs(who, id), media_type="application/octet-stream")
+async def get_logs(request: Request, does: Does, who: Who, id: str) -> Response:
+    """Of a running session, what its node answers to being asked, at its next heartbeat, or else what it sent last."""
+    output = await run_in_threadpool(does.get_logs, who, id)
+    until = time.monotonic() + LOGS_WAIT
+    with request.app.state.changes.watch([id]) as event:
+        while event and (left := until - time.monotonic()) > 0 and await run_in_threadpool(does.logs_due, id):
+            with suppress(TimeoutError):
+                await asyncio.wait_for(event.wait(), min(left, 1.0))
+            event.clear()
+            output = await run_in_threadpool(does.get_logs, who, id)
+    return Response(output, media_type=BYTES)
 
 
 @router.get("/jobs/{id}/metrics")

@@ -146,6 +146,7 @@ class Rows:
                 accounts.c.name.label("author"),
                 accounts.c.display_name.label("author_display_name"),
                 nodes.c.hostname,
+                nodes.c.expiry,
                 clusters.c.name.label("cluster"),
                 organizations.c.name.label("organization"),
             )
@@ -173,9 +174,14 @@ class Rows:
         query = sa.select(jobs.c.id).where(jobs.c.node_id == node, jobs.c.state != State.FINALIZED)
         return self.connection.execute(query.where(jobs.c.cancel_asked.is_not(None))).scalars().all()
 
+    def watched(self, node: str, since: datetime) -> dict[str, datetime]:
+        """Running jobs of a node whose output their authors have looked at since then: when the last time."""
+        query = sa.select(jobs.c.id, jobs.c.watched).where(jobs.c.node_id == node, jobs.c.state == State.STARTED)
+        return {row.id: row.watched for row in self.connection.execute(query.where(jobs.c.watched > since))}
+
     def keep_logs(self, job: str, output: bytes) -> None:
         self.connection.execute(sa.delete(tables.logs).where(tables.logs.c.job_id == job))
-        self.insert(tables.logs, job_id=job, output=output)
+        self.insert(tables.logs, job_id=job, output=output, at=self.now)
 
     # secrets
 

@@ -111,6 +111,8 @@ tokens = sa.Table(
     sa.Column("scope", sa.Text, nullable=False),
     sa.Column("session", sa.String(26)),  # whose token it is; reported by its node a little later, hence no reference
     sa.Column("parent", sa.String(26)),  # the token that a session's was made with, and ends with; null: by the server
+    # made by a sign-in through a provider: nobody knows it, and it ends when its browser signs out
+    sa.Column("browser", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("created", Time, nullable=False),
     sa.Column("expiry", Time),
     sa.Column("revoked", Time),
@@ -138,6 +140,7 @@ jobs = sa.Table(
     sa.Column("taken", Time),  # first reported by the node
     sa.Column("cancel_asked", Time),
     sa.Column("canceled_for", sa.Text, nullable=False),
+    sa.Column("watched", Time),  # when its author last looked at its output while it ran
     sa.Column("body", sa.Text, nullable=False),  # JSON: `wire.job`
     sa.Index("jobs_node", "node_id", "state"),
     sa.Index("jobs_account", "account_id"),
@@ -166,6 +169,7 @@ logs = sa.Table(
     METADATA,
     sa.Column("job_id", sa.String(26), sa.ForeignKey("jobs.id"), primary_key=True),
     sa.Column("output", sa.LargeBinary, nullable=False),
+    sa.Column("at", Time),  # when the node sent it
 )
 samples = sa.Table(  # what nodes used, ever coarser the older
     "samples",

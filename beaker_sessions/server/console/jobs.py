@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -10,12 +11,21 @@ from typing import Any
 from .pages import ago, size, span
 
 JSON = Mapping[str, Any]
-STAGES = (  # what the time between two states was spent on
-    ("created", "scheduled", "Queued"),
-    ("scheduled", "started", "Starting"),
-    ("started", "exited", "Running"),
-    ("exited", "finalized", "Cleaning up"),
+OUTPUT = 64 << 10  # bytes of a session's output that are looked at
+# Escape sequences as in ECMA-48, also those that the end cuts off: CSI to its final byte, OSC and other strings to BEL
+# or ST, and those of a character set. Other characters that nobody sees are shown as such by `pages.harmless`.
+CONTROL = re.compile(
+    r"\x1b(?:\[[\x20-\x3f]*[\x40-\x7e]?|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\|$)?|[\x20-\x2f]+[\x30-\x7e]?|[\x30-\x7e]?)|\x07"
 )
+STAGES = {  # the moment at which a stage begins -> what the time until the next moment was spent on
+    "created": "Queued",
+    "scheduled": "Image",
+    "imageReady": "Create",
+    "made": "Start",
+    "started": "Running",
+    "exited": "Cleaning up",
+    "finalized": "",
+}
 
 
 @dataclass(frozen=True)
@@ -128,27 +138,21 @@ def asks(json: JSON) -> str:
 
 def stages(status: JSON, now: datetime, silent: bool = False) -> tuple[Stage, ...]:
     """The life so far. What a silent node's session does now is not known, so that nothing goes on then."""
+    passed = [name for name in STAGES if status.get(name)]
     spans: list[tuple[str, float, bool]] = []
-    final = status.get("finalized")
-    for start, end, name in STAGES:
-        if not status.get(start):
+    for name, after in zip(passed, [*passed[1:], ""], strict=True):
+        if name == "finalized" or (not after and silent):
             continue
-        until = status.get(end) or next(
-            (status[later] for later in ("started", "exited", "finalized") if status.get(later)
-             and status[later] >= status[start] and later != start), None
-        )  # fmt: skip
-        going = until is None and not final
-        moment = now if until is None else datetime.fromisoformat(until)
-        if going and silent:
-            continue
-        seconds = max(0.0, (moment - datetime.fromisoformat(status[start])).total_seconds())
-        spans.append((name, seconds, going))
+        # A start that was taken up again after the executor's end has no moments of its own.
+        what = "Starting" if after == "started" and name in ("scheduled", "imageReady") else STAGES[name]
+        end = datetime.fromisoformat(status[after]) if after else now
+        spans.append((what, max(0.0, (end - datetime.fromisoformat(status[name])).total_seconds()), not after))
     whole = sum(seconds for _, seconds, _ in spans) or 1.0
-    return tuple(Stage(name, precise(seconds), 100 * seconds / whole, going) for name, seconds, going in spans)
+    return tuple(Stage(what, precise(seconds), 100 * seconds / whole, going) for what, seconds, going in spans)
 
 
 def precise(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 10 else span(seconds)
+    return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s" if seconds < 10 else span(seconds)
 
 
 def queue(waiting: Sequence[JSON], free: int | None, me: str, now: datetime) -> list[Job]:
@@ -169,28 +173,20 @@ def queue(waiting: Sequence[JSON], free: int | None, me: str, now: datetime) -> 
 
 
 def output(data: bytes, lines: int = 200) -> list[str]:
-    """The last lines of a terminal's output as text: no escape sequences, a line that was drawn again as it was last.
+    """The last lines of a terminal's output as text without escape sequences; what was written over is left out."""
+    text = CONTROL.sub("", data[-OUTPUT:].decode(errors="replace")).replace("\r\n", "\n")
+    shown = text.rstrip("\n").split("\n")[-lines:]
+    return [_typed(line.rstrip("\r").rpartition("\r")[2]).replace("\t", "    ") for line in shown]
 
-    Sequences as in ECMA-48: CSI to its final byte, OSC and other strings to BEL or ST.
-    """
-    text, out, at = data.decode(errors="replace"), [], 0
-    while at < len(text):
-        char = text[at]
-        if char != "\x1b":
-            out.append(char)
-            at += 1
-            continue
-        at += 2
-        kind = text[at - 1 : at]
-        if kind == "[":
-            while at < len(text) and not "@" <= text[at] <= "~":
-                at += 1
-            at += 1
-        elif kind and kind in "]PX^_":
-            while at < len(text) and text[at] != "\x07" and text[at : at + 2] != "\x1b\\":
-                at += 1
-            at += 1 if text[at : at + 1] == "\x07" else 2
-        elif kind and " " <= kind <= "/":
-            at += 1
-    shown = "".join(out).replace("\r\n", "\n").split("\n")
-    return [line.rstrip("\r").rpartition("\r")[2].replace("\t", "    ") for line in shown[-lines:]]
+
+def _typed(line: str) -> str:
+    """A line after its backspaces, which line editors write."""
+    if "\b" not in line:
+        return line
+    left: list[str] = []
+    for char in line:
+        if char != "\b":
+            left.append(char)
+        elif left:
+            left.pop()
+    return "".join(left)

@@ -240,13 +240,9 @@ def job(visit: Visit) -> Response:
         for one in jobs.queue(waiting, pages.free_gpus(home), who.account_id, now):
             if one.id == json["id"]:
                 place, reason = one.place, one.reason
-    else:
-        try:
-            output = jobs.output(service.get_logs(who, json["id"]))
-        except Error as error:
-            if error.code != "forbidden":
-                raise
     view = jobs.job(json, who.account_id, now, silent, place, reason)
+    if view.mine and (json["status"].get("started") or not live):
+        output = jobs.output(service.get_logs(who, view.id))
     charts = []
     if begin := json["status"].get("scheduled"):
         until = json["status"].get("exited") or json["status"].get("finalized")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 
 import pytest
 
@@ -25,7 +26,9 @@ def test_a_session_that_runs(lab: Lab, ann: Browser, bob: Browser, root: Browser
     node.beat()
     html = ann.get(f"/job/{id}").text
     assert re.search(r"running</span>", html)
-    assert "Queued</span>" in html
+    stages = re.findall(r"<span>([^<]+)</span> <span class=\"num\">([^<]+)</span>", html)
+    assert stages[:4] == [("Queued", "3.0 s"), ("Image", "2.0 s"), ("Create", "750 ms"), ("Start", "250 ms")]
+    assert stages[4][0] == "Running"
     assert "1 h 59 min so far" in html
     assert "nvidia.com/gpu=1" in html
     assert "python3 train.py" in html
@@ -60,7 +63,7 @@ def test_a_session_of_a_silent_node_is_unknown(lab: Lab, ann: Browser) -> None:
         assert "running</span>" not in html, path
 
 
-def test_output_is_its_authors_and_text(lab: Lab, ann: Browser, bob: Browser) -> None:
+def test_output_is_its_authors_and_text(lab: Lab, ann: Browser, bob: Browser, root: Browser) -> None:
     node = lab.node("gpu-1.lab", 1)
     id = node.session("ann", (0,), State.FINALIZED)
     node.client.put_logs(id, b"10%\r50%\r100%\r\n\x1b[31m<b>red</b>\x1b]0;title\x07\x00\xff \xe2\x80\xae\r\n")
@@ -70,7 +73,49 @@ def test_output_is_its_authors_and_text(lab: Lab, ann: Browser, bob: Browser) ->
     assert "&lt;b&gt;red&lt;/b&gt;\\x00\N{REPLACEMENT CHARACTER} \\u202e\n" in html
     assert "title\\" not in html
     assert "succeeded, exit code 0" in html
-    assert "Recent output" not in bob.get(f"/job/{id}").text
+    for other in (bob, root):
+        assert "Recent output" not in other.get(f"/job/{id}").text
+
+
+def test_output_of_a_running_session_is_sent_while_its_author_looks(
+    lab: Lab, ann: Browser, bob: Browser, root: Browser
+) -> None:
+    node = lab.node("gpu-1.lab", 1)
+    id = node.session("ann", (0,))
+    assert node.beat()["output"] == {}
+    for other in (bob, root):
+        assert "Recent output" not in other.get(f"/job/{id}").text
+    assert node.beat()["output"] == {}, "nobody who may see it looks"
+    assert "Nothing yet" in ann.get(f"/job/{id}").text
+    assert set(node.beat()["output"]) == {id}
+    node.client.put_logs(id, b"loss 0.25\x08\x089\r\n")
+    assert ">loss 0.9\n" in ann.get(f"/job/{id}").text
+    for other in (bob, root):
+        assert "loss" not in other.get(f"/job/{id}").text
+    before = len(lab.root.list_audit()["data"])
+    node.client.put_logs(id, b"loss 0.1\n")
+    assert len(lab.root.list_audit()["data"]) == before, "what is looked at is no change that lasts"
+    node.change(id, State.FINALIZED, exit_code=0)
+    assert node.beat()["output"] == {}
+
+
+def test_output_of_a_running_session_over_rest(lab: Lab) -> None:
+    """The answer waits until the node has been asked, and answers."""
+    node = lab.node("gpu-1.lab", 1)
+    node.beat()
+    id = node.session("ann", (0,))
+    node.client.put_logs(id, b"old")
+    found: list[bytes] = []
+    client = lab.client(lab.tokens["ann"])
+    asking = threading.Thread(target=lambda: found.append(client.get_logs(id)))
+    asking.start()
+    while not node.beat()["output"]:
+        assert asking.is_alive()
+    node.client.put_logs(id, b"new")
+    asking.join()
+    assert found == [b"new"]
+    with pytest.raises(Error):
+        lab.root.get_logs(id)
 
 
 def test_what_is_not_there(ann: Browser) -> None:

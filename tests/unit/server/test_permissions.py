@@ -24,7 +24,6 @@ NODE_OR_ADMIN = (401, 403, 403, 200, 200, 403, 403)
 AUTHOR = (401, 403, 200, 200, 403, 403, 200)
 AUTHOR_ALONE = (401, 403, 200, 403, 403, 403, 200)
 AUTHOR_OUTSIDE = (401, 403, 200, 403, 403, 403, 403)
-AUTHOR_OR_NODE = (401, 403, 200, 200, 200, 403, 200)
 PUBLIC = (200,) * 7
 
 # method and path -> (statuses in the order of WHO, 200 standing for any success, body). The session is ann's, on the
@@ -71,7 +70,7 @@ TABLE: dict[tuple[str, str], tuple[tuple[int, ...], Any]] = {
     ("get", "/api/v3/jobs/{id}"): (EVERYBODY, None),
     ("patch", "/api/v3/jobs/{id}"): (AUTHOR, {"status": {"canceled": True}}),
     ("put", "/api/v3/jobs/{id}"): (NODE, "report"),
-    ("get", "/api/v3/jobs/{id}/logs"): (AUTHOR_OR_NODE, None),
+    ("get", "/api/v3/jobs/{id}/logs"): (AUTHOR_ALONE, None),
     ("put", "/api/v3/jobs/{id}/logs"): (NODE, b"output"),
 }
 

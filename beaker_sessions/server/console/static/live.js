@@ -14,14 +14,21 @@
       : `Not updated since ${last.toLocaleTimeString()}: the server does not answer`;
   };
 
+  // What the server said last: what people did to a part since, or another script, is no reason to draw it again.
+  const said = new Map([...document.querySelectorAll("[data-live]")].map((part) => [part.id, part.innerHTML]));
+
   const replace = (old, fresh) => {
-    if (old.innerHTML === fresh.innerHTML) return;
+    if (said.get(old.id) === fresh.innerHTML) return;
+    said.set(old.id, fresh.innerHTML);
     const active = old.contains(document.activeElement) ? document.activeElement : null;
     const path = active && (active.id ? `#${CSS.escape(active.id)}` : active.getAttribute("href") && `a[href="${CSS.escape(active.getAttribute("href"))}"]`);
     const states = new Map([...old.querySelectorAll("[data-state]")].map((one) => [one.id, one.dataset.state]));
+    const scrolled = old.querySelector(".output")?.scrollTop ?? 0; // from its end
     old.replaceChildren(...[...fresh.childNodes].map((node) => document.importNode(node, true)));
     for (const one of old.querySelectorAll("[data-state]"))
       if (states.get(one.id) !== one.dataset.state) one.classList.add("changed");
+    const output = old.querySelector(".output");
+    if (output) output.scrollTop = scrolled;
     if (path) old.querySelector(path)?.focus({ preventScroll: true });
   };
 
@@ -39,8 +46,8 @@
         const fresh = page.getElementById(old.id);
         if (fresh) replace(old, fresh);
       }
-      const said = page.getElementById("news")?.textContent ?? "";
-      if (news && news.textContent !== said) news.textContent = said;
+      const headline = page.getElementById("news")?.textContent ?? "";
+      if (news && news.textContent !== headline) news.textContent = headline;
       last = new Date();
       document.dispatchEvent(new Event("beaker:updated"));
       tell(true);
