@@ -47,6 +47,8 @@ class ExecutorSettings:
     host_networking: bool = field(default=False, metadata={"key": "hostNetworking"})
     session_disk: str = field(default="", metadata={"key": "sessionDisk"})
 
+    metrics: str = field(default="", metadata={"key": "metrics"})  # HOST:PORT, "" for no listener
+
     prefix: typing.ClassVar[str] = "BEAKER_EXECUTOR_"
     section: typing.ClassVar[str] = ""
 
@@ -56,6 +58,7 @@ class ServerSettings:
     """What the server is told. database: a SQLAlchemy URL, by default SQLite below storage_path.
 
     key: the file with the key that secrets are sealed with, by default server.key there; not in the database's backup.
+    oidc_…: the provider through which people may sign in to the console, see `server.oidc`.
     """
 
     storage_path: str = field(default="/var/lib/beaker", metadata={"key": "storagePath"})
@@ -63,6 +66,12 @@ class ServerSettings:
     port: int = field(default=8420, metadata={"key": "port"})
     database: str = field(default="", metadata={"key": "database"})
     key: str = field(default="", metadata={"key": "key"})
+    oidc_issuer: str = field(default="", metadata={"key": "oidc.issuer"})
+    oidc_client_id: str = field(default="", metadata={"key": "oidc.clientId"})
+    oidc_client_secret_file: str = field(default="", metadata={"key": "oidc.clientSecretFile"})
+    oidc_name: str = field(default="", metadata={"key": "oidc.name"})
+    oidc_claim: str = field(default="preferred_username", metadata={"key": "oidc.claim"})
+    oidc_accounts: dict[str, str] = field(default_factory=dict, metadata={"key": "oidc.accounts"})
 
     prefix: typing.ClassVar[str] = "BEAKER_SERVER_"
     section: typing.ClassVar[str] = "server"

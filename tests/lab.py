@@ -18,6 +18,7 @@ import uvicorn
 from beaker_sessions import ids, wire
 from beaker_sessions.client import Client
 from beaker_sessions.model import Claim, Request, Scope, Session, State
+from beaker_sessions.server.oidc import Provider
 from beaker_sessions.server.routes import api
 from beaker_sessions.server.seal import Seal
 from beaker_sessions.server.service import Service
@@ -25,11 +26,14 @@ from beaker_sessions.server.store import Store, sqlite_url
 
 
 class Lab:
-    """A server with SQLite below `directory`, whose administrator is root. Use it with `with`."""
+    """A server with SQLite below `directory`, whose administrator is root. Use it with `with`.
 
-    def __init__(self, directory: Path) -> None:
+    provider: through which people may sign in to the console.
+    """
+
+    def __init__(self, directory: Path, provider: Provider | None = None) -> None:
         self.service = Service(Store(sqlite_url(directory / "server.db")), Seal(directory / "server.key"))
-        self.app = api(self.service)
+        self.app = api(self.service, provider)
         self.admin = ids.mint_token()
         self.service.initialize("root", {Scope.ADMIN: self.admin})
         self.tokens = {"root": self.admin}

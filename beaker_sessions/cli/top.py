@@ -93,7 +93,9 @@ def picture(node: dict[str, Any], every: list[dict[str, Any]], listed: list[dict
     lines = ["   ".join(head), ""]
     for gpu in limits.get("gpuIds") or []:
         lines.append(_gpu(gpu, (usage.get("gpus") or {}).get(gpu) or {}, holder.get(gpu)))
-    table: list[tuple[str, ...]] = [("SESSION", "NAME", "AUTHOR", "STATUS", "GPUS", "CPU", "MEMORY", "DURATION")]
+    table: list[tuple[str, ...]] = [
+        ("SESSION", "NAME", "AUTHOR", "STATUS", "GPUS", "CPU", "MEMORY", "DISK", "DURATION")
+    ]
     table += [_row(job, (usage.get("sessions") or {}).get(job["id"]) or {}) for job in listed]
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     drawn = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table]
@@ -119,6 +121,7 @@ def _row(job: dict[str, Any], used: dict[str, Any]) -> tuple[str, ...]:
         str(len(limits["gpus"]) if "gpus" in limits else (job.get("requests") or {}).get("gpuCount", "?")),
         _number(used.get("cpu")),
         _size(used.get("memory")),
+        _size(used.get("disk")),
         duration(job.get("status") or {}) or "",
     )
 

@@ -15,7 +15,7 @@ from .. import __version__
 from ..errors import Error
 from ..sandbox import Sandboxes
 from ..settings import ExecutorSettings, load
-from . import doctor, inventory
+from . import doctor, exposition, inventory
 from .access import Access
 from .disk import Disk
 from .door import Door
@@ -114,6 +114,8 @@ def serve(settings: ExecutorSettings) -> None:
     disk.run()
     metrics.run()
     reporter.run()
+    if settings.metrics:
+        exposition.serve(settings.metrics, sessions, metrics.last, lambda: reporter.heard)
     log.info("serving %s at %s, driver %s", sessions.inventory.hostname, settings.socket, driver.name)
     signal.sigwait(stop)
     ledger.close()

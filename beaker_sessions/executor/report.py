@@ -44,6 +44,7 @@ class Reporter:
         self.sessions, self.ledger = lifecycle.sessions, lifecycle.sessions.ledger
         self.instance = ids.ulid()  # of two executors that claim one node, the server heeds the younger
         self.trouble = "the server was not asked yet"  # why it cannot be reached, "" when it can
+        self.heard: float | None = None  # when the server answered last, in seconds since the epoch
         self._others: list[dict[str, Any]] = []
         self._shown: dict[str, tuple[str, bytes]] = {}  # session whose author looks -> the look, and what was sent
         self._registered = False
@@ -131,6 +132,7 @@ class Reporter:
             if error.code == "not_found":
                 self._registered = False  # the node was deleted, or the database is another one
             raise
+        self.heard = time.time()
         self.metrics.sent(samples)
         self.sessions.cordon("fence", "")
         reason = answer.get("cordonReason") or "an administrator has cordoned it"

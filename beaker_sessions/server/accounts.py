@@ -161,11 +161,12 @@ def add_account(rows: Rows, body: AccountBody) -> str:
 
 
 def add_token(
-    rows: Rows, account: str, token: str, name: str, scope: Scope, expiry: object = None, session: str | None = None
-) -> str:
+    rows: Rows, account: str, token: str, name: str, scope: Scope, expiry: object = None, session: str | None = None,
+    browser: bool = False,
+) -> str:  # fmt: skip
     id = ids.ulid()
     values = {"id": id, "account_id": account, "name": name, "scope": scope.value, "expiry": expiry, "session": session}
-    rows.insert(tables.tokens, hash=ids.hash_token(token), created=rows.now, **values)
+    rows.insert(tables.tokens, hash=ids.hash_token(token), created=rows.now, browser=browser, **values)
     return id
 
 

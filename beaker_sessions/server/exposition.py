@@ -1,15 +1,14 @@
-"""The text in which Prometheus reads metrics. Pure functions of answers; what is not known has no line.
-
-Format: https://prometheus.io/docs/instrumenting/exposition_formats/ (0.0.4).
-"""
+"""What the server tells Prometheus: pure functions of answers. What is not known has no line."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-TYPE = "text/plain; version=0.0.4; charset=utf-8"
-Line = tuple[Mapping[str, str], float | None]
+from ..exposition import TYPE, Gauge
+from ..exposition import text as written
+
+__all__ = ["TYPE", "text"]
 
 
 def text(nodes: Iterable[Mapping[str, Any]], usage: Mapping[str, Mapping[str, Any]], states: Mapping[str, int]) -> str:
@@ -19,7 +18,12 @@ def text(nodes: Iterable[Mapping[str, Any]], usage: Mapping[str, Mapping[str, An
     ]
     told = [(labels, node, used) for labels, node, used in every if node["status"] != "not reporting"]
     gpus = [(labels | {"gpu": id}, gpu) for labels, _, used in told for id, gpu in sorted(used.get("gpus", {}).items())]
-    metrics: list[tuple[str, str, Iterable[Line]]] = [
+    sessions = [
+        ({"node": labels["node"], "session": id}, one)
+        for labels, _, used in told
+        for id, one in sorted(used.get("sessions", {}).items())
+    ]
+    gauges: list[Gauge] = [
         ("beaker_node_up", "1 when the node reports, 0 when it does not",
          [(labels, float(node["status"] != "not reporting")) for labels, node, _ in every]),
         ("beaker_node_cordoned", "1 when the node takes no new session",
@@ -38,21 +42,11 @@ def text(nodes: Iterable[Mapping[str, Any]], usage: Mapping[str, Mapping[str, An
         ("beaker_gpu_utilisation_percent", "share of the time in which the GPU was busy",
          [(labels, gpu.get("use")) for labels, gpu in gpus]),
         ("beaker_gpu_memory_used_bytes", "GPU memory in use", [(labels, gpu.get("memory")) for labels, gpu in gpus]),
+        ("beaker_session_cpu_used_cores", "CPU that a session uses", [(of, one.get("cpu")) for of, one in sessions]),
+        ("beaker_session_memory_used_bytes", "memory that it uses", [(of, one.get("memory")) for of, one in sessions]),
+        ("beaker_session_disk_used_bytes", "disk that it has written, outside of homes and mounts",
+         [(of, one.get("disk")) for of, one in sessions]),
         ("beaker_sessions", "sessions that have not ended, by state",
          [({"state": state}, float(count)) for state, count in sorted(states.items())]),
     ]  # fmt: skip
-    return "".join(_metric(*metric) for metric in metrics)
-
-
-def _metric(name: str, help: str, lines: Iterable[Line]) -> str:
-    known = [f"{name}{{{_labels(labels)}}} {value:.15g}\n" for labels, value in lines if value is not None]
-    return f"# HELP {name} {help}\n# TYPE {name} gauge\n" + "".join(known) if known else ""
-
-
-def _labels(labels: Mapping[str, str]) -> str:
-    return ",".join(f'{name}="{_escape(value)}"' for name, value in labels.items())
-
-
-def _escape(value: str) -> str:
-    plain = value.encode("utf-8", "replace").decode()  # lone surrogates have no place in UTF-8
-    return plain.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
+    return written(gauges)

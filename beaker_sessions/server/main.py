@@ -13,6 +13,7 @@ from .. import __version__, ids
 from ..errors import Error
 from ..model import Scope
 from ..settings import ServerSettings, load
+from .oidc import Provider, provider
 from .seal import Seal
 from .service import Service
 from .store import Store, sqlite_url
@@ -26,12 +27,13 @@ def main(arguments: list[str] | None = None) -> int:
     names = ("storage_path", "host", "port", "database", "key")
     try:
         settings = load(ServerSettings, options.config, flags={name: getattr(options, name, None) for name in names})
+        login = provider(settings)
         service = _service(settings)
         try:
             if options.command == "init":
                 initialize(service, options.account, options.token_file, options.executor_token_file)
             else:
-                serve(service, settings)
+                serve(service, settings, login)
         finally:
             service.store.close()
     except Error as error:
@@ -40,13 +42,13 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def serve(service: Service, settings: ServerSettings) -> None:
+def serve(service: Service, settings: ServerSettings, login: Provider | None) -> None:
     """Serve until SIGTERM or SIGINT. Port 0 takes a free one, which the log names."""
     import uvicorn  # here, because `init` needs no web server
 
     from .routes import api
 
-    app = api(service)
+    app = api(service, login)
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -21,6 +21,7 @@ from . import exposition
 from .changes import Changes
 from .console.routes import console
 from .guard import Ascii, Guard, handlers
+from .oidc import Provider
 from .rules import JSON, Caller
 from .service import Service
 
@@ -61,8 +62,11 @@ router = APIRouter(
 )
 
 
-def api(service: Service) -> FastAPI:
-    """The application. The pages that FastAPI would serve for people load scripts from elsewhere, so there are none."""
+def api(service: Service, provider: Provider | None = None) -> FastAPI:
+    """The application. provider: through which people may sign in to the console.
+
+    The pages that FastAPI would serve for people load scripts from elsewhere, so there are none.
+    """
     app = FastAPI(
         title="Beaker Sessions",
         version=__version__,
@@ -77,7 +81,7 @@ def api(service: Service) -> FastAPI:
     app.add_api_route("/healthz", healthy, response_model=None)
     app.add_api_route("/metrics", metrics, include_in_schema=False, response_model=None)
     app.state.changes = Changes()
-    app.add_middleware(Guard, service=service, console=console(service, app.state.changes))
+    app.add_middleware(Guard, service=service, console=console(service, app.state.changes, provider))
     return app
 
 

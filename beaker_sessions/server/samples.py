@@ -14,7 +14,7 @@ from .store import Rows
 
 KEPT = {10: 3600, 60: 86400, 600: 30 * 86400}  # step -> for how long, both in seconds
 FRESH = 45  # seconds after which the last sample no longer says what is used now
-# {"node": {cpu, memory, disk}, "gpus": {id: {use, memory, total}}, "sessions": {id: {cpu, memory}}}
+# {"node": {cpu, memory, disk}, "gpus": {id: {use, memory, total}}, "sessions": {id: {cpu, memory, disk}}}
 Point = Mapping[str, Any]
 
 

@@ -10,6 +10,10 @@ from datetime import timedelta
 
 from .. import ids, wire
 from ..errors import Error
+from ..model import Scope
+from . import tables
+from .accounts import add_token
+from .oidc import Person
 from .rules import JSON, Caller, Rules, caller_of
 
 LIFE = timedelta(days=14)  # of a cookie
@@ -44,6 +48,28 @@ class Signins(Rules):
         """The secret of a new cookie in exchange for a one-time link."""
         return self._let_in(self.linked(link), "redeem_link", used=ids.hash_token(link))
 
+    def admit(self, person: Person, through: str) -> str:
+        """The secret of a new cookie for who signed in at a provider called `through`.
+
+        It stands for a token of scope user that nobody knows and that ends with it. Never makes an account, and lets
+        nobody into an administrator's unless the settings map them to it: at some providers people choose their names.
+        """
+        with self.store.write() as rows:
+            where = {"name": person.account} if person.account else {"email": person.email}
+            found = rows.all(tables.accounts, **where)
+            if len(found) != 1:
+                hint = "ask an administrator to create it, or to map you to yours"
+                raise Error("forbidden", f"there is no account here for {person.known_as!r} of {through}", hint)
+            [account] = found
+            if account.role == "admin" and not person.mapped:
+                hint = "sign in with a token, or have oidc.accounts in the settings say that it is yours"
+                raise Error("forbidden", f"{account.name} is an administrator's account", hint)
+            name, secret = f"browser, through {through}", secrets.token_urlsafe(32)
+            token = add_token(rows, account.id, ids.mint_token(), name, Scope.USER, rows.now + LIFE, browser=True)
+            rows.add_signin(ids.hash_token(secret), token, False, LIFE)
+            rows.record(account.id, token, "sign_in_through", token, issuer=person.issuer, subject=person.subject)
+        return secret
+
     def visitor(self, cookie: str) -> Caller:
         """Whom a cookie stands for. Raises Error unauthorized, also when its token was revoked or has expired."""
         with self.store.read() as rows:
@@ -55,6 +81,8 @@ class Signins(Rules):
     def sign_out(self, caller: Caller) -> None:
         with self.store.write() as rows:
             rows.remove_signin(ids.hash_token(caller.secret))
+            if rows.the(tables.tokens, caller.token_id).browser:
+                rows.update(tables.tokens, caller.token_id, revoked=rows.now)
             self.record(rows, caller, "sign_out", caller.token_id)
 
     def _let_in(self, caller: Caller, action: str, used: str = "") -> str:

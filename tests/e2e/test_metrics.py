@@ -18,7 +18,7 @@ def test_a_busy_session_is_seen_to_be_busy(stack: Stack, ada: User) -> None:
     assert all(point["gpus"] == {} for point in points), "made-up GPUs say nothing about their use"
     shown = ada.beaker("session", "top").stdout.decode()
     row = next(line.split() for line in shown.splitlines() if line.startswith(id))
-    assert float(row[-3]) > 0.3
+    assert float(row[-4]) > 0.3
     assert "[??????????]" in shown
     node = stack.admin.node_metrics("node-1.lab", hours=1)["data"][-1]["node"]
     assert node["cpu"] > 0.3

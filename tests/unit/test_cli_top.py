@@ -27,7 +27,7 @@ NODE = {
     "usage": {
         "node": {"cpu": 12.34},
         "gpus": {GPUS[0]: {"use": 70.0, "memory": 1 << 35, "total": 1 << 37}},
-        "sessions": {"A": {"cpu": 3.2, "memory": 1 << 33}},
+        "sessions": {"A": {"cpu": 3.2, "memory": 1 << 33}, "B": {"disk": 0}},
     },
 }
 STARTED = {"started": "2020-01-01T00:00:00Z"}
@@ -41,7 +41,8 @@ def test_the_picture() -> None:
     assert lines[2].split() == ["GPU", "0", "[#######...]", "70%", "32GiB", "of", "128GiB", "ann", "train"]
     assert lines[3].startswith("GPU 1   [??????????]    ?"), "unknown is not zero"
     assert lines[4].endswith("free")
-    assert lines[7].split()[:7] == ["A", "train", "ann", "running", "1", "3.2", "8GiB"]
+    assert lines[7].split()[:8] == ["A", "train", "ann", "running", "1", "3.2", "8GiB", "?"]
+    assert top.picture(NODE, [BOBS], [BOBS])[-1].split()[-3:] == ["?", "?", "0B"], "nothing written is known"
     assert not [line for line in lines[6:] if "bob" in line]
     assert top.picture({"limits": {}}, [], [])[-1] == "No sessions."
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-import urllib.error
-import urllib.request
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +16,7 @@ from beaker_sessions.errors import Error
 from beaker_sessions.executor import metrics
 from beaker_sessions.ids import ulid
 from beaker_sessions.model import Gpu, State
-from beaker_sessions.server import exposition, samples
+from beaker_sessions.server import samples
 from tests.lab import FakeNode, Lab
 
 HYBRID = """\
@@ -160,28 +158,3 @@ def test_usage_is_the_last_sample_while_it_is_fresh(node: FakeNode) -> None:
     assert node.lab.service.usage(caller, [node.id]) == {}
     node.beat(samples=[told(12, use=10), told(2, use=99)])
     assert node.lab.service.usage(caller, [node.id])[node.id]["gpus"]["nvidia.com/gpu=0"]["use"] == 99
-
-
-def test_prometheus_is_told_what_is_known(node: FakeNode) -> None:
-    node.session("root", (0,))
-    node.beat(samples=[told(1, use=37)])
-    other = node.lab.node("gpu-2", 1)
-    other.beat()
-    other.silent()
-    asked = urllib.request.Request(node.lab.address + "/metrics")
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(asked)
-    refused.value.close()
-    assert refused.value.code == 401
-    asked.add_header("Authorization", f"Bearer {node.lab.admin}")
-    with urllib.request.urlopen(asked) as answer:
-        assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
-        lines = answer.read().decode().splitlines()
-    assert 'beaker_gpu_utilisation_percent{node="gpu-1",cluster="lab/main",gpu="nvidia.com/gpu=0"} 37' in lines
-    assert 'beaker_node_gpus_free{node="gpu-1",cluster="lab/main"} 1' in lines
-    assert 'beaker_node_up{node="gpu-2",cluster="lab/main"} 0' in lines
-    assert 'beaker_sessions{state="started"} 1' in lines
-    silent = [line for line in lines if "gpu-2" in line]
-    assert not [line for line in silent if "free" in line or "queue" in line], "not known is not zero"
-    labels = exposition.text([], {}, {'a"b\\c\nd': 1}).splitlines()[-1]
-    assert labels == 'beaker_sessions{state="a\\"b\\\\c\\nd"} 1'

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from ...grammar import format_size
 from .pages import ago, size, span
 
 JSON = Mapping[str, Any]
@@ -40,7 +41,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class Job:
-    """A session. word: its state for people. place: in its node's queue, 0 when it does not wait."""
+    """A session. word: its state for people. place: in its node's queue, 0 when it does not wait. uses: now, "" when
+    that is not known.
+    """
 
     id: str
     name: str
@@ -65,14 +68,21 @@ class Job:
     created: str
     place: int = 0
     reason: str = ""
+    uses: str = ""
 
     @property
     def title(self) -> str:
         return self.name or self.id
 
 
-def job(json: JSON, me: str, now: datetime, silent: bool = False, place: int = 0, reason: str = "") -> Job:
-    """me: the account that looks. silent: its node does not report, so that what it does now is not known."""
+def job(
+    json: JSON, me: str, now: datetime, silent: bool = False, place: int = 0, reason: str = "",
+    used: JSON | None = None,
+) -> Job:  # fmt: skip
+    """me: the account that looks. silent: its node does not report, so that what it does now is not known.
+
+    used: cpu, memory and disk of its last sample, as far as they are known.
+    """
     status, claim = json["status"], json.get("limits") or {}
     word, tone = state(status, silent)
     session = json.get("session") or {}
@@ -100,7 +110,14 @@ def job(json: JSON, me: str, now: datetime, silent: bool = False, place: int = 0
         created=status.get("created") or "",
         place=place,
         reason=reason,
+        uses="" if silent else uses(used or {}),
     )
+
+
+def uses(used: JSON) -> str:
+    """What of a session's last sample is known."""
+    known = [f"{used['cpu']:.1f} CPUs"] if "cpu" in used else []
+    return ", ".join(known + [f"{format_size(int(used[what]))} {what}" for what in ("memory", "disk") if what in used])
 
 
 def state(status: JSON, silent: bool = False) -> tuple[str, str]:

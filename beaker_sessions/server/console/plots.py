@@ -71,7 +71,7 @@ def plot(
 
 
 def of_node(json: JSON, answer: JSON, start: float, end: float) -> list[Plot]:
-    """A node's GPUs, then its CPUs and memory; nothing when there is no point at all."""
+    """A node's GPUs, then its CPUs, memory and disk; nothing when there is no point at all."""
     if not answer["data"]:
         return []
     ids = list(json["limits"].get("gpuIds") or ())
@@ -79,18 +79,21 @@ def of_node(json: JSON, answer: JSON, start: float, end: float) -> list[Plot]:
         *_gpus(ids, answer, start, end),
         plot("CPUs", answer, start, end, _used("cpu"), json["limits"].get("cpuCount") or 1.0, _cores),
         plot("Memory", answer, start, end, _used("memory"), _size(json["limits"].get("memory")), _bytes),
+        plot("Disk", answer, start, end, _used("disk"), 0.0, _bytes),
     ]
 
 
 def of_job(json: JSON, answer: JSON, start: float, end: float) -> list[Plot]:
-    """A session's GPUs, CPUs and memory; nothing when there is no point at all."""
+    """A session's GPUs, CPUs and memory, and its disk where that can be told; nothing when there is no point at all."""
     if not answer["data"]:
         return []
     claim = json.get("limits") or {}
+    disk = any("disk" in point for point in answer["data"])
     return [
         *_gpus(claim.get("gpus") or (), answer, start, end),
         plot("CPUs", answer, start, end, lambda point: point.get("cpu"), claim.get("cpuCount") or 1.0, _cores),
         plot("Memory", answer, start, end, lambda point: point.get("memory"), _size(claim.get("memory")), _bytes),
+        *([plot("Disk", answer, start, end, lambda point: point.get("disk"), 0.0, _bytes)] if disk else []),
     ]
 
 

@@ -21,17 +21,19 @@ from ... import ids
 from ...bodies import JobPatch, NodePatch, check
 from ...errors import Error
 from ..changes import Changes
+from ..oidc import Provider
 from ..service import Service
-from . import administration, jobs, pages, personal, plots, templates
+from . import administration, jobs, pages, personal, plots, templates, through
 from .events import events
-from .visit import FORM_LIMIT, Visit, begin, finish, local, sign_in_first
+from .visit import FORM_LIMIT, Visit, again, begin, finish, local, sign_in_first
 
 RANGES = {"1": "1 h", "24": "24 h", "168": "7 days", "720": "30 days"}
 Handler = Callable[[Visit], Response]
 log = logging.getLogger(__name__)
 
 
-def console(service: Service, changes: Changes) -> ASGIApp:
+def console(service: Service, changes: Changes, provider: Provider | None = None) -> ASGIApp:
+    """provider: through which people may sign in."""
     service.store.on_commit = changes.publish
 
     async def live(request: Request) -> Response:
@@ -42,6 +44,14 @@ def console(service: Service, changes: Changes) -> ASGIApp:
         _route(service, "GET", "/sign-in", sign_in_page, public=True),
         _route(service, "POST", "/sign-in", sign_in, public=True),
         _route(service, "POST", "/sign-out", sign_out, public=True),
+        *(
+            [
+                _route(service, "GET", through.BEGIN, through.begin, public=True),
+                _route(service, "GET", through.BACK, through.back, public=True),
+            ]
+            if provider
+            else []
+        ),
         _route(service, "GET", "/clusters", clusters),
         _route(service, "GET", "/cl/{org}/{name}", cluster),
         _route(service, "GET", "/node/{id}", node),
@@ -57,7 +67,9 @@ def console(service: Service, changes: Changes) -> ASGIApp:
         Route("/events", live),
         Route("/static/{hash}/{name}", static),
     ]
-    return Starlette(routes=routes, exception_handlers={HTTPException: _missing(service)})
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _missing(service)})
+    app.state.provider = provider
+    return app
 
 
 def _route(service: Service, method: str, path: str, handler: Handler, public: bool = False) -> Route:
@@ -76,7 +88,9 @@ def _answer(request: Request, service: Service, body: bytes, handler: Handler, p
     """The page, or the page that says why not, with the headers that every page has."""
     visit = Visit(request, service)
     try:
-        visit = begin(request, service, body)
+        visit = begin(request, service, body, request.app.state.provider)
+        if visit.crossed and handler is not through.back:
+            return finish(visit, again(visit))
         if visit.caller is None and not public:
             return finish(visit, sign_in_first(visit))
         return finish(visit, handler(visit))
@@ -204,18 +218,23 @@ def node(visit: Visit) -> Response:
     live = service.list_jobs(who, node=json["id"], finalized=False, limit=1000)["data"]
     waiting = [job for job in live if not job["status"].get("scheduled")]
     silent, me = json["status"] == "not reporting", who.account_id
-    usage = service.usage(who, [json["id"]]).get(json["id"], {}).get("gpus")
+    used = service.usage(who, [json["id"]]).get(json["id"], {})
+    use = used.get("sessions", {})
     hours = visit.ask("hours") if visit.ask("hours") in RANGES else "24"
     end = now.timestamp()
     answer = service.node_metrics(who, json["id"], hours=float(hours))
     return visit.page(
         "node.html",
         watch=json["id"],
-        node=pages.node(json, live, me, now, usage),
+        node=pages.node(json, live, me, now, used.get("gpus")),
         charts=plots.of_node(json, answer, end - 3600 * float(hours), end),
         hours=hours,
         ranges=RANGES,
-        jobs=[jobs.job(job, me, now, silent) for job in reversed(live) if job["status"].get("scheduled")],
+        jobs=[
+            jobs.job(job, me, now, silent, used=use.get(job["id"]))
+            for job in reversed(live)
+            if job["status"].get("scheduled")
+        ],
         queue=jobs.queue(waiting, pages.free_gpus(json), me, now),
     )
 

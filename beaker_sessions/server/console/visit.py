@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from ...errors import Error
+from ..oidc import Provider
 from ..rules import Caller
 from ..service import Service
 from ..signins import LIFE
@@ -49,6 +50,7 @@ class Visit:
     caller: Caller | None = None
     secret: str = field(default="", repr=False)
     fresh: bool = False  # the cookie is to be sent
+    provider: Provider | None = None  # through which one may sign in
 
     @property
     def who(self) -> Caller:
@@ -60,6 +62,11 @@ class Visit:
     @property
     def secure(self) -> bool:
         return self.request.url.scheme == "https"
+
+    @property
+    def crossed(self) -> bool:
+        """Whether the browser came by a link on another site, and so left its SameSite=Strict cookie at home."""
+        return self.fresh and self.request.headers.get("sec-fetch-site") == "cross-site"
 
     @property
     def csrf(self) -> str:
@@ -86,9 +93,9 @@ def cookie(request: Request) -> str:
     return "__Host-beaker" if request.url.scheme == "https" else "beaker"
 
 
-def begin(request: Request, service: Service, body: bytes) -> Visit:
+def begin(request: Request, service: Service, body: bytes, provider: Provider | None) -> Visit:
     """The visit that a request makes. Raises Error forbidden for a form that is not from one of our own pages."""
-    visit = Visit(request, service, secret=request.cookies.get(cookie(request), ""))
+    visit = Visit(request, service, secret=request.cookies.get(cookie(request), ""), provider=provider)
     if visit.secret:
         try:
             visit.caller = service.visitor(visit.secret)
@@ -123,15 +130,15 @@ def finish(visit: Visit | None, response: Response) -> Response:
     return response
 
 
-def sign_in_first(visit: Visit) -> Response:
-    """For a page that nobody is signed in for.
+def again(visit: Visit) -> Response:
+    """A page that loads itself again, and brings the cookie along that a link on another site does not."""
+    visit.fresh = False  # or a new one would replace the one that is there
+    return visit.page("again.html")
 
-    A link on another site brings no SameSite=Strict cookie along; loading the page again, from itself, does.
-    """
+
+def sign_in_first(visit: Visit) -> Response:
+    """For a page that nobody is signed in for."""
     request = visit.request
-    if visit.fresh and request.headers.get("sec-fetch-site") == "cross-site":
-        visit.fresh = False  # or it would replace the one that is there
-        return visit.page("again.html")
     here = request.url.path + (f"?{request.url.query}" if request.url.query else "")
     return visit.go("/sign-in" + ("" if request.method != "GET" or here == "/" else f"?next={quote(here, safe='/')}"))
 

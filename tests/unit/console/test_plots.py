@@ -59,11 +59,11 @@ def test_a_month_has_no_more_columns_than_a_day() -> None:
 def test_use_is_seen_on_the_pages(lab: Lab, ann: Browser) -> None:
     node = lab.node("gpu-1", 3)
     id = node.session("ann", (0,), age=1200)
-    node.session("bob", (1,), age=1200)
+    others = node.session("bob", (1,), age=1200)
     gpus = {node.gpus[0]: {"use": 71, "memory": 1 << 36, "total": 1 << 37}, node.gpus[2]: {"use": 40}}
     for ago in range(600, 0, -20):
         at = (datetime.now(UTC) - timedelta(seconds=ago - 19)).isoformat()
-        sessions = {id: {"cpu": 3.25, "memory": 1 << 33}}
+        sessions = {id: {"cpu": 3.25, "memory": 1 << 33} | ({"disk": 3 << 30} if ago < 300 else {})}
         node.beat(samples=[{"at": at, "node": {"cpu": 2}, "gpus": gpus, "sessions": sessions}])
     html = ann.get("/cl/lab/main").text
     assert '<li class="gpu mine u14">' in html
@@ -73,7 +73,11 @@ def test_use_is_seen_on_the_pages(lab: Lab, ann: Browser) -> None:
     html = ann.get("/node/gpu-1?hours=1").text
     assert 'aria-label="GPU 0: mean 71 %, highest 71 %, unreported' in html
     assert 'aria-label="GPU 1: nothing reported"' in html
+    assert "3.2 CPUs, 8GiB memory, 3GiB disk</td>" in html
+    assert html.count('<span class="unsure">unknown</span></td>') == 1, "bob's session says nothing"
     html = ann.get(f"/job/{id}").text
+    assert re.search(r'aria-label="Disk: mean 3GiB, highest 3GiB, unreported for 1', html), "unknown before, not zero"
+    assert "Disk" not in ann.get(f"/job/{others}").text
     assert re.search(r'aria-label="CPUs: mean 3\.2', html)
     assert "GPU 1" not in html
     node.silent()
