@@ -46,6 +46,20 @@ def wait_for(what: str, check: Callable[[], object], seconds: float = 30.0) -> N
         time.sleep(0.02)
 
 
+def make_gpu(root: Path, cdi: Path, number: int, kind: str = "example.com/gpu") -> Path:
+    """A device below `root` that nothing drives, and its specification in `cdi`."""
+    device = root / f"gpu{number}"
+    os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(GPU_MAJOR, number))
+    device.chmod(0o666)
+    cdi.mkdir(exist_ok=True)
+    inside = f"/dev/example{number}"
+    edits = {"deviceNodes": [{"path": inside, "hostPath": str(device)}], "env": [f"EXAMPLE_GPU={number}"]}
+    named = {"name": str(number), "containerEdits": edits}
+    specification = {"cdiVersion": "0.5.0", "kind": kind, "devices": [named]}
+    (cdi / f"gpu{number}.json").write_text(json.dumps(specification))
+    return device
+
+
 class Process:
     """A program of the stack, its output in `log`."""
 
@@ -144,7 +158,7 @@ class Stack:
             root / "admin.token",
         )
         self.users: list[User] = []
-        self.devices = [self._make_gpu(number) for number in range(gpus)]
+        self.devices = [make_gpu(root, self.cdi, number) for number in range(gpus)]
         self.bridge = f"b{root.name[-8:]}"  # a network of its own, with a name of at most 15 characters
         self._write_settings(port, {"driver": driver, "bridge": self.bridge, **(settings or {})})
         log = root / "log"
@@ -170,18 +184,6 @@ class Stack:
                 }
             )
         )  # fmt: skip
-
-    def _make_gpu(self, number: int) -> Path:
-        device = self.root / f"gpu{number}"
-        os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(GPU_MAJOR, number))
-        device.chmod(0o666)
-        self.cdi.mkdir(exist_ok=True)
-        inside = f"/dev/example{number}"
-        edits = {"deviceNodes": [{"path": inside, "hostPath": str(device)}], "env": [f"EXAMPLE_GPU={number}"]}
-        named = {"name": str(number), "containerEdits": edits}
-        specification = {"cdiVersion": "0.5.0", "kind": "example.com/gpu", "devices": [named]}
-        (self.cdi / f"gpu{number}.json").write_text(json.dumps(specification))
-        return device
 
     def start(self) -> None:
         self.docker.start()

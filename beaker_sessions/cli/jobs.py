@@ -215,9 +215,9 @@ def duration(status: dict[str, Any]) -> str | None:
 def stages(status: dict[str, Any]) -> list[tuple[str, str]]:
     """What of the way to its prompt took how long, in seconds, as far as it is known."""
     moments = ("created", "scheduled", "imageReady", "made", "started")
-    names = ("In the queue", "Image", "Create", "Start")
+    names = ("Queued for", "Image took", "Create took", "Start took")
     known = [(name, status.get(begin), status.get(end)) for name, begin, end in zip(names, moments, moments[1:])]
-    return [(f"{name} took", f"{_seconds(end) - _seconds(begin):.3f} s") for name, begin, end in known if begin and end]
+    return [(name, f"{_seconds(end) - _seconds(begin):.3f} s") for name, begin, end in known if begin and end]
 
 
 def _seconds(moment: str) -> float:
