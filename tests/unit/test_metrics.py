@@ -132,24 +132,30 @@ def test_samples_come_back(node: FakeNode) -> None:
 
 
 def test_old_samples_are_means_and_the_table_is_bounded(node: FakeNode) -> None:
-    """Two days of a sample a minute, and one of today whose clock is wrong."""
+    """32 days, of which the last two have a sample a minute, the last two hours one every 10 s; and one of tomorrow."""
     store = node.lab.service.store
+    moments = [*range(32 * 86400, 2 * 86400, -600), *range(2 * 86400, 7200, -60), *range(7200, -1, -10)]
+    busy = {"use": 50.0, "memory": 1 << 36, "total": 1 << 37}
+    used = {"node": {"cpu": 40.0, "memory": 1 << 38}, "sessions": {ulid(): {"cpu": 4.0, "memory": 1 << 34}}}
     with store.write() as rows:
         real = rows.now
-        for minute in range(2 * 24 * 60, -1, -1):
-            rows.now = real - timedelta(minutes=minute)
-            sample = {"at": rows.now.isoformat(), "gpus": {"g": {"use": 100.0 * (minute % 2)}}}
+        for ago in moments:
+            rows.now = real - timedelta(seconds=ago)
+            gpus = {"g": {"use": 100.0 * (ago // 60 % 2)}} | {f"nvidia.com/gpu={number}": busy for number in range(7)}
+            sample = {"at": rows.now.isoformat(), "gpus": gpus, **used}
             samples.keep_samples(rows, node.id, [check(Sample, sample)])
         samples.keep_samples(rows, node.id, [check(Sample, {"at": (real + timedelta(days=1)).isoformat()})])
     with store.read() as rows:
         count = {step: len(rows.samples([node.id], step, 0)) for step in samples.KEPT}
         body = json.loads(rows.samples([node.id], 600, int(real.timestamp()) - 7200)[0].body)
-    assert count[10] <= 361
-    assert count[60] <= 1441
-    assert 288 <= count[600] <= 290
+    assert 360 <= count[10] <= 361
+    assert 1440 <= count[60] <= 1441
+    assert 4320 <= count[600] <= 4321
+    assert Path(store.engine.url.database or "").stat().st_size < 12 << 20
     assert body["gpus"]["g"]["use"] == 50
     assert node.client.node_metrics("gpu-1", hours=24)["step"] == 60
     assert node.client.node_metrics("gpu-1", hours=48)["step"] == 600
+    assert 4318 <= len(node.client.node_metrics("gpu-1", hours=720)["data"]) <= 4321
 
 
 def test_usage_is_the_last_sample_while_it_is_fresh(node: FakeNode) -> None:
