@@ -274,7 +274,7 @@ def test_client_has_the_methods_of_service_and_routes(server: SimpleNamespace) -
 
     inside = {"authenticate", "once", "record", "healthy", "initialize", "is_cluster"}
     inside |= {"sign_in", "sign_out", "linked", "redeem", "visitor", "fallen_silent", "usage"}  # for the console
-    inside |= {"exposition", "logs_due"}  # at /metrics, and while an answer waits
+    inside |= {"exposition", "logs_due", "admit"}  # at /metrics, while an answer waits, and for the console
     methods = public(Service) - inside
     assert public(Client) - {"close", "forward", "jobs"} == methods
     document = api(server.service).openapi()
