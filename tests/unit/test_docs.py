@@ -60,7 +60,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
 
 def test_the_messages_that_the_guide_explains_are_ours() -> None:
     """Each row's message, between its gaps, is in the source; those of other programs and of a shell are named here."""
-    others = {"The agent has no identities.", "exit code 127", "a prompt without `[BEAKER]"}
+    others = {"The agent has no identities.", "exit code 127", "a prompt without `[BEAKER]", "Disk quota exceeded"}
     kinds = ("there is no secret", "there is no …")  # `rules.found` says what it was
     table = (ROOT / "docs/interactive.md").read_text().partition("## When something goes wrong")[2]
     messages = re.findall(r"^\| (.+?) \|", table, re.MULTILINE)[2:]
