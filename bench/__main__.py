@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from tests import images
-from tests.stack import BIN, Stack, User
+from tests.stack import BIN, Stack, User, load_image, wait_for
 
 from . import image as default_image
 from . import measure, peers
@@ -31,7 +31,25 @@ BEAKER = str(BIN / "beaker")
 BULK = 100_000_000
 PRINT = f"stty -echo; echo '#ready#'; read x; head -c {BULK} /dev/zero | tr '\\0' a; echo '#end#'"
 READ = "echo '#ready#'; exec cat"
+NEIGHBOUR = "neighbour's echo p50, ms"
 NOW = ["sh", "-c", "date +%s%N"]
+# Each says that it is at its limit, and goes on.
+BOMB = """
+import os, signal
+while True:
+    try:
+        if not os.fork():
+            signal.pause()
+    except OSError:
+        open("ready", "w").close()
+"""
+HOG = """
+block = bytearray(900 << 20)
+while True:
+    for at in range(0, len(block), 4096):
+        block[at] = (block[at] + 1) % 256
+    open("ready", "w").close()
+"""
 IDLE = 50  # sessions, for the memory of one
 
 Table = dict[str, dict[str, float]]  # what is measured -> subject -> value
@@ -79,6 +97,23 @@ class Bench:
             waited[name] = measure.median([_handed_over(user) for _ in range(self.rounds // 2)])
         self.note("create to first output, ms", **plain)
         self.note("release to next output, ms", **waited)
+
+    def neighbours(self, user: User) -> None:
+        """A key's echo in a session, while another of the same machine takes all that it can get."""
+        neighbour = [BEAKER, "session", "create", "--gpus", "0", "--cpus", "0.5", "--", "bash", "-c", READ]
+        values = {}
+        for name, memory, script in (("alone", "", ""), ("fork bomb", "1GiB", BOMB), ("memory hog", "1GiB", HOG)):
+            ready = user.home / "ready"
+            id = ""
+            if script:
+                create = ("session", "create", "--gpus", "0", "--detach", "--quiet", "--memory", memory)
+                id = user.beaker(*create, "--", "python3", "-c", script).stdout.decode().strip()
+                wait_for(f"the {name}", ready.exists, 120)
+            values[name] = measure.median(measure.echo([*neighbour], 300, **user.process()))
+            if id:
+                user.beaker("session", "stop", id)
+                ready.unlink()
+        self.note(NEIGHBOUR, **values)
 
     def start_up(self) -> None:
         got = measure.alternate(
@@ -172,6 +207,9 @@ def verdicts(table: Table) -> Iterator[list[str]]:
     memory = table.get("memory, MiB", {})
     if "oci" in memory:
         yield ["memory of an idle session, MiB", "oci", "4 MiB", *_verdict(memory["oci"], "<= 4.0")]
+    latency = table.get(NEIGHBOUR, {})
+    for name in sorted(latency.keys() - {"alone"}):
+        yield [NEIGHBOUR, f"oci beside a {name}", "oci alone", *_verdict(latency[name] / latency["alone"], "<= 2.0")]
     for name in table.get("release to next output, ms", {}):
         ratio = table["release to next output, ms"][name] / table["create to first output, ms"][name]
         yield ["release to next output", name, "a plain create", *_verdict(ratio, "<= 1.5")]
@@ -254,7 +292,12 @@ def main() -> None:
             stack = Stack(root / name, gpus=1, driver=name, settings={"defaultImage": "debian"})
             parts.callback(stack.close)
             stack.start()
-            stack.image("debian", image)
+            if name == "oci":  # where it belongs, as the others have it
+                archive = root / "debian.tar"
+                images.oci_archive(image.read_bytes(), archive)
+                load_image(stack.socket, archive, "debian")
+            else:
+                stack.image("debian", image)
             users[name] = stack.user(f"bench{name}")
             first = users[name].beaker("session", "create", "--", "true")  # the image is there from now on
             if first.returncode:
@@ -277,6 +320,7 @@ def main() -> None:
             ]
             bench.commands(subjects)
             bench.terminals(subjects)
+        bench.neighbours(users["oci"])
         bench.hand_over()
         bench.memory()
         for verdict in verdicts(bench.table):

@@ -6,7 +6,6 @@ it is gone after `close`. Needs root.
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import socket
@@ -19,7 +18,7 @@ from beaker_sessions.client import Client
 from beaker_sessions.executor.rundir import RunDirectories
 from beaker_sessions.sandbox.oci.driver import OciSandboxes
 from tests import images
-from tests.stack import BIN, Process, User, make_gpu, wait_for
+from tests.stack import BIN, Process, User, load_image, make_gpu, wait_for
 
 IMAGE = "alpine"
 
@@ -55,9 +54,7 @@ class Node:
         self.id = self.fleet.admin.get_node(self.hostname)["id"]
 
     def load(self, archive: Path) -> None:
-        env = {**os.environ, "BEAKER_SOCKET": str(self.socket)}
-        command = [BIN / "beaker", "executor", "images", "load", archive, IMAGE]
-        subprocess.run(command, env=env, check=True, capture_output=True)
+        load_image(self.socket, archive, IMAGE)
 
     def session(self, user: User, *words: str) -> str:
         """Create one and leave it alone; its id. It may have to wait."""

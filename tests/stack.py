@@ -60,6 +60,12 @@ def make_gpu(root: Path, cdi: Path, number: int, kind: str = "example.com/gpu") 
     return device
 
 
+def load_image(socket: Path, archive: Path, name: str) -> None:
+    """Give the executor at a door an image, without an engine or a registry."""
+    command = [BIN / "beaker", "executor", "images", "load", archive, name]
+    subprocess.run(command, env={**os.environ, "BEAKER_SOCKET": str(socket)}, check=True, capture_output=True)
+
+
 class Process:
     """A program of the stack, its output in `log`."""
 

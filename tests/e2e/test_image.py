@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import tarfile
@@ -14,7 +13,7 @@ import pytest
 from setup import recipe
 from tests import images
 from tests.e2e.conftest import Tty
-from tests.stack import BIN, Stack, User
+from tests.stack import Stack, User, load_image
 
 TOOLS = ("git --version", "git lfs version", "uv --version", "ssh -V", "tmux -V", "vim --version", "pip --version")
 
@@ -29,8 +28,7 @@ def image(stack: Stack, archive: Path) -> str:
     if stack.driver == "docker":
         assert stack.docker_cli("load", "-i", str(archive)).returncode == 0
     else:
-        command = [str(BIN / "beaker"), "executor", "images", "load", str(archive), recipe.NAME]
-        subprocess.run(command, env={**os.environ, "BEAKER_SOCKET": str(stack.socket)}, check=True, capture_output=True)
+        load_image(stack.socket, archive, recipe.NAME)
     return recipe.NAME
 
 

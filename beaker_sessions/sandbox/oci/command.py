@@ -13,14 +13,15 @@ from ...errors import Error
 from .. import Finding
 from . import cgroups, record
 from .check import check
-from .driver import BUSYBOX, INITS, RUNTIMES, OciSandboxes, program
+from .driver import OciSandboxes
+from .programs import BUSYBOX, INITS, RUNTIMES, find
 
 
 def problem(directory: Path) -> Finding | None:
     """What keeps the driver from running with its state on the file system of directory, None for nothing."""
     with tempfile.TemporaryDirectory(dir=directory, prefix="probe-") as name:
         try:
-            found = check(directory, Path(name), program(RUNTIMES), cgroups.detect(), program(INITS), BUSYBOX)
+            found = check(directory, Path(name), find(RUNTIMES), cgroups.detect(), find(INITS), BUSYBOX)
         except Error as error:
             return Finding("error", error.message, error.hint)
         return next((finding for finding in found if finding.level == "error"), None)

@@ -19,44 +19,33 @@ import contextlib
 import errno
 import fcntl
 import json
-import logging
 import os
 import re
 import resource
 import secrets
-import shutil
 import signal as signals
 import stat
 import struct
 import termios
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 
 from ...errors import Error
 from ...model import Identity, Pull
 from .. import LABEL, LABEL_OWNER, Finding, Found, Framing, Image, Login, Progress, Spec, Status, Terminal, cdi
-from . import cgroups, config, conmon, layer, logs, mounts, record, rootfs, userns
+from . import cgroups, config, conmon, layer, logs, mounts, programs, record, rootfs, userns
 from .check import check
 from .images import Images
 from .mounts import IdMap
 from .network import Network
-from .processes import Process, mentioning
+from .processes import Process
 from .record import Record
+from .remains import GONE, Remains
 from .watch import Watch
 
-BUSYBOX = "/bin/busybox"
-INITS = ("/usr/bin/tini-static", "/usr/bin/docker-init", "/usr/bin/catatonit", "/usr/libexec/podman/catatonit")
-RUNTIMES = ("runc", "crun")
 RUN = Path("/run/beaker/oci")  # every id may pass through it, which the state need not allow
 FULL = (errno.ENOSPC, errno.EDQUOT)
-GONE = 10.0  # seconds in which what was killed must end
-
-
-log = logging.getLogger(__name__)
 
 
 class OciSandboxes:
@@ -85,12 +74,13 @@ class OciSandboxes:
             (state / name).mkdir(mode=0o711, exist_ok=True)
         self.images = Images(state / "images", docker)
         self.network = Network(RUN / bridge / "networks", bridge)
-        self.runtime = conmon.Runtime(program(RUNTIMES), state / "runtime")
+        self.runtime = conmon.Runtime(programs.find(programs.RUNTIMES), state / "runtime")
         self.quotas = layer.has_quotas(state)
         self._namespaces: dict[tuple[object, ...], int] = {}
         self._watches: list[Watch] = []
-        self._install()
-        self._adopt()
+        programs.install(state / "inside")
+        self.remains = Remains(state, self.roots, self.cgroups, self.cgroup, self.network)
+        self.remains.adopt()
 
     def image(
         self, reference: str, pull: Pull, progress: Callable[[Progress], None], login: Login = lambda _: None
@@ -140,7 +130,7 @@ class OciSandboxes:
             replace(sandbox, conmon=Process.of(holder), init=Process.of(init)).save(directory)
             self._tell(spec.id)
         except BaseException as error:
-            self.remove(spec.id)
+            self.remains.remove(spec.id)
             if isinstance(error, OSError):
                 code = "storage_full" if error.errno in FULL else "internal"
                 raise Error(code, f"the sandbox {spec.id} could not be made: {error}") from error
@@ -221,24 +211,11 @@ class OciSandboxes:
             sandbox.init.kill(signals.SIGHUP if sandbox.tty else signals.SIGTERM)
             if sandbox.conmon.wait(grace):
                 return
-        self._kill(sandbox, self._directory(id))
+        self.remains.kill(sandbox, self._directory(id))
 
     def remove(self, id: str) -> None:
-        directory = self._directory(id)
-        if not directory.exists():
-            return
-        if sandbox := record.load(directory):
-            self._kill(sandbox, directory)
-            self.cgroups.remove(sandbox.cgroup)
-            if sandbox.network:
-                self.network.withdraw(sandbox.network, id, sandbox.ports)
-                self.network.drop(sandbox.network)
-            if sandbox.project:
-                layer.lift(self.state, sandbox.project)
-        self._unmount(id)
-        mounts.remove_tree(self.runtime.root / id)
-        directory.rename(self.state / "trash" / secrets.token_hex(8))
-        threading.Thread(target=self._empty, name="trash", daemon=True).start()
+        self._directory(id)
+        self.remains.remove(id)
 
     def watch(self) -> Iterator[str]:
         watch = Watch(self._sandboxes)
@@ -262,15 +239,12 @@ class OciSandboxes:
             raise Error("unavailable", f"the disk use of {id} is not known: {error}") from error
 
     def check(self) -> list[Finding]:
-        return check(self.state, self.state / "trash", self.runtime.path, self.cgroups, program(INITS), BUSYBOX)
+        init = programs.find(programs.INITS)
+        return check(self.state, self.state / "trash", self.runtime.path, self.cgroups, init, programs.BUSYBOX)
 
     def close(self) -> None:
         """Give back what is kept ready for the next sandboxes: for tests, and when the executor is uninstalled."""
-        self.network.close()
-        self.cgroups.remove(self.cgroup)
-        for path in (*self.roots.iterdir(), self.roots, self.network.directory, RUN / self.network.bridge):
-            mounts.unmount(path)
-            path.rmdir()
+        self.remains.close()
         while self._namespaces:
             os.close(self._namespaces.popitem()[1])
 
@@ -298,7 +272,7 @@ class OciSandboxes:
 
     def _found(self, directory: Path, sandbox: Record) -> Found:
         if not sandbox.conmon.alive() and sandbox.init.alive():
-            self._kill(sandbox, directory)  # its conmon was killed: nobody holds its streams and its exit code
+            self.remains.kill(sandbox, directory)  # its conmon was killed: nobody holds its streams and its exit code
         waiting = conmon.waiting(self.runtime, sandbox.id)
         return sandbox.found(directory, waiting=waiting, oom=self.cgroups.oom(sandbox.cgroup))
 
@@ -326,90 +300,8 @@ class OciSandboxes:
             self._namespaces[key] = mounts.user_namespace(uids, gids)
         return self._namespaces[key]
 
-    def _unmount(self, id: str) -> None:
-        root = self.roots / id
-        mounts.unmount(root)
-        with contextlib.suppress(FileNotFoundError):
-            root.rmdir()
-
-    def _kill(self, sandbox: Record, directory: Path) -> None:
-        """End all that runs in a sandbox, and its conmon. Raises Error unavailable when something does not end."""
-        sandbox.init.kill()
-        if not sandbox.conmon.wait(GONE):
-            sandbox.conmon.kill()
-        deadline = time.monotonic() + GONE
-        # Without pids in the record its executor was killed while this was made, and conmon may still be at it.
-        while left := [
-            *map(Process.of, self.cgroups.processes(sandbox.cgroup)),
-            *([] if sandbox.made else mentioning(directory)),
-        ]:
-            for process in left:
-                process.kill()
-            if time.monotonic() > deadline:
-                what = f"process {left[0].pid} of {sandbox.id} does not end, although it was killed"
-                raise Error("unavailable", what, "restart the machine")
-            time.sleep(0.001)
-
-    def _install(self) -> None:
-        """The programs that every sandbox sees."""
-        init, busybox = program(INITS), program((BUSYBOX,))
-        entry = (resources.files("beaker_sessions.sandbox") / "entry.sh").read_bytes()
-        for name, data, mode in (
-            ("init", Path(init).read_bytes(), 0o755),
-            ("busybox", Path(busybox).read_bytes(), 0o755),
-            ("entry.sh", entry, 0o644),
-        ):
-            path = self.state / "inside" / name
-            if not path.exists() or path.read_bytes() != data:
-                temporary = path.with_suffix(".new")
-                temporary.write_bytes(data)
-                temporary.chmod(mode)
-                temporary.replace(path)
-
-    def _adopt(self) -> None:
-        """Remove what was interrupted and what belongs to no sandbox."""
-        known, used = set(), set()
-        for directory in (self.state / "sessions").iterdir():
-            sandbox = record.load(directory)
-            if not sandbox or not sandbox.made:
-                self.remove(directory.name)
-                continue
-            sandbox.conmon.kill(signals.SIGCONT)  # in case its executor was killed while it was stopped
-            known.add(sandbox.id)
-            self.network.publish(sandbox.network, sandbox.id, sandbox.ports)  # a firewall may have been set up anew
-            used.add(sandbox.network)
-        for name in self.cgroups.children(self.cgroup) - known:
-            self._kill(Record(name, {}, False, f"{self.cgroup}/{name}"), self._directory(name))
-            self.cgroups.remove(f"{self.cgroup}/{name}")
-        for path in self.runtime.root.iterdir():
-            if path.name not in known:
-                mounts.remove_tree(path)
-        for root in self.roots.iterdir():
-            if root.name in known:
-                mounts.unmount(root)
-            else:
-                self._unmount(root.name)
-        self.network.adopt(used, known)
-        self.network.warm()
-        self._empty()
-
-    def _empty(self) -> None:
-        for path in (self.state / "trash").iterdir():
-            try:
-                mounts.remove_tree(path)
-            except OSError as error:
-                log.error("%s could not be deleted: %s", path, error)
-
     def list(self) -> list[Found]:  # last: its name hides the type from what follows
         return [self._found(directory, sandbox) for directory, sandbox in self._sandboxes()]
-
-
-def program(names: Iterable[str]) -> str:
-    """The first of these programs that there is. Raises Error unavailable."""
-    for name in names:
-        if path := shutil.which(name):
-            return path
-    raise Error("unavailable", f"none of {', '.join(names)} is installed", "beaker executor doctor")
 
 
 def _node(node: cdi.DeviceNode) -> config.Node:
