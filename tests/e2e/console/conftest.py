@@ -18,7 +18,7 @@ Open = Callable[..., playwright.Page]
 
 
 @pytest.fixture(autouse=True)
-def nothing_left() -> None:
+def recorder() -> None:
     """These tests do not start the stack of the others, so there is none to look after."""
 
 
