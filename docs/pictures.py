@@ -68,7 +68,10 @@ def use(lab: Lab, node: FakeNode, minutes: int) -> None:
                 busy = 72 + 22 * math.sin(minute / 45 + number) + random.gauss(0, 5) if gpu in held else 0
                 memory = (90 + 12 * math.sin(minute / 200 + number)) if gpu in held else 0.5
                 gpus[gpu] = {"use": min(100, max(0, busy)), "memory": memory * 2**30, "total": 141 * 2**30}
-            sessions = {id: {"cpu": 9 + 4 * math.sin(minute / 30), "memory": 80 * 2**30} for id in node.sessions}
+            disk = int(max(0.5, 12 - 9 * minute / 1440) * 2**30)
+            sessions = {
+                id: {"cpu": 9 + 4 * math.sin(minute / 30), "memory": 80 * 2**30, "disk": disk} for id in node.sessions
+            }
             used = {"cpu": 42 + 12 * math.sin(minute / 60), "memory": (380 + 60 * math.sin(minute / 150)) * 2**30}
             sample = {"at": rows.now.isoformat(), "node": used, "gpus": gpus, "sessions": sessions}
             keep_samples(rows, node.id, [check(Sample, sample)])
