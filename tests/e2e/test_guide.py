@@ -21,7 +21,7 @@ from tests.stack import BIN, REPOSITORY, Stack, User, wait_for
 
 GUIDE, ADMINISTRATION = REPOSITORY / "docs/interactive.md", REPOSITORY / "docs/administration.md"
 OTHERS = [REPOSITORY / "README.md", REPOSITORY / "docs/console.md", REPOSITORY / "docs/index.md"]
-BLOCK = re.compile(r"^ *```\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 PROGRAMS = {
     "beaker",
     "docker",
@@ -80,7 +80,7 @@ def commands(page: Path) -> list[str]:
     for block in [*BLOCK.finditer(text), None]:
         found += re.findall(r"`([^`\n]+)`", text[at : block.start() if block else None])
         if block:
-            found += [line.strip() for line in block[1].splitlines()]
+            found += [line.strip() for line in ("" if block[1] else block[2]).splitlines()]  # a language: no commands
             at = block.end()
     # A comment follows after several spaces; a prompt goes before.
     lines = [re.split(r"  +", re.sub(r"^\w+@[\w-]+:\S*\$ ", "", line))[0] for line in found]
