@@ -2,7 +2,7 @@
 
 Owns what the user experiences between the first frame and the exit code: waiting, cancelling, copying, detaching, and
 an executor that goes away and comes back. Nothing here waits for anything but `poll`: a stuck terminal, a stuck session
-or a dead executor never takes the detach key away.
+or a dead executor never takes the detach key away. It is one long module because all of it moves one state.
 """
 
 from __future__ import annotations
