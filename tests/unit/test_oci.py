@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -143,6 +144,29 @@ def made(spec: Spec, edits: Edits = Edits(), *, unified: bool) -> dict:  # noqa:
     uids, gids = userns.maps(spec.identity, START)
     host = config.Host(Path("/r"), "/beaker/x", uids, gids, unified, swap=True, files=1 << 20)
     return config.config(spec, host, edits, [config.Node("/dev/real", "/dev/gpu0", "c", 195, 0, "rw")])
+
+
+def test_a_log_that_was_closed_late_is_put_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "KEEP", 3000)
+    lines = [b"2026-01-01T00:00:00.000000000+00:00 stdout F line %d\n" % number for number in range(1000)]
+    (tmp_path / "log").write_bytes(b"".join(lines[:10]))
+    os.link(tmp_path / "log", tmp_path / "log.closed")
+    logs.trim(tmp_path)  # conmon still writes to it
+    assert (tmp_path / "log.closed").exists()
+    (tmp_path / "log").unlink()
+    (tmp_path / "log").write_bytes(lines[10])
+    logs.trim(tmp_path)
+    assert not (tmp_path / "log.closed").exists()
+    assert logs.tail(tmp_path, 1000) == b"".join(b"line %d\n" % number for number in range(11))
+
+    (tmp_path / "log").rename(tmp_path / "log.closed")
+    (tmp_path / "log.closed").write_bytes(b"".join(lines[10:990]))
+    (tmp_path / "log").write_bytes(lines[990])
+    logs.trim(tmp_path)
+    kept = (tmp_path / "log.old").read_bytes()
+    assert kept == b"".join(lines[:990])[-len(kept) :]
+    assert 2900 < len(kept) <= 3000
+    assert kept.startswith(b"2026")
 
 
 def test_limits_on_both_kinds_of_cgroups() -> None:

@@ -71,15 +71,19 @@ def join(directory: Path, holder: Process) -> tuple[socket.socket, bytes]:
 
 
 def trim(directory: Path) -> None:
-    """Begin a new log when this one is long."""
+    """Begin a new log when this one is long, and put away one that was closed late."""
     with contextlib.suppress(FileNotFoundError):
         if (directory / "log").stat().st_size > KEEP:
             with _locked(directory):
                 _fold(directory, _close(directory))
+        elif (directory / "log.closed").exists():
+            with _locked(directory):
+                _put_away(directory)
 
 
 def _close(directory: Path) -> int:
     """Tell conmon to begin a new log; the inode of the one that it closes."""
+    _put_away(directory)
     with contextlib.suppress(FileExistsError):
         os.link(directory / "log", directory / "log.closed")
     conmon.command(directory, "2 0 0\n")
@@ -89,20 +93,36 @@ def _close(directory: Path) -> int:
 def _fold(directory: Path, closed: int) -> bool:
     """Wait for the new log, and put the closed one behind `log.old`.
 
-    False when there is none: output waits for a reader who does not read, so that nothing else happens either.
+    False when there is none yet: output waits for a reader who does not read, so that nothing else happens either, or
+    the machine is very busy. It is then put away later.
     """
     deadline = time.monotonic() + PATIENCE
     while (directory / "log").stat().st_ino == closed:
         if time.monotonic() > deadline:
             return False
         time.sleep(PAUSE)
-    old = b"".join(_read(directory / name) for name in ("log.old", "log.closed"))
-    old = old[-KEEP:].partition(b"\n")[2] if len(old) > KEEP else old
-    temporary = directory / "log.new"
-    temporary.write_bytes(old)
-    temporary.replace(directory / "log.old")
-    (directory / "log.closed").unlink()
+    _put_away(directory)
     return True
+
+
+def _put_away(directory: Path) -> None:
+    """Put a closed log behind `log.old`, of which the last KEEP bytes stay, unless conmon still writes to it."""
+    closed, old = directory / "log.closed", directory / "log.old"
+    try:
+        if closed.stat().st_ino == (directory / "log").stat().st_ino:
+            return
+    except FileNotFoundError:
+        return
+    text = _end(closed, KEEP)
+    whole = closed.stat().st_size <= KEEP
+    if whole:
+        before = _end(old, KEEP - len(text))
+        whole = not old.exists() or old.stat().st_size == len(before)
+        text = before + text
+    temporary = directory / "log.new"
+    temporary.write_bytes(text if whole else text.partition(b"\n")[2])
+    temporary.replace(old)
+    closed.unlink()
 
 
 def recent(directory: Path) -> bytes:
@@ -117,9 +137,12 @@ def _whole_lines(text: bytes) -> bytes:
     return text[start or -REPLAY :]
 
 
-def _read(path: Path) -> bytes:
+def _end(path: Path, limit: int) -> bytes:
+    """The last bytes of a file, none of one that is not there."""
     try:
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - limit))
+            return file.read(limit)
     except FileNotFoundError:
         return b""
 
