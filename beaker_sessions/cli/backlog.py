@@ -6,13 +6,16 @@ a terminal that takes nothing for long is one whose connection is dead, and must
 
 from __future__ import annotations
 
+from time import monotonic
+
 from .terminal import Output
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-STUCK = 30.0  # seconds without a byte taken after which a terminal counts as stuck
+STUCK = 30.0  # seconds without a byte taken after which a terminal counts as stuck,
+PROMPT = 1.0  # and when it holds up others
 
 
 class Backlog:
@@ -22,6 +25,7 @@ class Backlog:
         self._output, self._unreadable = output, unreadable
         self._pieces: list[tuple[int, memoryview]] = []
         self._skipped = -1  # bytes dropped since the terminal was found stuck, -1 when it is not
+        self._taken = monotonic()  # when something was taken last
         self.unread: set[int] = set()  # of standard output and error, those that nobody reads any more
 
     @property
@@ -56,15 +60,20 @@ class Backlog:
                 self._unreadable(stream, error)
                 continue
             taken += written
+            self._taken = monotonic() if written else self._taken
             if written < len(data):
                 self._pieces[0] = (stream, data[written:])
                 break
             del self._pieces[0]
         return taken > 0
 
+    def waits(self, seconds: float) -> bool:
+        """Whether something has waited for so long without anything being taken."""
+        return bool(self._pieces) and monotonic() - self._taken >= seconds
+
     def skip(self) -> None:
         """The terminal is stuck: drop what waits and what comes, until it takes something again."""
-        self._skipped = sum(len(data) for _, data in self._pieces)
+        self._skipped = max(self._skipped, 0) + sum(len(data) for _, data in self._pieces)
         self._pieces.clear()
 
     def resume(self) -> bool:

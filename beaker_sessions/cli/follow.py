@@ -14,7 +14,7 @@ from select import POLLIN, POLLOUT
 
 from ..errors import Error
 from . import output
-from .backlog import STUCK, Backlog
+from .backlog import PROMPT, STUCK, Backlog
 from .door import Away, Door
 from .loop import READABLE, Loop
 from .stream import CHUNK, STDOUT, Stream
@@ -141,10 +141,18 @@ class Follow:
             self._begin(frame, fd)
         elif event == "ended":
             self._end(frame)
+        elif event == "read_on":
+            self._read_on(door)
         elif event == "notice":
             self._notice(frame["text"])
         elif not self._streamed:
             self._progress.tell(frame)
+
+    def _read_on(self, door: Door) -> None:
+        """The session waits for us: say that we are there, and do not wait for a terminal that takes nothing."""
+        door.try_send({"reading": True})
+        if self._tty and self._backlog.waits(PROMPT):
+            self._backlog.skip()
 
     def _notice(self, text: str) -> None:
         """Something to know about the session, as it runs: told where its output is seen, and nowhere else."""

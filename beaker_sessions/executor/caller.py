@@ -10,8 +10,8 @@ import fcntl
 import json
 import os
 import socket
-import sys
 import termios
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -81,27 +81,40 @@ class Held:
     empties.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, caller: Caller) -> None:
+        self.caller = caller
         self.fd = -1
         self.is_cut = False
+        self.asked: float | None = None  # when it was last asked whether it reads, None once it has answered
 
-    def hand_over(self, caller: Caller, terminal: Terminal, handle: str = "") -> None:
-        """Give `terminal` to `caller`, descriptor included."""
+    def hand_over(self, terminal: Terminal, handle: str = "") -> None:
+        """Give `terminal` to the caller, descriptor included."""
         self.fd = os.dup(terminal.fd)
         try:
             replay = base64.b64encode(terminal.replay).decode()
             event = {"event": "terminal", "framing": terminal.framing, "handle": handle, "replay": replay}
-            caller.send(event, terminal.fd)
+            self.caller.send(event, terminal.fd)
         finally:
             os.close(terminal.fd)
 
-    def waiting(self) -> int:
-        """Bytes of output that the caller has not read."""
-        if self.fd < 0:
-            return 0
+    def ask(self) -> None:
+        """When output waits for the caller, have it say that it reads, which a command line that is alive does at once.
+
+        Without output, or an open question, nothing is asked.
+        """
         count = bytearray(4)
-        fcntl.ioctl(self.fd, termios.FIONREAD, count)
-        return int.from_bytes(count, sys.byteorder)
+        if self.fd >= 0:
+            fcntl.ioctl(self.fd, termios.FIONREAD, count)
+        if not any(count):
+            self.asked = None
+        elif self.asked is None:
+            self.asked = time.monotonic()
+            with suppress(OSError):
+                self.caller.send({"event": "read_on"})
+
+    def silent(self, seconds: float) -> bool:
+        """Whether a question is open for so long."""
+        return self.asked is not None and time.monotonic() - self.asked >= seconds
 
     def cut(self) -> None:
         """End the connection for everybody who holds it; what runs in the sandbox goes on."""

@@ -25,7 +25,8 @@ from .sessions import Subscription, View
 
 log = logging.getLogger(__name__)
 
-STUCK, LOOKS = 1.0, 10  # seconds, and looks meanwhile, in which a terminal's reader must have read something
+FROZEN = 10.0  # seconds in which a command line must answer, lest what it does not read stops the session,
+SILENT = 2.0  # and when somebody attaches
 
 ROOT = Identity("root", 0, 0, "/root", {0: "root"})
 
@@ -58,12 +59,16 @@ class Following:
     ) -> None:
         """Tell `caller` of a session until it has ended, or (brief) until it runs or waits."""
         said: dict[str, dict] = {}
-        with self.sessions.follow(id, terminal, size) as news, self._holding(id) as held:
+        tty = self.sessions.view(id).session.request.tty
+        with self.sessions.follow(id, terminal, size) as news, self._holding(caller, id) as held:
             for ready in self._turns(caller, held, news.fd):
-                if held.is_cut:
-                    what = f"this terminal of session {id} took no output, and somebody attached elsewhere"
+                if tty:
+                    held.ask()
+                if held.is_cut or held.silent(FROZEN):
+                    held.cut()
+                    what = f"this terminal of session {id} took no output, and the session did not wait for it"
                     raise Error("conflict", what, f"the session goes on: beaker session attach {id}")
-                if caller.fileno() in ready and not self._heard(caller, id, news):
+                if caller.fileno() in ready and not self._heard(held, id, news):
                     return
                 if news.fd not in ready:
                     continue
@@ -75,8 +80,7 @@ class Following:
                         caller.send(event)
                 if news.wants_terminal and (given := self._given(view, news, replay)):
                     news.wants_terminal = False
-                    held.hand_over(caller, given)
-                    self._held.add((id, held))
+                    held.hand_over(given)
                 if view.session.state in (State.EXITED, State.FINALIZED):
                     self._farewell(caller, view)
                     return
@@ -84,28 +88,30 @@ class Following:
                     return
 
     @contextmanager
-    def _holding(self, id: str) -> Iterator[Held]:
-        held = Held()
+    def _holding(self, caller: Caller, id: str) -> Iterator[Held]:
+        held = Held(caller)
+        self._held.add((id, held))
         try:
             yield held
         finally:
             self._held.discard((id, held))
             held.close()
 
-    def _release(self, id: str) -> None:
+    def _release(self, session: Session) -> None:
         """Cut off whoever has the session's terminal and does not read: engines wait for the slowest of its readers.
 
-        That is a command line that was stopped, or frozen with its machine; one whose own terminal is stuck reads on.
+        That is a command line that was stopped. One whose own terminal is stuck reads on, and so says. A pipe may take
+        its time, and is left alone.
         """
-        stuck = {held: count for of, held in list(self._held) if of == id and (count := held.waiting())}
-        for _ in range(LOOKS):
-            if not stuck:
-                return
-            time.sleep(STUCK / LOOKS)
-            stuck = {held: count for held, count in stuck.items() if held.waiting() == count}
-        for held in stuck:
-            log.info("session %s: a terminal that was not read from is cut off", id)
-            held.cut()
+        others = [held for id, held in list(self._held) if id == session.id and session.request.tty]
+        for held in others:
+            held.ask()
+        deadline = time.monotonic() + SILENT
+        while any(held.asked is not None for held in others) and time.monotonic() < deadline:
+            time.sleep(SILENT / 20)
+        for held in others:
+            if held.silent(SILENT):
+                held.cut()
 
     def process(self, caller: Caller, session: Session, wanted: Request, terminal: bool, root: bool) -> None:
         """Run a second process in a running session, and tell `caller` how it ended.
@@ -127,8 +133,8 @@ class Following:
             workdir=workdir,
             size=wanted.size if terminal else None, stdin=wanted.stdin,
         )  # fmt: skip
-        with closing(Held()) as held:
-            held.hand_over(caller, given, handle)
+        with closing(Held(caller)) as held:
+            held.hand_over(given, handle)
             for ready in self._turns(caller, held):
                 if held.fd in ready:
                     code = self.sandboxes.exec_exit(session.id, handle)
@@ -169,7 +175,7 @@ class Following:
             return given
         if view.session.state != State.STARTED:
             return None
-        self._release(view.session.id)
+        self._release(view.session)
         try:
             given = self.sandboxes.attach(view.session.id, replay=replay)
         except Error as error:
@@ -205,9 +211,9 @@ class Following:
             {"event": "ended", "exitCode": session.exit_code, "message": session.message, "job": self.job(view)}
         )
 
-    def _heard(self, caller: Caller, id: str, news: Subscription) -> bool:
+    def _heard(self, held: Held, id: str, news: Subscription) -> bool:
         """Act on what a follower says. False when it has left."""
-        frame = caller.receive()
+        frame = held.caller.receive()
         if frame is None:
             return False
         session = self.sessions.view(id).session
@@ -218,6 +224,8 @@ class Following:
                 self.sandboxes.resize(id, news.size)
         elif "signal" in frame and running:
             self.sandboxes.signal(id, wire.signal(frame["signal"]))
+        elif "reading" in frame:
+            held.asked = None
         elif frame.get("cancel"):
             self.end(id, session.account)
         return True

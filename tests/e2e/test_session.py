@@ -140,7 +140,7 @@ def test_a_terminal_that_does_not_read_holds_nobody_up(ada: User, tty: type[Tty]
     fresh.run("true")
     assert (ada.home / "flooded").exists()
     frozen.kill(signal.SIGCONT)
-    frozen.expect("took no output, and somebody attached elsewhere")
+    frozen.expect("took no output, and the session did not wait for it")
     assert frozen.end() == 73
     fresh.sendline("exit")
     assert fresh.end() == 0

@@ -367,6 +367,21 @@ def test_a_stuck_terminal_does_not_hold_up_the_session(door: FakeDoor, shell: Ca
     assert [call.receive(), call.receive()] == [{"resize": [41, 100]}, {"resize": [40, 100]}]  # for a repaint
 
 
+def test_whoever_holds_up_others_says_that_it_reads_and_does(door: FakeDoor, shell: Callable[..., Shell]) -> None:
+    it = shell("session", "create", patch="import beaker_sessions.cli.follow as f; f.PROMPT = 0.2")
+    call, session = started(door, it)
+    call.send(event="read_on")
+    assert call.receive() == {"reading": True}
+    session.settimeout(0.5)
+    with pytest.raises(TimeoutError):  # nobody reads the terminal, so at some point nothing more is taken
+        session.sendall(b"flood\r\n" * 1_000_000)
+    call.send(event="read_on")
+    assert call.receive() == {"reading": True}
+    session.settimeout(PATIENCE)
+    session.sendall(b"flood\r\n" * 1_000_000)
+    it.expect(b" bytes of output are not shown, as this terminal was stuck]\r\n")
+
+
 def test_a_notice_is_told_in_the_terminal_and_the_screen_drawn_again(
     door: FakeDoor, shell: Callable[..., Shell]
 ) -> None:
