@@ -36,9 +36,17 @@ def token(options: Options) -> int:
 @command("")
 def generate_token(options: Options) -> int:
     settings = config.load()
+    saved = settings.source("user_token") != "BEAKER_TOKEN"
+    if saved and (token := settings.token):
+        settings.set("user_token", token)  # a file that cannot be written is told while the old token is good
     value = rest.client(settings).create_token()["token"]
-    if settings.source("user_token") != "BEAKER_TOKEN":
-        settings.set("user_token", value)
+    if saved:
+        try:
+            settings.set("user_token", value)
+        except Error:
+            output.say("The old token has ended, and the new one could not be saved. It is:")
+            output.line(value)
+            raise
         output.say(f"Saved your new token in {settings.path}; the old one has ended.")
         if options.json:
             output.json({"token": value})

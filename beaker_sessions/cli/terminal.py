@@ -6,6 +6,7 @@ short of SIGKILL, `Terminal.restore` runs and leaves the terminal as it was foun
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import termios
@@ -90,7 +91,7 @@ class Terminal:
             cflag = cflag & ~(termios.CSIZE | termios.PARENB) | termios.CS8
             cc = list(cc)
             cc[termios.VMIN], cc[termios.VTIME] = 1, 0
-            termios.tcsetattr(0, termios.TCSANOW, [iflag, oflag & ~termios.OPOST, cflag, lflag, ispeed, ospeed, cc])
+            _set(0, [iflag, oflag & ~termios.OPOST, cflag, lflag, ispeed, ospeed, cc])
         except termios.error as error:
             raise Error(
                 "unavailable", f"cannot use this terminal: {error.args[-1]}", "is it still connected?"
@@ -120,10 +121,21 @@ class Terminal:
             pass
         self._modes.clear()
         try:
-            termios.tcsetattr(0, termios.TCSANOW, self._saved)
+            _set(0, self._saved)
         except termios.error:
             pass  # it has hung up: nothing is left to restore
         self._saved = None
+
+
+def _set(fd: int, attributes: list[Any]) -> None:
+    """Set a terminal's attributes. A signal, as of being stopped in the background, interrupts that: then again."""
+    while True:
+        try:
+            termios.tcsetattr(fd, termios.TCSANOW, attributes)
+            return
+        except termios.error as error:
+            if error.args[0] != errno.EINTR:
+                raise
 
 
 # https://invisible-island.net/xterm/ctlseqs/ctlseqs.html, "DEC Private Mode Set"

@@ -132,6 +132,9 @@ class Door:
         place = (request.get("session") or {}).get("node")
         if place and place not in (node["id"], node["hostname"]):
             raise Error("invalid", f"--node {place}: this is {node['hostname']}", f"connect to it: ssh {place}")
+        cluster = (request.get("session") or {}).get("cluster")
+        if cluster and cluster != settings.cluster:
+            raise Error("invalid", f"--cluster {cluster}: this node is in {settings.cluster}", "beaker cluster nodes")
         if wanted.host_network and not settings.host_networking:
             raise Error(
                 "forbidden", "--host-networking is not allowed on this node", "ask the administrator, or leave it out"

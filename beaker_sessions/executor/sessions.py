@@ -26,6 +26,7 @@ from .ledger import Ledger, held
 
 log = logging.getLogger(__name__)
 
+LOOKED = 200  # ended sessions among which a name is looked for
 LONG = 1.0  # seconds on the way to a prompt after which a write more is not felt
 
 
@@ -145,6 +146,8 @@ class Sessions:
     def resolve(self, reference: str | None, account: str) -> Session:
         """The session that a user means: an id, the name of one of theirs, or None for the only one they have here.
 
+        A name means one that lives, else the last that had it.
+
         Raises Error not_found, or conflict when several match.
         """
         with self._lock:
@@ -158,6 +161,9 @@ class Sessions:
             else:
                 matches = [s for s in own if s.request.name == reference]
                 if not matches:
+                    for ended in self.ledger.final(LOOKED):
+                        if (ended.account, ended.request.name) == (account, reference):
+                            return ended
                     raise Error(
                         "not_found", f"no session {reference!r} is yours on this node", "see beaker session list"
                     )

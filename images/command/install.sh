@@ -9,6 +9,8 @@ chmod 0440 /etc/sudoers.d/session
 
 cat "$here/bashrc" >>/etc/bash.bashrc
 
+for program in apt apt-get; do install -m 0755 "$here/apt" "/usr/local/sbin/$program"; done
+
 mv "$here/git-credential-beaker" /usr/local/bin/
 chmod 0755 /usr/local/bin/git-credential-beaker
 mv "$here/beaker" /usr/local/lib/beaker

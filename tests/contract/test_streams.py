@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
+import threading
+import time
 
 import pytest
 
 from beaker_sessions.errors import Error
+from beaker_sessions.model import Identity
 from beaker_sessions.sandbox import Status
 
-from .conftest import ADA, Maker
+from .conftest import ADA, Maker, OciLab
 
 EVERY_BYTE = bytes(range(256))
 
@@ -41,6 +45,23 @@ def test_half_close_ends_the_input_only(make: Maker) -> None:
 def test_output_and_errors_are_told_apart(make: Maker) -> None:
     code, out, err = make.run("sh", "-c", r"printf 'out\0\377'; printf 'err\n' >&2; exit 3")
     assert (code, out, err) == (3, b"out\0\xff", b"err\n")
+
+
+def test_streams_can_be_opened_by_their_names(make: Maker) -> None:
+    script = "read line </dev/stdin; echo $line >/dev/stdout; echo err >/dev/stderr; id -u >/dev/stdout"
+    stream = make.start(make.spec("sh", "-c", script))
+    stream.write(b"in\n")
+    assert (stream.read(), stream.err) == (b"in\n1500\n", b"err\n")
+    identities = [ADA, Identity("root", 0, 0, "/root", {0: "root"})] if make.lab.sandboxes.root else [ADA]
+    spec = make.spec("sleep", "1000")
+    make.start(spec)
+    for identity in identities:
+        _, terminal = make.lab.sandboxes.exec(
+            spec.id, ("sh", "-c", script), env={}, identity=identity, workdir="/", size=None, stdin=True
+        )
+        stream = make.stream(terminal)
+        stream.write(b"in\n")
+        assert (stream.read(), stream.err) == (f"in\n{identity.uid}\n".encode(), b"err\n")
 
 
 def test_no_input_is_an_empty_input(make: Maker) -> None:
@@ -108,6 +129,21 @@ def test_resize(make: Maker) -> None:
     make.lab.sandboxes.resize(spec.id, (42, 142), handle)
     stream.read(b"41 141\r\n")
     other.read(b"42 142\r\n")
+
+
+def test_the_last_of_many_sizes_holds(make: Maker) -> None:
+    """Also when they come faster than they are taken."""
+    spec = make.spec("sh", "-c", "read x; stty size", image="debian", tty=True)
+    stream = make.start(spec)
+    if isinstance(make.lab, OciLab):
+        ((_, sandbox),) = make.lab.sandboxes._sandboxes()
+        sandbox.conmon.kill(signal.SIGSTOP)
+        threading.Timer(0.1, sandbox.conmon.kill, [signal.SIGCONT]).start()
+    for columns in (91, 90):
+        make.lab.sandboxes.resize(spec.id, (30, columns))
+    time.sleep(0.3)
+    stream.write(b"\n")
+    stream.read(b"30 90\r\n")
 
 
 def test_every_key_goes_to_the_program_at_once(make: Maker) -> None:

@@ -79,9 +79,11 @@ def executor(tmp_path: Path) -> Iterator[dict[str, str]]:
 @pytest.mark.parametrize("end", ["q", "\x03", signal.SIGTERM])
 def test_the_terminal_is_as_it_was(executor: dict[str, str], end: str | int) -> None:
     command = pexpect.spawn(
-        str(BEAKER), ["session", "top", "--all"], env=executor, dimensions=(20, 100), encoding="utf-8", timeout=20
-    )
+        "/bin/sh", ["-c", 'read _; exec "$0" session top --all', str(BEAKER)], env=executor, dimensions=(20, 100),
+        encoding="utf-8", timeout=20,
+    )  # fmt: skip
     before = termios.tcgetattr(command.child_fd)
+    command.sendline()  # not before it was looked at
     command.expect("q ends this")
     assert "ann  train" in command.before
     assert "bob\\x1b]" in command.before

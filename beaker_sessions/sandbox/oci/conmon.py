@@ -7,11 +7,13 @@ process's directory conmon makes `attach` (a SOCK_SEQPACKET), `ctl` (a FIFO of c
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import json
 import os
 import socket
 import subprocess
+import termios
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from .processes import readable
 
 LOG_SIZE = 1 << 30  # bytes of a log after which conmon forgets it, should no executor be there to trim it before
 PACKET = 32 << 10  # the longest packet that conmon takes
+BUSY = 0.3  # seconds that a line for a conmon which does not read waits for the one before
 START = 30.0  # seconds in which a runtime must have made a container
 
 
@@ -53,11 +56,19 @@ def create(
 
 
 def execute(
-    runtime: Runtime, id: str, directory: Path, namespace: Path | None, *, tty: bool, stdin: bool
+    runtime: Runtime,
+    id: str,
+    directory: Path,
+    namespace: Path | None,
+    *,
+    tty: bool,
+    stdin: bool,
+    owner: tuple[int, int],
 ) -> tuple[int, socket.socket]:
     """Run the process described in `process.json` of a directory in a container: conmon's pid and the streams.
 
-    The process starts only after the streams are connected, so that nothing of its output is lost.
+    The process starts only after the streams are connected, so that nothing of its output is lost. owner: the uid and
+    gid on this machine of who runs it.
     """
     arguments = ["--exec", "--exec-attach", "--exec-process-spec", f"{directory}/process.json", "--log-path", "none"]
     arguments += ["--terminal", "--stdin", "--leave-stdin-open"] if tty else ["--stdin"] if stdin else []
@@ -73,6 +84,9 @@ def execute(
         for pipe in (sync, attach, begun):
             pipe.close()
         _answer(attached, "conmon --exec")
+        holder = int((directory / "conmon.pid").read_text())
+        if not tty:
+            give(holder, *owner)
         connection = connect(directory)
         try:
             begin.write(b"\0")
@@ -80,7 +94,7 @@ def execute(
         except BaseException:
             connection.close()
             raise
-    return int((directory / "conmon.pid").read_text()), connection
+    return holder, connection
 
 
 def waiting(runtime: Runtime, id: str) -> bool:
@@ -118,17 +132,56 @@ def connect(directory: Path) -> socket.socket:
 
 
 def command(directory: Path, text: str) -> None:
-    """Write to `ctl`. Silent when conmon has ended."""
+    """Write a line to `ctl`. Silent when conmon has ended.
+
+    Of several lines that conmon finds there at once it does the first, as often as there are lines, so each waits until
+    the one before has been read.
+    """
     try:
         fd = os.open(directory / "ctl", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:  # FileNotFoundError, or ENXIO: nobody reads
         return
     try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        _read(fd)
         os.write(fd, text.encode())
     except BrokenPipeError:
         pass
     finally:
         os.close(fd)
+
+
+def settle(directory: Path) -> None:
+    """Wait until conmon has read what was written to `ctl`."""
+    with contextlib.suppress(OSError), open(directory / "ctl", "wb", buffering=0, opener=_unwaiting) as file:
+        _read(file.fileno())
+
+
+def _unwaiting(path: str, flags: int) -> int:
+    return os.open(path, flags & ~(os.O_CREAT | os.O_TRUNC) | os.O_NONBLOCK)
+
+
+def _read(fd: int) -> None:
+    """Wait until nothing in a FIFO is unread, for no longer than BUSY seconds."""
+    deadline = time.monotonic() + BUSY
+    unread = bytearray(4)
+    while time.monotonic() < deadline:
+        fcntl.ioctl(fd, termios.FIONREAD, unread)
+        if not any(unread):
+            return
+        time.sleep(0.0005)
+
+
+def give(holder: int, uid: int, gid: int) -> None:
+    """Make the pipes of a conmon's standard streams a user's, so that they can open `/dev/stdout` and the like.
+
+    A runtime does so itself, but for users whom its own user namespace does not know the owner of.
+    """
+    directory = Path(f"/proc/{holder}/fd")
+    for entry in directory.iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            if os.readlink(entry).startswith("pipe:"):
+                os.chown(entry, uid, gid)
 
 
 def resize(directory: Path, size: tuple[int, int]) -> None:

@@ -125,6 +125,9 @@ class OciSandboxes:
                 )  # fmt: skip
                 (directory / "config.json").write_text(json.dumps(config.config(spec, host, edits, nodes)))
                 holder, init = conmon.create(self.runtime, spec.id, directory, network, tty=spec.tty, stdin=spec.stdin)
+                if not spec.tty:
+                    user = spec.identity
+                    conmon.give(holder, userns.outside(uids, user.uid), userns.outside(gids, user.gid))
             finally:
                 mounts.unmount(root)  # the empty directory stays: runc goes there to `exec`
             replace(sandbox, conmon=Process.of(holder), init=Process.of(init)).save(directory)
@@ -173,10 +176,11 @@ class OciSandboxes:
         if self._found(directory, sandbox).status is not Status.RUNNING:
             raise Error("conflict", f"{id} does not run")
         container = json.loads((directory / "config.json").read_text())
-        groups = {
-            gid for gid in identity.groups
-            if any(m["containerID"] <= gid < m["containerID"] + m["size"] for m in container["linux"]["gidMappings"])
-        }  # fmt: skip
+        uids, gids = (
+            [(m["containerID"], m["hostID"], m["size"]) for m in container["linux"][kind]]
+            for kind in ("uidMappings", "gidMappings")
+        )
+        groups = {gid for gid in identity.groups if userns.mapped(gids, gid)}
         handle = secrets.token_hex(8)
         own = directory / "exec" / handle
         own.mkdir(parents=True)
@@ -188,8 +192,9 @@ class OciSandboxes:
         )  # fmt: skip
         (own / "process.json").write_text(json.dumps(process))
         holder, connection = conmon.execute(
-            self._runtime(sandbox), id, own, self._network(sandbox), tty=size is not None, stdin=stdin
-        )
+            self._runtime(sandbox), id, own, self._network(sandbox), tty=size is not None, stdin=stdin,
+            owner=(userns.outside(uids, identity.uid), userns.outside(gids, identity.gid)),
+        )  # fmt: skip
         (own / "started").write_text(json.dumps(Process.of(holder).__dict__))
         return handle, Terminal(connection.detach(), Framing.CONMON)
 

@@ -57,6 +57,7 @@ def join(directory: Path, holder: Process) -> tuple[socket.socket, bytes]:
     Raises ConnectionRefusedError or FileNotFoundError when conmon has ended.
     """
     with _locked(directory):
+        conmon.settle(directory)
         with _paused(holder):
             connection = conmon.connect(directory)
             try:
