@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from . import account, cuda, driver, engine, environment, host, image, packages, removal, services, testing
+from . import account, cuda, driver, engine, environment, everyone, host, image, packages, removal, services, testing
 from .steps import Failed, Step, as_user, do, run
 
 SESSION = [
@@ -19,6 +19,7 @@ SESSION = [
     services.SERVER.step(),
     account.step,  # asks the server whether a token that is there is valid; the executor needs one of its own
     services.EXECUTOR.step(),
+    everyone.step,
     image.step(),  # the executor takes it into its storage
 ]
 TESTS = [packages.step("system packages for tests", packages.TESTS), environment.step(dev=True)]

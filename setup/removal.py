@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from . import driver, engine, host, services
+from . import driver, engine, everyone, host, services
 
 
 def down() -> None:
@@ -38,6 +38,8 @@ def clean() -> None:
     for path in (host.RUN / "setup", host.RUN / "sessions", services.DOOR, host.STATE, host.LOGS, host.VENV):
         _remove(path)
     _remove(host.ROOT / "build")
+    for path in everyone.remove():
+        _say(f"removed {path}")
     for directory in (host.RUN / "oci", host.RUN, host.ETC):  # of other executors there may be something left
         if directory.is_dir() and not any(directory.iterdir()):
             directory.rmdir()

@@ -1,0 +1,57 @@
+"""The `beaker` command for everybody on this machine: a copy that needs neither the checkout nor its environment.
+
+Owns PROGRAM and DIRECTORY, where they are its own; a `beaker` that somebody else put there stays.
+"""
+
+from __future__ import annotations
+
+import compileall
+import shutil
+from pathlib import Path
+
+from . import host, recipe
+from .steps import Report, Step
+
+PROGRAM, DIRECTORY = Path("/usr/local/bin/beaker"), Path("/usr/local/lib/beaker")
+
+
+def files() -> dict[Path, bytes]:
+    """What is to be there. The same as in the default image."""
+    found = {name.removeprefix("beaker/"): content for name, content in recipe.files("command") if "/" in name}
+    return {PROGRAM if name == "launcher" else DIRECTORY / name: content for name, content in found.items()}
+
+
+def foreign() -> bool:
+    """Whether there is a `beaker` that is not ours."""
+    try:
+        return str(DIRECTORY).encode() not in PROGRAM.read_bytes()
+    except FileNotFoundError:
+        return False
+
+
+def remove() -> list[Path]:
+    """Remove it: what was there."""
+    if foreign() or not PROGRAM.exists():
+        return []
+    PROGRAM.unlink()
+    shutil.rmtree(DIRECTORY, ignore_errors=True)
+    return [PROGRAM, DIRECTORY]
+
+
+def _missing() -> bool:
+    return not foreign() and any(not path.exists() or path.read_bytes() != text for path, text in files().items())
+
+
+def _install(_report: Report) -> str:
+    wanted = files()
+    for path, content in wanted.items():
+        if path != PROGRAM:
+            host.write(path, content.decode())
+    for path in set(DIRECTORY.rglob("*.py")) - wanted.keys():  # of an older version
+        path.unlink()
+    compileall.compile_dir(DIRECTORY, quiet=2)
+    host.write(PROGRAM, wanted[PROGRAM].decode(), 0o755)  # last: it works from its first moment
+    return f"{PROGRAM}"
+
+
+step = Step("the command for everybody", _missing, _install)
