@@ -7,6 +7,7 @@ executors ignore them, so that an executor may be newer than its server. Must no
 
 from __future__ import annotations
 
+import re
 from datetime import UTC
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -22,7 +23,8 @@ FLAGS = {  # what people type for a field: their errors should speak of that
     "requests.gpuCount": "--gpus", "requests.cpuCount": "--cpus", "requests.memory": "--memory",
     "requests.sharedMemory": "--shared-memory", "image.docker": "--image", "image.beaker": "--image", "pull": "--pull",
     "priority": "--priority", "timeout": "--timeout", "hostname": "--hostname", "saveImage": "--save-image",
-    "ports": "--port", "datasets": "--mount",
+    "ports": "--port", "envVars.name": "--env", "envVars.value": "--env", "envVars.secret": "--secret-env",
+    "datasets.mountPath": "--secret-mount", "datasets.source.secret": "--secret-mount", "datasets": "--mount",
 }  # fmt: skip
 SUGGESTIONS = {
     "--memory": "for example --memory 6.5GiB", "--shared-memory": "for example --shared-memory 1GiB",
@@ -375,7 +377,7 @@ def invalid(errors: Any, at: int = 0, of_session: bool = False) -> Error:
     first = errors[0]
     where = ".".join(str(part) for part in first["loc"][at:] if not str(part).startswith("function-"))
     field = where.removeprefix("session.")
-    flag = FLAGS.get(field.rstrip(".0123456789"), where) if of_session or field != where else where
+    flag = FLAGS.get(re.sub(r"\.[0-9]+", "", field), where) if of_session or field != where else where
     flag = flag or "the request"
     if first["type"] == "extra_forbidden":
         return Error("invalid", f"{flag}: not a field of this request", "remove it: nothing would read it")

@@ -94,8 +94,9 @@ def size(count: float) -> str:
     return f"{round(count, 1):g}TiB"
 
 
-def count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def count(number: float, noun: str) -> str:
+    shown = f"{number:g}" if isinstance(number, float) else str(number)
+    return f"{shown} {noun}" if number == 1 else f"{shown} {noun}s"
 
 
 def ports(mappings: dict[str, int], host: str) -> str:

@@ -83,7 +83,7 @@ class Progress:
         if event.get("gpus"):
             parts.append(output.count(len(event["gpus"]), "GPU"))
         if event.get("cpus"):
-            parts.append(f"{event['cpus']:g} CPUs")
+            parts.append(output.count(event["cpus"], "CPU"))
         if event.get("memory"):
             parts.append(f"{output.size(event['memory'])} of memory")
         if parts:

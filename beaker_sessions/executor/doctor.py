@@ -19,13 +19,17 @@ from ..client import Client
 from ..errors import Error
 from ..sandbox import LOW_DISK, Finding, Sandboxes, cdi
 from ..settings import ExecutorSettings, load
-from . import inventory
+from . import inventory, plan
 
 NVIDIA = Path("/dev/nvidiactl")  # there when NVIDIA's driver is loaded
 
 
-def findings(settings: ExecutorSettings, sandboxes: Sandboxes, why: str) -> Iterator[Finding]:
-    """Everything, in the order one would mend it. why: the driver is this one and not the other."""
+def findings(
+    settings: ExecutorSettings, sandboxes: Sandboxes, why: str, offered: inventory.Inventory | None = None
+) -> Iterator[Finding]:
+    """Everything, in the order one would mend it. why: the driver is this one and not the other. offered: by the
+    executor that runs, which took stock when it started.
+    """
     yield Finding("ok", f"sessions are run by the {sandboxes.name} driver" + (f", because {why}" if why else ""))
     yield from _engine(sandboxes)
     if sandboxes.name != "docker":
@@ -33,7 +37,7 @@ def findings(settings: ExecutorSettings, sandboxes: Sandboxes, why: str) -> Iter
         images = "its images can be used" if there else "images come from registries and archives"
         yield Finding("ok", f"Docker Engine is {'' if there else 'not '}at {settings.docker_socket}: {images}")
     yield from _server(settings)
-    yield from _machine(settings)
+    yield from _machine(settings, offered)
 
 
 def _engine(sandboxes: Sandboxes) -> Iterable[Finding]:
@@ -61,7 +65,7 @@ def _server(settings: ExecutorSettings) -> Iterable[Finding]:
         yield Finding("error", error.message, error.hint)
 
 
-def _machine(settings: ExecutorSettings) -> Iterable[Finding]:
+def _machine(settings: ExecutorSettings, offered: inventory.Inventory | None) -> Iterable[Finding]:
     registry = cdi.load([Path(path) for path in settings.cdi_paths])
     yield from registry.findings
     has = None
@@ -74,7 +78,16 @@ def _machine(settings: ExecutorSettings) -> Iterable[Finding]:
         )
     except Error as error:
         yield Finding("error", error.message, error.hint)
+    if has and offered and has.gpus != offered.gpus:
+        had, now = ([gpu.id for gpu in each.gpus] for each in (offered, has))
+        changes = [f"+{id}" for id in now if id not in had] + [f"-{id}" for id in had if id not in now]
+        what = f"the GPUs are not those that the executor found when it started: {' '.join(changes) or 'other models'}"
+        yield Finding("warning", what, "restart the executor, which ends no session: systemctl restart beaker-executor")
     yield from _nvidia(has)
+    try:
+        plan.check_places(settings.mount_paths)
+    except Error as error:
+        yield Finding("error", error.message, error.hint)
     for path in settings.mount_paths:
         if not os.path.isdir(path):
             yield Finding(
@@ -119,8 +132,11 @@ def main() -> int:
     parser.add_argument("--format", choices=["json"])
     options = parser.parse_args()
     logging.disable()
-    settings = load(ExecutorSettings, options.config)
-    found = list(findings(settings, *sandboxes(settings)))
+    try:
+        settings = load(ExecutorSettings, options.config)
+        found = list(findings(settings, *sandboxes(settings)))
+    except Error as error:
+        found = [Finding("error", error.message, error.hint)]
     for finding in found:
         text = f"{finding.level:8}{finding.what}" + (f"\n        mend: {finding.mend}" if finding.mend else "")
         print(json.dumps(finding.__dict__) if options.format else text)

@@ -193,7 +193,7 @@ class Lifecycle:
             return "out of memory: a process of this session was killed; ask for more with --memory"
         if session.id in self._cut_off and (found.exit_code or 0) > SIGNALLED:
             return RESTARTED
-        return session.canceled_for
+        return session.canceled_for or found.why
 
     def _clean_up(self, id: str) -> None:
         try:

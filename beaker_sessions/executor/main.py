@@ -15,7 +15,7 @@ from .. import __version__
 from ..errors import Error
 from ..sandbox import Sandboxes
 from ..settings import ExecutorSettings, load
-from . import doctor, exposition, inventory
+from . import doctor, exposition, inventory, plan
 from .access import Access
 from .disk import Disk
 from .door import Door
@@ -92,7 +92,8 @@ def main() -> int:
 
 
 def serve(settings: ExecutorSettings) -> None:
-    """Run until SIGTERM or SIGINT."""
+    """Run until SIGTERM or SIGINT. Raises Error when it cannot begin."""
+    plan.check_places(settings.mount_paths)
     stop = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, stop)  # before any thread: they inherit it
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -107,7 +108,7 @@ def serve(settings: ExecutorSettings) -> None:
     disk = Disk(sessions, driver, settings)
     metrics = Metrics(sessions, driver, settings.storage_path, disk.use)
     reporter = Reporter(lifecycle, access, settings, metrics)
-    findings = functools.partial(doctor.findings, settings, driver, why)
+    findings = functools.partial(doctor.findings, settings, driver, why, sessions.inventory)
     door = Door(settings.socket, lifecycle, access, reporter.nodes, findings, metrics.last)
     door.listen()
     lifecycle.run()

@@ -23,6 +23,7 @@ RESERVED = ("/.beaker", "/dev", "/proc", "/run/beaker", "/sys")  # what a sessio
 
 # A session that reserved nothing must be the first to yield, to the kernel's CPU scheduler and to its OOM killer alike.
 IDLE_WEIGHT, IDLE_OOM_SCORE = 1, 800
+LEAST_MEMORY = 6 << 20  # bytes with which a container can be made at all; Docker's limit, too
 SESSION_OOM_SCORE = 200  # before the machine's own services
 
 
@@ -41,6 +42,8 @@ def defaults(request: Request, capacity: Resources, image: str) -> Request:
         raise Error("invalid", f"--gpus {gpus}: {has}", "ask for fewer GPUs, or choose another node (beaker node list)")
     if cpus > capacity.cpus + 1e-3:
         raise Error("invalid", f"--cpus {cpus:g}: this node has {capacity.cpus:g}", "ask for fewer CPUs")
+    if 0 < memory < LEAST_MEMORY:
+        raise Error("invalid", f"--memory {memory} bytes: no session runs with less than 6MiB", "ask for more memory")
     if memory > capacity.memory:
         raise Error(
             "invalid",
@@ -48,6 +51,15 @@ def defaults(request: Request, capacity: Resources, image: str) -> Request:
             "ask for less memory",
         )
     return replace(request, gpus=gpus, cpus=cpus, memory=memory, image=request.image or image)
+
+
+def check_places(paths: Sequence[str]) -> None:
+    """Raises Error invalid for a directory of the machine that no session can have where it is."""
+    for path in paths:
+        if not path.startswith("/") or path == "/" or posixpath.normpath(path) != path:
+            raise Error("invalid", f"mountPaths: {path!r} is not the path of a directory", "for example /net")
+        if below := [place for place in RESERVED if path == place or path.startswith(f"{place}/")]:
+            raise Error("invalid", f"mountPaths: {path!r}: {below[0]} is each session's own", "take it out")
 
 
 def check_mounts(request: Request, identity: Identity, taken: Sequence[str]) -> None:

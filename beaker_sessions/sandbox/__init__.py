@@ -129,7 +129,8 @@ class Status(enum.StrEnum):
 class Found:
     """One sandbox that exists. exit_code: 128 + signal for a killed main process; None unless exited.
 
-    oom: some process of it was killed for memory. pid: of the init on the host, 0 unless running.
+    oom: some process of it was killed for memory. pid: of the init on the host, 0 unless running. why: it ended, where
+    the exit code does not say it.
     """
 
     id: str
@@ -140,6 +141,7 @@ class Found:
     oom: bool = False
     started: datetime | None = None
     finished: datetime | None = None
+    why: str = ""
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ def test_the_last_of_many_sizes_holds(make: Maker) -> None:
     if isinstance(make.lab, OciLab):
         ((_, sandbox),) = make.lab.sandboxes._sandboxes()
         sandbox.conmon.kill(signal.SIGSTOP)
-        threading.Timer(0.1, sandbox.conmon.kill, [signal.SIGCONT]).start()
+        threading.Timer(1.5, sandbox.conmon.kill, [signal.SIGCONT]).start()
     for columns in (91, 90):
         make.lab.sandboxes.resize(spec.id, (30, columns))
     time.sleep(0.3)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pynvml
 import pytest
 
 from beaker_sessions.executor import doctor, inventory
+from beaker_sessions.model import Gpu
 from beaker_sessions.sandbox import Finding
 from beaker_sessions.sandbox.fake import FakeSandboxes
 from beaker_sessions.settings import ExecutorSettings
@@ -51,3 +53,18 @@ def test_a_driver_that_does_not_answer_is_told(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(doctor, "NVIDIA", tmp_path)
     monkeypatch.setattr(pynvml, "nvmlInit", fail)
     assert any(one.level == "warning" and "NVML does not answer" in one.what for one in found(tmp_path))
+
+
+def test_gpus_that_came_after_the_executor_started_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    offered = inventory.Inventory("gpu-1", 2.0, 1 << 30, (Gpu("lab.org/gpu=0", "T"),))
+    now = replace(offered, gpus=(*offered.gpus, Gpu("lab.org/gpu=1", "T")))
+    monkeypatch.setattr(inventory, "read", lambda _: now)
+    given = ExecutorSettings(storage_path=str(tmp_path), token_path=str(tmp_path / "none"), cdi_paths=[])
+    driver = FakeSandboxes(("base",))
+    (told,) = [one for one in doctor.findings(given, driver, "", offered) if "+lab.org/gpu=1" in one.what]
+    assert (told.level, "restart" in told.mend) == ("warning", True)
+    assert not [one for one in doctor.findings(given, driver, "", now) if "when it started" in one.what]
+
+
+def test_a_place_that_no_session_can_have_is_told(tmp_path: Path) -> None:
+    assert [one.level for one in found(tmp_path, mount_paths=["/proc"]) if "/proc" in one.what] == ["error"]

@@ -33,8 +33,8 @@ def test_a_node_without_gpus_gives_none_by_default():
 
 
 def test_what_was_asked_for_is_kept():
-    got = plan.defaults(Request(gpus=2, cpus=0.5, memory=5), NODE, "base")
-    assert plan.amount(got) == Resources(2, 0.5, 5)
+    got = plan.defaults(Request(gpus=2, cpus=0.5, memory=8 << 20), NODE, "base")
+    assert plan.amount(got) == Resources(2, 0.5, 8 << 20)
 
 
 @pytest.mark.parametrize(
@@ -42,10 +42,11 @@ def test_what_was_asked_for_is_kept():
     [
         (Request(gpus=99), "--gpus 99: this node has 4"),
         (Request(gpus=0, cpus=33.0), "--cpus 33: this node has 32"),
+        (Request(memory=1024), "--memory 1024 bytes: no session runs with less than 6MiB"),
         (Request(gpus=0, memory=1 << 40), "--memory 1024.0GiB: this node has 256.0GiB for sessions"),
     ],
 )
-def test_more_than_there_is_is_an_error_at_once(request_, says):
+def test_what_this_node_cannot_give_is_an_error_at_once(request_, says):
     with pytest.raises(Error) as refused:
         plan.defaults(request_, NODE, "base")
     assert (refused.value.code, refused.value.message) == ("invalid", says)
@@ -87,3 +88,10 @@ def test_it_starts_at_home_unless_told_otherwise():
 def test_a_secrets_file_is_the_sessions_own(path: str):
     with pytest.raises(Error, match="--secret-mount"):
         plan.check_mounts(Request(secret_mounts=(("KEY", path),)), ADA, ["/net"])
+
+
+@pytest.mark.parametrize("path", ["/", "net", "", "/net/", "/net/../x", "/proc", "/run/beaker/x"])
+def test_what_every_session_sees_is_a_directory_of_its_own(path: str):
+    with pytest.raises(Error, match="mountPaths"):
+        plan.check_places(["/net", path])
+    plan.check_places(["/net", "/run/data"])

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import socket
+import struct
 import subprocess
 import termios
 import time
@@ -20,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import Error
-from . import network
-from .processes import readable
+from . import mounts, network
+from .processes import Process, readable
 
 LOG_SIZE = 1 << 30  # bytes of a log after which conmon forgets it, should no executor be there to trim it before
 PACKET = 32 << 10  # the longest packet that conmon takes
@@ -184,8 +185,24 @@ def give(holder: int, uid: int, gid: int) -> None:
                 os.chown(entry, uid, gid)
 
 
-def resize(directory: Path, size: tuple[int, int]) -> None:
-    command(directory, f"1 {size[0]} {size[1]}\n")
+def resize(holder: Process, size: tuple[int, int]) -> None:
+    """Give the terminal that a conmon holds another size. Silent when it has ended or holds none.
+
+    Not through `ctl`, to which it gets only when it has passed on what the process says.
+    """
+    if (pidfd := holder.open()) is None:
+        return
+    with mounts.opened(pidfd), contextlib.suppress(FileNotFoundError):  # it ends at this moment
+        for entry in Path(f"/proc/{holder.pid}/fd").iterdir():
+            with contextlib.suppress(OSError):  # closed at this moment
+                if os.readlink(entry).endswith("ptmx"):
+                    with mounts.opened(holder.descriptor(pidfd, int(entry.name))) as terminal:
+                        set_size(terminal, size)
+
+
+def set_size(terminal: int, size: tuple[int, int]) -> None:
+    """size: rows and columns. Raises OSError."""
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
 
 
 def _run(

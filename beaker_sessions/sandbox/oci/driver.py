@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import re
@@ -25,8 +24,6 @@ import resource
 import secrets
 import signal as signals
 import stat
-import struct
-import termios
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -160,13 +157,13 @@ class OciSandboxes:
             with contextlib.suppress(OSError):
                 fd = os.open(f"/proc/{sandbox.init.pid}/fd/0", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
                 with mounts.opened(fd):
-                    fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+                    conmon.set_size(fd, size)
         (directory / "started").touch()
         conmon.start(self._runtime(sandbox), id, directory)
         self._tell(id)
 
     def resize(self, id: str, size: tuple[int, int], process: str = "") -> None:
-        conmon.resize(self._process(id, process), size)
+        conmon.resize(self._holder(id, process) if process else self._record(id).conmon, size)
 
     def exec(
         self, id: str, command: tuple[str, ...], *, env: Mapping[str, str], identity: Identity, workdir: str,
@@ -199,11 +196,9 @@ class OciSandboxes:
         return handle, Terminal(connection.detach(), Framing.CONMON)
 
     def exec_exit(self, id: str, handle: str) -> int:
-        own = self._process(id, handle or "none")
-        process = Process(**json.loads((own / "started").read_text()))
-        process.wait(GONE)
+        self._holder(id, handle).wait(GONE)
         try:
-            return int((own / "exit").read_text())
+            return int((self._process(id, handle) / "exit").read_text())
         except FileNotFoundError as error:
             raise Error("internal", f"the exit code of {handle} in {id} is lost: its conmon was killed") from error
 
@@ -258,12 +253,13 @@ class OciSandboxes:
             raise Error("invalid", f"{id!r} is no session id")
         return self.state / "sessions" / id
 
+    def _holder(self, id: str, handle: str) -> Process:
+        """The conmon of an exec."""
+        return Process(**json.loads((self._process(id, handle) / "started").read_text()))
+
     def _process(self, id: str, handle: str) -> Path:
-        """The directory of the main process, or of an exec."""
-        directory = self._directory(id)
-        if not handle:
-            return directory
-        own = directory / "exec" / handle
+        """The directory of an exec."""
+        own = self._directory(id) / "exec" / handle
         if not re.fullmatch(r"[0-9a-f]{16}", handle) or not own.is_dir():
             raise Error("not_found", f"{handle!r} is no process of {id}")
         return own

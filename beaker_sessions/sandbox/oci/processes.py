@@ -6,11 +6,16 @@ Reads proc(5), signals through pidfds.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import select
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+
+PIDFD_GETFD = 438  # its number on every machine
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,14 @@ class Process:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(fd, number)
             os.close(fd)
+
+    @staticmethod
+    def descriptor(pidfd: int, number: int) -> int:
+        """One of a process's descriptors, as one's own. Raises OSError."""
+        fd = _libc.syscall(PIDFD_GETFD, pidfd, number, 0)
+        if fd < 0:
+            raise OSError(ctypes.get_errno(), "pidfd_getfd")
+        return int(fd)
 
     def wait(self, seconds: float) -> bool:
         """Whether it has ended within this time."""

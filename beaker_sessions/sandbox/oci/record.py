@@ -17,6 +17,7 @@ from .processes import Process
 
 FILE = "sandbox.json"
 KILLED = 137  # 128 + SIGKILL
+LOST = "conmon, which held the streams of this session, was killed, and the session could not go on without it"
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,13 @@ class Record:
         """What there is now. Without conmon nothing holds the streams and the exit code: that counts as killed."""
         alive = self.conmon.alive()
         code = _number(directory / "exit")  # looked for after conmon, which writes it before it ends
+        why = ""
         if code is None and not alive:
-            code = KILLED
+            code, why = KILLED, LOST
         started = _time(directory / "started")
         if code is not None:
             finished = _time(directory / "exit") or datetime.now(UTC)
-            return Found(self.id, self.labels, Status.EXITED, 0, code, oom, started, finished)
+            return Found(self.id, self.labels, Status.EXITED, 0, code, oom, started, finished, why)
         if waiting:
             return Found(self.id, self.labels, Status.CREATED)
         return Found(self.id, self.labels, Status.RUNNING, self.init.pid, None, oom, started)
