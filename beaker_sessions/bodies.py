@@ -292,7 +292,8 @@ class Sample(Report):
 
 
 class Heartbeat(Report):
-    """instance: the executor's start. free: what could be claimed now. queue: how many sessions wait.
+    """instance: the executor's start. free: what could be claimed now. queue: how many sessions wait. drained: why the
+    node itself starts nothing new.
 
     samples: those that the server does not have, the oldest first.
     """
@@ -301,6 +302,7 @@ class Heartbeat(Report):
     version: Line = ""
     free: Limits = Limits()
     queue: Count = 0
+    drained: Text = ""
     samples: Annotated[list[Sample], Field(max_length=360)] = []
 
 

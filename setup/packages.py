@@ -26,6 +26,7 @@ TESTS = {
     "chromium": ("chromium",),
     "crun": ("crun",),
     "docker-registry": ("docker-registry",),
+    "faketime": ("faketime",),
     "fuse3": ("fusermount3",),
     "git": ("git",),
     "hyperfine": ("hyperfine",),

@@ -36,6 +36,9 @@ class Recorder:
         self.excused: set[str] = set()
         self.capacity: Resources = inventory.read(load(ExecutorSettings, str(stack.config))).capacity
         self._cgroups = cgroups.detect()
+        self._ledgers: dict[
+            int, int
+        ] = {}  # the inodes of those that were seen, kept open so that no other gets its number
         self._parsed: dict[str, Session] = {}
         self._served = 0.0
         self._stopped = threading.Event()
@@ -49,6 +52,8 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
         self._thread.join()
+        while self._ledgers:
+            os.close(self._ledgers.popitem()[1])
 
     def excuse(self, invariant: str) -> None:
         """This test breaks one on purpose."""
@@ -78,7 +83,7 @@ class Recorder:
         with contextlib.suppress(OSError, sqlite3.Error), _reading(path) as db:
             rows = db.execute("SELECT account, key, job FROM sessions ORDER BY seq").fetchall()
             sample = Sample(
-                now, self._served, path.stat().st_ino, tuple(self._session(job) for *_, job in rows),
+                now, self._served, self._which(path), tuple(self._session(job) for *_, job in rows),
                 tuple(db.execute("SELECT gpu, session FROM claims")),
                 tuple((account, key) for account, key, _ in rows if key), None,
             )  # fmt: skip
@@ -86,6 +91,14 @@ class Recorder:
         with contextlib.suppress(OSError, sqlite3.Error), _reading(self.stack.state / "server.db") as db:
             record = {id: self._session(body) for id, body in db.execute("SELECT id, body FROM jobs")}
         return Sample(**{**sample.__dict__, "record": record, "boxes": tuple(self._boxes())})
+
+    def _which(self, ledger: Path) -> int:
+        """Another number for another file."""
+        fd = os.open(ledger, os.O_RDONLY | os.O_CLOEXEC)
+        number = os.fstat(fd).st_ino
+        if self._ledgers.setdefault(number, fd) != fd:
+            os.close(fd)
+        return number
 
     def _session(self, job: str) -> Session:
         if job not in self._parsed:

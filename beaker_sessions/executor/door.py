@@ -187,11 +187,12 @@ class Door:
     def _stop(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> None:
         session = self._own(request, account, admin=True)
         with self.sessions.follow(session.id, False, None) as news:
-            self.following.end(session.id, account["name"])
+            self.lifecycle.stop(session.id, account["name"])
             while self.sessions.view(session.id).session.state != State.FINALIZED:
                 ready = select.select([news.fd, caller.fileno()], [], [], STOP_PATIENCE)[0]
                 if not ready:
-                    raise Error("unavailable", f"session {session.id} has not ended yet", "see beaker executor doctor")
+                    why = self.sessions.cordoned or "see beaker executor doctor"
+                    raise Error("unavailable", f"session {session.id} has not ended yet", why)
                 if caller.fileno() in ready:
                     return  # it left; the session is stopped all the same
                 news.clear()
@@ -253,8 +254,7 @@ class Door:
         if request.get("id") not in (None, id, view.session.request.name):
             raise Error("forbidden", f"this session cannot see {request.get('id')!r}", "run this on the machine itself")
         if operation == "stop":
-            self.sessions.cancel(id, view.session.account)
-            self.following.end(id, view.session.account)
+            self.lifecycle.stop(id, view.session.account)
             return [{"job": self._job(self.sessions.view(id))}]
         if operation == "list":
             return [{"job": self._job(view)}, {"end": True}]

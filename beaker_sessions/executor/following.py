@@ -5,9 +5,7 @@ Each blocks its caller's thread, woken by news, by what the caller says, and oft
 
 from __future__ import annotations
 
-import logging
 import select
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -22,8 +20,6 @@ from .access import FRESH
 from .caller import Caller, Held
 from .lifecycle import Lifecycle
 from .sessions import Subscription, View
-
-log = logging.getLogger(__name__)
 
 FROZEN = 10.0  # seconds in which a command line must answer, lest what it does not read stops the session,
 SILENT = 2.0  # and when somebody attaches
@@ -227,16 +223,5 @@ class Following:
         elif "reading" in frame:
             held.asked = None
         elif frame.get("cancel"):
-            self.end(id, session.account)
+            self.lifecycle.stop(id, session.account)
         return True
-
-    def end(self, id: str, actor: str) -> None:
-        """Stop a session without waiting for it."""
-
-        def stop() -> None:
-            try:
-                self.lifecycle.stop(id, actor)
-            except Error as error:
-                log.warning("session %s could not be stopped: %s", id, error)
-
-        threading.Thread(target=stop, name=f"stop {id}", daemon=True).start()

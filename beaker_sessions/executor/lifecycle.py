@@ -36,7 +36,7 @@ RESTARTED = "the machine was restarted"
 SIGNALLED = 128  # an exit code above it says that a signal ended the process: which one is what is above
 GRACE = 10.0  # seconds between asking a session to end and killing it
 OUTPUT_KEPT = 1 << 20  # bytes of its output that are kept for `session logs` after the end
-STUCK = 60.0  # seconds after which a sandbox that cannot be removed cordons the node
+STUCK = 30.0  # seconds after which a sandbox that cannot be removed cordons the node
 RECONCILE_EVERY = 10.0
 
 
@@ -100,8 +100,8 @@ class Lifecycle:
             return
         live.since = time.clock_gettime(time.CLOCK_BOOTTIME)
         self.sessions.move(id, State.STARTED, started=datetime.now(UTC))
-        if live.stopped_by:
-            self.sandboxes.stop(id, GRACE)
+        if live.session.canceled:
+            self._spawn(id, self._end)
         if live.exit_seen:
             self._examine({id})
 
@@ -127,8 +127,8 @@ class Lifecycle:
 
     def _progress(self, id: str, progress: Progress) -> None:
         live = self.sessions.entry(id)
-        if live and live.stopped_by:
-            raise Error("conflict", f"stopped by {live.stopped_by}")  # ends the pull
+        if live and live.session.canceled:
+            raise Error("conflict", live.session.canceled_for)  # ends the pull
         self.sessions.progress(id, progress)
 
     def node(self) -> Mapping[str, str]:
@@ -157,12 +157,20 @@ class Lifecycle:
     # -- ending
 
     def stop(self, id: str, actor: str) -> None:
-        """End a session, wherever it is in its life. Returns when its main process has been told to."""
-        if self.sessions.cancel(id, actor):
-            return
+        """End a session, wherever it is in its life, without waiting for it. What fails `reconcile` takes up again."""
+        if not self.sessions.cancel(id, actor):
+            self._spawn(id, self._end)
+
+    def _end(self, id: str) -> None:
+        """End a session's main process. If it does not, the node is cordoned, and its GPUs are not given away."""
         live = self.sessions.entry(id)
         if live and live.session.state == State.STARTED:
-            self.sandboxes.stop(id, GRACE)
+            try:
+                self.sandboxes.stop(id, GRACE)
+            except Error as error:
+                if error.code != "not_found":  # it ended just now
+                    log.warning("session %s does not end: %s", id, error)
+                    self.sessions.cordon(id, f"session {id} does not end: {error.message}")
 
     def logs(self, session: Session, limit: int = OUTPUT_KEPT) -> bytes:
         """The latest output of a session, live or ended."""
@@ -253,9 +261,8 @@ class Lifecycle:
         for session in self.sessions.live():
             live, limit = self.sessions.entry(session.id), session.request.timeout
             overdue = live and limit and live.since is not None and now - live.since > limit
-            if live and overdue and session.state == State.STARTED and not live.stopped_by:
-                live.stopped_by = f"its time limit of {limit:g} s"
-                self._spawn(session.id, lambda id: self.stop(id, "its time limit"))
+            if overdue and session.state == State.STARTED and not session.canceled:
+                self.stop(session.id, "its time limit")
 
     def reconcile(self) -> None:
         """Compare the ledger with what exists, and mend each difference. Safe to call at any time."""
@@ -281,6 +288,8 @@ class Lifecycle:
                 self.sessions.ended(session.id, None, why)
             elif session.state == State.STARTED and found and found.status == Status.EXITED:
                 self.sessions.ended(session.id, found.exit_code, self._farewell(found, session))
+            elif session.state == State.STARTED and session.canceled:
+                self._spawn(session.id, self._end)  # an executor was killed, or an engine away, before it ended
             elif session.state == State.STARTED and found and live.since is None:
                 live.since = _started(found.pid)
             elif session.state == State.EXITED:

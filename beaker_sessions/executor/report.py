@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT = 3.0  # seconds
 SAMPLES = 60  # of metrics, at most, in one heartbeat
+REASON = 1000  # characters of what the node says about itself
 SHOWN = 64 << 10  # bytes of the output of a session that runs
 SETTLE = 0.3  # seconds after a change: a session's start is many, and the machine has better to do just then
 BACK_OFF = 15.0  # seconds, at most, between attempts to reach a server that is away
@@ -123,6 +124,7 @@ class Reporter:
             "samples": samples,
             "free": wire.free(self._positive()),
             "queue": waiting,
+            "drained": self.sessions.drained[:REASON],
         }
         try:
             answer = client.heartbeat(self.ledger.fact("node") or "", body)
@@ -142,7 +144,7 @@ class Reporter:
             self._take(job)
         for id in answer.get("cancel", []):
             if self.sessions.entry(id):
-                threading.Thread(target=self.lifecycle.stop, args=(id, "the server"), daemon=True).start()
+                self.lifecycle.stop(id, "the server")
         return dict(answer.get("output") or {})
 
     def _show(self, client: Client, wanted: dict[str, str]) -> None:

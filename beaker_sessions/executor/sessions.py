@@ -69,7 +69,6 @@ class Live:
     progress: Progress | None = None
     since: float | None = None
     exit_seen: bool = False
-    stopped_by: str = ""
     notice: str = ""
     passed: dict[str, datetime] = field(default_factory=dict)
     subscribers: set[Subscription] = field(default_factory=set)
@@ -305,7 +304,6 @@ class Sessions:
             if live is None or live.session.state == State.EXITED:
                 return True
             now = datetime.now(UTC)
-            live.stopped_by = live.stopped_by or actor
             if live.session.state == State.CREATED:
                 why = f"given up by {actor} while waiting"
                 self.move(id, State.FINALIZED, actor, canceled=now, finalized=now, canceled_for=why, message=why)
@@ -319,6 +317,11 @@ class Sessions:
     def cordoned(self) -> str:
         """Why nothing new is started here, "" when it is."""
         return "; ".join(self._cordons.values())
+
+    @property
+    def drained(self) -> str:
+        """That part of it which the machine has found out itself: sessions that do not end."""
+        return "; ".join(reason for source, reason in self._cordons.items() if ids.is_ulid(source))
 
     def cordon(self, source: str, reason: str) -> None:
         """Start nothing new while any source has a reason; the queue keeps its order. "" takes a source's back."""

@@ -160,12 +160,12 @@ class Nodes(Rules):
             caller.need_node(row.id)
             fence(row, body.instance)
             free = json.dumps(body.free.as_json())
-            values = {"version": body.version, "free": free, "queue": body.queue}
+            values = {"version": body.version, "free": free, "queue": body.queue, "drained": body.drained}
             rows.update(tables.nodes, row.id, seen=rows.now, expiry=rows.now + SILENCE, **values)
-            if row.expiry <= rows.now or (row.free, row.queue) != (free, body.queue):
+            if row.expiry <= rows.now or (row.free, row.queue, row.drained) != (free, body.queue, body.drained):
                 rows.touch(row.id, row.cluster_id)
             keep_samples(rows, row.id, body.samples)
-            waiting = [] if row.cordoned else rows.waiting(row.id)[:HANDED]
+            waiting = [] if row.cordoned or body.drained else rows.waiting(row.id)[:HANDED]
             for job in waiting:
                 if job.handed is None:
                     rows.update(tables.jobs, job.id, handed=rows.now)
@@ -200,7 +200,7 @@ def fence(node: Row, instance: str) -> None:
 
 
 def usable(node: Row, now: datetime) -> bool:
-    return node.cordoned is None and node.expiry > now
+    return node.cordoned is None and not node.drained and node.expiry > now
 
 
 def cluster_of(rows: Rows, ref: str) -> Row:
@@ -237,14 +237,19 @@ def cluster_json(row: Row) -> JSON:
 
 
 def node_json(row: Row, now: datetime) -> JSON:
-    """Ours beyond the original: status, cluster, free, queue, version. expiry: when silence becomes "not reporting"."""
+    """Ours beyond the original: status, cluster, free, queue, version, drained. expiry: when silence becomes "not
+    reporting". drained: the part of its cordon's reason that the node itself gave, which no administrator can lift.
+    """
+    reasons = [row.cordon_reason or "an administrator has cordoned it"] if row.cordoned and row.drained else []
+    reason = "; ".join([*reasons, row.drained]) if row.drained else row.cordon_reason
     return {
         "id": row.id,
         "hostname": row.hostname,
         "created": wire.time(row.created),
         "expiry": wire.time(row.expiry),
-        "cordoned": row.cordoned is not None,
-        "cordonReason": row.cordon_reason,
+        "cordoned": row.cordoned is not None or bool(row.drained),
+        "cordonReason": reason,
+        "drained": row.drained,
         "clusterId": row.cluster_id,
         "cluster": f"{row.organization}/{row.cluster}",
         "accountId": row.account_id,
@@ -252,5 +257,5 @@ def node_json(row: Row, now: datetime) -> JSON:
         "free": json.loads(row.free),
         "queue": row.queue,
         "version": row.version,
-        "status": "not reporting" if row.expiry <= now else "cordoned" if row.cordoned else "ok",
+        "status": "not reporting" if row.expiry <= now else "cordoned" if row.cordoned or row.drained else "ok",
     }

@@ -94,6 +94,7 @@ nodes = sa.Table(
     sa.Column("queue", sa.Integer, nullable=False),
     sa.Column("cordoned", Time),
     sa.Column("cordon_reason", sa.Text, nullable=False),
+    sa.Column("drained", sa.Text, nullable=False, server_default=""),
     sa.Column("created", Time, nullable=False),
     sa.Column("seen", Time),
     sa.Column("expiry", Time, nullable=False),

@@ -19,7 +19,7 @@ from tests.stack import Stack, User, wait_for
 @pytest.fixture(autouse=True)
 def everything_runs(stack: Stack):
     yield
-    for process in (stack.server, stack.executor):
+    for process in (stack.docker, stack.server, stack.executor):
         if process.popen.poll() is not None:
             process.start()
     wait_for("server and executor", stack.answers)
@@ -156,6 +156,27 @@ def test_a_container_removed_by_somebody_is_noticed(stack: Stack, ada: User, rec
     wait_for("it runs", lambda: len(stack.sandboxes()) == 1)
     stack.docker_cli("rm", "-f", *stack.containers())
     wait_for("the end", lambda: ada.json("session", "get", id)[0]["status"].get("finalized"))
+
+
+def test_a_docker_engine_that_is_killed_ends_no_session(stack: Stack, ada: User):
+    if stack.driver != "docker":
+        pytest.skip("the other driver has no daemon")
+    id = detached(ada, "--gpus", "1", "--", "sh", "-c", "sleep 8; exit 12")
+    other = detached(ada, "--gpus", "1", "--", "sleep", "1000")
+    wait_for("both run", lambda: all(stack.sandboxes().get(one) for one in (id, other)))
+    before = stack.sandboxes()
+    stack.docker.kill(signal.SIGKILL)
+    refused = ada.beaker("session", "create", "--gpus", "0", "--", "true")
+    assert (refused.returncode, b"Docker Engine" in refused.stderr) == (69, True), refused.stderr
+    assert {job["id"] for job in ada.json("session", "list")} >= {id, other}
+    wait_for("the end of one", lambda: not Path(f"/proc/{before[id]}").exists())
+    assert Path(f"/proc/{before[other]}").exists()
+    stack.docker.start()
+    wait_for("Docker Engine", lambda: stack.docker_cli("version").returncode == 0)
+    wait_for("what happened meanwhile", lambda: ada.json("session", "get", id)[0]["status"].get("finalized"))
+    assert ada.json("session", "get", id)[0]["status"]["exitCode"] == 12
+    assert stack.sandboxes() == {other: before[other]}
+    assert ada.beaker("session", "exec", other, "--", "true").returncode == 0
 
 
 def test_memory_is_limited_and_said_so(ada: User):

@@ -272,8 +272,8 @@ class OciSandboxes:
                 yield directory, sandbox
 
     def _found(self, directory: Path, sandbox: Record) -> Found:
-        if not sandbox.conmon.alive() and sandbox.init.alive():
-            self.remains.kill(sandbox, directory)  # its conmon was killed: nobody holds its streams and its exit code
+        if not sandbox.conmon.alive():
+            sandbox.init.kill()  # its conmon was killed: nobody holds its streams and its exit code
         waiting = conmon.waiting(self.runtime, sandbox.id)
         return sandbox.found(directory, waiting=waiting, oom=self.cgroups.oom(sandbox.cgroup))
 

@@ -46,7 +46,7 @@ class Remains:
             for process in left:
                 process.kill()
             if time.monotonic() > deadline:
-                what = f"process {left[0].pid} of {sandbox.id} does not end, although it was killed"
+                what = f"its process {left[0].pid} was killed, and is still there"
                 raise Error("unavailable", what, "restart the machine")
             time.sleep(0.001)
 

@@ -69,12 +69,13 @@ class Holder:
 
 @dataclass(frozen=True)
 class Node:
-    """A node and its GPUs. free: claimable GPUs, None when nobody knows."""
+    """A node and its GPUs. free: claimable GPUs, None when nobody knows. cordoned: by an administrator."""
 
     id: str
     hostname: str
     cluster: str
     status: str
+    cordoned: bool
     reason: str
     type: str
     gpus: tuple[Gpu, ...]
@@ -160,6 +161,7 @@ def node(json: JSON, jobs: Iterable[JSON], me: str, now: datetime, usage: Mappin
         hostname=json["hostname"],
         cluster=json["cluster"],
         status=json["status"],
+        cordoned=json["cordonReason"] != json["drained"] if json["drained"] else json["cordoned"],
         reason=json["cordonReason"],
         type=_type(json) if gpu_count(json) else "",
         gpus=_gpus(json, jobs, me, now, usage or {}),

@@ -71,8 +71,9 @@ def node(server: SimpleNamespace) -> SimpleNamespace:
     executor, instance = server.client(server.executor), ids.ulid()
     json = executor.register_node("lab/main", {"hostname": "gpu-1", "limits": LIMITS, "instance": instance})
 
-    def beat(free: int = 2) -> dict:
-        return executor.heartbeat(json["id"], {"instance": instance, "version": "1", "free": {"gpuCount": free}})
+    def beat(free: int = 2, **more: object) -> dict:
+        body = {"instance": instance, "version": "1", "free": {"gpuCount": free}, **more}
+        return executor.heartbeat(json["id"], body)
 
     beat()
     return SimpleNamespace(id=json["id"], executor=executor, instance=instance, beat=beat, json=json)

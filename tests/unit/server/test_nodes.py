@@ -88,6 +88,22 @@ def test_cordoned_node_takes_nothing_new(server: SimpleNamespace, node: SimpleNa
     assert [one["id"] for one in node.beat()["jobs"]] == [job["id"]]
 
 
+def test_a_node_that_drains_itself_takes_nothing_new(server: SimpleNamespace, node: SimpleNamespace) -> None:
+    root, ann = server.client(server.admin), server.client(server.ann)
+    job = ann.create_job({"session": {"node": "gpu-1"}})
+    beat = node.beat(drained="session X does not end")
+    assert (beat["cordoned"], beat["jobs"]) == (False, []), "what it said is not told it as somebody else's word"
+    assert code(ann.create_job, {"session": {"node": "gpu-1"}}) == "unavailable"
+    shown = root.update_node("gpu-1", {"cordoned": False})
+    assert (shown["status"], shown["cordonReason"]) == ("cordoned", "session X does not end")
+    shown = root.update_node("gpu-1", {"cordoned": True, "cordonReason": "fan"})
+    assert shown["cordonReason"] == "fan; session X does not end"
+    node.beat()
+    assert root.get_node("gpu-1")["cordonReason"] == "fan"
+    root.update_node("gpu-1", {"cordoned": False})
+    assert [one["id"] for one in node.beat()["jobs"]] == [job["id"]]
+
+
 def test_deleted_node_ends_its_token(server: SimpleNamespace, node: SimpleNamespace) -> None:
     root, ann = server.client(server.admin), server.client(server.ann)
     job = ann.create_job({"session": {"node": "gpu-1"}})
