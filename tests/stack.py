@@ -27,6 +27,7 @@ from beaker_sessions.client import Client
 from beaker_sessions.errors import Error
 from beaker_sessions.executor.rundir import RunDirectories
 from beaker_sessions.ids import is_ulid
+from beaker_sessions.sandbox.oci import mounts
 from beaker_sessions.sandbox.oci.driver import OciSandboxes
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -280,6 +281,7 @@ class Stack:
         self.admin.close()
         self.server.kill(signal.SIGTERM)
         self.docker.kill(signal.SIGTERM)
+        mounts.unmount(self.root / "docker")  # one of an engine that was killed
         left = RunDirectories(self.root / "sessions")
         for id in left.ids():
             left.remove(id)

@@ -93,7 +93,8 @@ def test_without_its_conmon_a_session_has_ended(make: Maker) -> None:
     holder = json.loads((make.lab.state / "sessions" / spec.id / "sandbox.json").read_text())["conmon"]["pid"]
     os.kill(holder, signal.SIGKILL)
     assert make.exit_code(spec.id) == 128 + 9
-    assert not Process.of(pid).alive()
+    assert Process.of(pid).wait(10)
+    assert "conmon" in make.lab.sandboxes.list()[0].why
 
 
 def test_another_runtime_that_was_installed_since_changes_nothing_for_what_runs(make: Maker) -> None:
