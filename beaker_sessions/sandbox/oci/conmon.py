@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import Error
-from . import mounts, network
+from . import mounts, network, programs
 from .processes import Process, readable
 
 LOG_SIZE = 1 << 30  # bytes of a log after which conmon forgets it, should no executor be there to trim it before
@@ -209,9 +209,14 @@ def _run(
     runtime: Runtime, id: str, directory: Path, short: str, arguments: Sequence[str], pipes: Mapping[str, io.FileIO]
 ) -> None:
     """Run conmon until it has gone to the background. short: of the directory, for sockets made in it."""
+    try:
+        program = programs.sealed(runtime.path)
+    except FileNotFoundError as error:
+        mend = "install it again: beaker executor doctor"
+        raise Error("unavailable", f"{runtime.path} is not there any more", mend) from error
     command = [
         "conmon", "--api-version", "1", "--cid", id, "--cuuid", id, "--name", id, "--bundle", str(directory),
-        "--runtime", runtime.path, "--runtime-arg", f"--root={runtime.root}", "--full-attach",
+        "--runtime", program, "--runtime-arg", f"--root={runtime.root}", "--full-attach",
         "--persist-dir", str(directory), "--conmon-pidfile", f"{directory}/conmon.pid",
         "--container-pidfile", f"{directory}/init.pid", "--log-level", "error", *arguments,
     ]  # fmt: skip
@@ -229,10 +234,6 @@ def _run(
     except FileNotFoundError as error:
         raise Error("unavailable", "conmon is not installed", "apt-get install conmon") from error
     if done.returncode != 0:
-        if not Path(runtime.path).exists():
-            raise Error(
-                "unavailable", f"{runtime.path} is not there any more", "install it again: beaker executor doctor"
-            )
         raise Error("internal", f"conmon ended with {done.returncode}: {done.stderr.decode(errors='replace').strip()}")
 
 

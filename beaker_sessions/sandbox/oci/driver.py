@@ -72,6 +72,7 @@ class OciSandboxes:
         self.images = Images(state / "images", docker)
         self.network = Network(RUN / bridge / "networks", bridge)
         self.runtime = conmon.Runtime(programs.find(programs.RUNTIMES), state / "runtime")
+        programs.sealed(self.runtime.path)  # lest the first session wait for it
         self.quotas = layer.has_quotas(state)
         self._namespaces: dict[tuple[object, ...], int] = {}
         self._watches: list[Watch] = []
