@@ -109,7 +109,8 @@ def _subordinate() -> Iterator[Finding]:
             yield Finding("warning", f"{file}: {what}, so that they get no session", f"edit {file}")
     if not bad:
         names = {name for name, _, _ in userns.ranges(Path("/etc/subuid"))}
-        yield Finding("ok", f"{len(names)} accounts have subordinate ids of their own; others get them when they come")
+        have = "1 account has" if len(names) == 1 else f"{len(names)} accounts have"
+        yield Finding("ok", f"{have} subordinate ids of their own; others get them when they come")
 
 
 def _forwarding() -> Finding:
