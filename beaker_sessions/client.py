@@ -177,26 +177,26 @@ class Client:
 
     def get_workspace(self, workspace: str) -> JSON:
         """workspace: `owner/name`, the name of one's own, or an id, here and below."""
-        return self._json("GET", f"workspaces/{_part(workspace)}")
+        return self._json("GET", f"workspaces/{_path(workspace)}")
 
     def update_workspace(self, workspace: str, body: JSON) -> JSON:
-        return self._json("PATCH", f"workspaces/{_part(workspace)}", body)
+        return self._json("PATCH", f"workspaces/{_path(workspace)}", body)
 
     def list_secrets(self, workspace: str) -> JSON:
-        return self._json("GET", f"workspaces/{_part(workspace)}/secrets")
+        return self._json("GET", f"workspaces/{_path(workspace)}/secrets")
 
     def get_secret(self, workspace: str, name: str) -> JSON:
-        return self._json("GET", f"workspaces/{_part(workspace)}/secrets/{_part(name)}")
+        return self._json("GET", f"workspaces/{_path(workspace)}/secrets/{_part(name)}")
 
     def read_secret(self, workspace: str, name: str) -> bytes:
-        return self._call("GET", f"workspaces/{_part(workspace)}/secrets/{_part(name)}/value")
+        return self._call("GET", f"workspaces/{_path(workspace)}/secrets/{_part(name)}/value")
 
     def write_secret(self, workspace: str, name: str, value: bytes) -> JSON:
-        path = f"workspaces/{_part(workspace)}/secrets/{_part(name)}/value"
+        path = f"workspaces/{_path(workspace)}/secrets/{_part(name)}/value"
         return self._decode(self._call("PUT", path, value, {"Content-Type": "application/octet-stream"}))
 
     def delete_secret(self, workspace: str, name: str) -> None:
-        self._json("DELETE", f"workspaces/{_part(workspace)}/secrets/{_part(name)}")
+        self._json("DELETE", f"workspaces/{_path(workspace)}/secrets/{_part(name)}")
 
     # plumbing
 
@@ -271,11 +271,15 @@ class Client:
 
 
 def _part(text: str) -> str:
+    """One part of a path. Raises Error invalid for what no server takes for one, however it is written."""
+    if "/" in text or text in ("", ".", ".."):
+        raise Error("invalid", f"{text!r} is not a name", "names are letters, digits, '_', '.' and '-'")
     return quote(text, safe="")
 
 
-def _path(cluster: str) -> str:
-    return "/".join(_part(part) for part in cluster.split("/", 1))
+def _path(reference: str) -> str:
+    """Of a cluster or a workspace, which may be `org/name`."""
+    return "/".join(_part(part) for part in reference.split("/", 1))
 
 
 def _reason(error: Exception) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import Error
-from . import config, output, rest
+from . import config, door, output, rest
 from .args import Flag, Options, command
 from .session import require_token
 
@@ -28,6 +28,8 @@ def whoami(options: Options) -> int:
 
 @command("")
 def token(options: Options) -> int:
+    if door.inside():
+        raise Error("forbidden", "a session has no token that it could show", "run this outside of it")
     value = require_token(config.load())
     output.json({"token": value}) if options.json else output.line(value)
     return 0

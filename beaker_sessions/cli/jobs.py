@@ -69,6 +69,9 @@ def describe(options: Options) -> int:
     if options.json:
         output.json(job)
         return 0
+    if options.quiet:
+        output.line(job["id"])
+        return 0
     status, session, requests = job.get("status", {}), job.get("session", {}), job.get("requests", {})
     limits, author = job.get("limits") or {}, job.get("author") or {}
     host = job.get("hostname") or job.get("nodeHostname") or "0.0.0.0"

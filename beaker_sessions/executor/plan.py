@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..errors import Error
+from ..grammar import format_size
 from ..model import Claim, Identity, Request, Resources
 from ..sandbox import LABEL, LABEL_OWNER, Image, Mount, Spec
 
@@ -44,6 +45,12 @@ def defaults(request: Request, capacity: Resources, image: str) -> Request:
         raise Error("invalid", f"--cpus {cpus:g}: this node has {capacity.cpus:g}", "ask for fewer CPUs")
     if 0 < memory < LEAST_MEMORY:
         raise Error("invalid", f"--memory {memory} bytes: no session runs with less than 6MiB", "ask for more memory")
+    if (request.shared_memory or 0) > capacity.memory:
+        raise Error(
+            "invalid",
+            f"--shared-memory {format_size(request.shared_memory or 0)}: this node has {format_size(capacity.memory)}",
+            "ask for less memory",
+        )
     if memory > capacity.memory:
         raise Error(
             "invalid",

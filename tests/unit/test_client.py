@@ -62,6 +62,13 @@ def test_no_address(address: str) -> None:
     assert failure(lambda: Client(address)).code == "invalid"
 
 
+@pytest.mark.parametrize("name", ["a/../b", "..", "", "a/b"])
+def test_no_name(name: str) -> None:
+    client = Client("http://127.0.0.1:1")
+    assert failure(lambda: client.read_secret("default", name)).code == "invalid"
+    assert failure(lambda: client.list_secrets(f"lab/{name}/x")).code == "invalid"
+
+
 def test_token_that_cannot_be_sent() -> None:
     assert failure(lambda: Client("http://127.0.0.1:1", "a\r\nX: y")).code == "unauthorized"
 

@@ -43,6 +43,7 @@ def test_what_was_asked_for_is_kept():
         (Request(gpus=99), "--gpus 99: this node has 4"),
         (Request(gpus=0, cpus=33.0), "--cpus 33: this node has 32"),
         (Request(memory=1024), "--memory 1024 bytes: no session runs with less than 6MiB"),
+        (Request(shared_memory=1 << 50), "--shared-memory 1PiB: this node has 256GiB"),
         (Request(gpus=0, memory=1 << 40), "--memory 1024.0GiB: this node has 256.0GiB for sessions"),
     ],
 )
