@@ -31,6 +31,7 @@ def audit_json(row: Row) -> JSON:
         "at": wire.time(row.at),
         "account": row.account,
         "tokenId": row.token_id,
+        "token": row.token or "",
         "action": row.action,
         "object": row.object,
         "details": json.loads(row.details),

@@ -82,7 +82,7 @@ class Jobs(Rules):
             values |= {"account_id": caller.account_id, "canceled_for": "", "body": json.dumps(wire.job(session))}
             rows.insert(tables.jobs, id=session.id, node_id=node.id, **values)
             self.record(rows, caller, "create_job", session.id, node=node.hostname)
-            rows.touch(node.id, node.cluster_id)
+            rows.touch(node.id, node.cluster_id, caller.account_id)
             return job_json(job_of(rows, session.id), caller)
 
         return self.once(caller, "create_job", body.model_dump(), make)
@@ -108,7 +108,7 @@ class Jobs(Rules):
                     values |= {"state": session.state.value, "body": json.dumps(wire.job(session))}
                 rows.update(tables.jobs, id, **values)
                 self.record(rows, caller, "update_job", id, canceled=True, canceledFor=reason)
-                rows.touch(row.node_id, row.cluster_id)
+                rows.touch(row.node_id, row.cluster_id, row.account_id)
             return job_json(job_of(rows, id), caller)
 
     def report_job(self, caller: Caller, id: str, body: JSON) -> JSON:
@@ -140,10 +140,14 @@ class Jobs(Rules):
                 created = wire.session(json.loads(row.body)).created  # when and whose it is was settled then
                 session = replace(session, account=row.author, created=created or session.created)
                 rows.update(tables.jobs, id, taken=row.taken or rows.now, **_record(session, body))
-            rows.touch(id, here.id, here.cluster_id)
+            if session.state == State.FINALIZED:
+                for token in rows.all(tables.tokens, session=id, revoked=None):
+                    rows.update(tables.tokens, token.id, revoked=rows.now)
             if row is None or row.state != session.state:
                 self.record(rows, caller, "report_job", id, state=session.state.value, revision=session.revision)
-            return job_json(job_of(rows, id), caller)
+            now = job_of(rows, id)
+            rows.touch(id, here.id, here.cluster_id, now.account_id)
+            return job_json(now, caller)
 
     def get_logs(self, caller: Caller, id: str) -> bytes:
         """The end of the output, as the node reported it; empty when it has not yet. For its author alone.

@@ -119,8 +119,10 @@ class Nodes(Rules):
         """By administrators, and by the node's own executor, which may drain itself."""
         with self.store.write() as rows:
             row = node_of(rows, node)
-            if not caller.admin:
+            if caller.scope == Scope.EXECUTOR:
                 caller.need_node(row.id)
+            else:
+                caller.need_admin()
             if body.hostname not in (None, row.hostname) and rows.nodes(hostname=body.hostname):
                 raise Error("conflict", f"there is a node {body.hostname} already", "choose another hostname")
             values: JSON = {}
@@ -137,7 +139,7 @@ class Nodes(Rules):
                 rows.update(tables.nodes, row.id, **values)
                 rows.touch(row.cluster_id)
                 said = body.model_dump(exclude_none=True, by_alias=True, exclude={"limits"})
-                self.record(rows, caller, "update_node", row.id, **said)
+                self.record(rows, caller, "update_node", row.id, **{"hostname": row.hostname, **said})
             return node_json(node_of(rows, row.id), rows.now)
 
     def delete_node(self, caller: Caller, node: str) -> None:

@@ -59,7 +59,7 @@ class Rows:
     def record(self, account: str, token: str, action: str, object: str, **details: Any) -> None:
         """The audit row of a change, in the change's own transaction."""
         values = {"account_id": account, "token_id": token, "action": action, "object": object}
-        self.insert(audit, id=ids.ulid(), at=self.now, details=json.dumps(details), **values)
+        self.insert(audit, id=ids.ulid(), at=self.now, details=json.dumps(details, ensure_ascii=False), **values)
         self.touch(object)
 
     def touch(self, *ids: str) -> None:
@@ -196,11 +196,15 @@ class Rows:
         self.connection.execute(sa.delete(secrets).where(secrets.c.workspace_id == workspace, secrets.c.name == name))
 
     def audit(self, text: str, before: str | None, limit: int) -> Sequence[Row]:
-        """Audit rows with their `account`'s name, newest first, in which the text occurs."""
-        query = sa.select(audit, accounts.c.name.label("account")).join(accounts)
-        if text:
-            columns = (audit.c.action, audit.c.object, accounts.c.name, audit.c.details)
-            query = query.where(sa.or_(*(column.contains(text, autoescape=True) for column in columns)))
+        """Audit rows with the names of `account` and `token`, newest first, in which each word of the text occurs."""
+        query = sa.select(audit, accounts.c.name.label("account"), tokens.c.name.label("token")).select_from(audit)
+        query = query.join(accounts, audit.c.account_id == accounts.c.id)
+        query = query.outerjoin(tokens, audit.c.token_id == tokens.c.id)
+        for word in text.split():
+            columns = (audit.c.action, audit.c.object, accounts.c.name, tokens.c.name, audit.c.details)
+            places = [column.contains(word, autoescape=True) for column in columns]
+            written = json.dumps(word)[1:-1]  # the details are JSON
+            query = query.where(sa.or_(*places, audit.c.details.contains(written, autoescape=True)))
         if before is not None:
             query = query.where(audit.c.id < before)
         return self.connection.execute(query.order_by(audit.c.id.desc()).limit(limit)).all()

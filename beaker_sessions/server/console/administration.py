@@ -12,6 +12,8 @@ from ...errors import Error
 from . import pages
 from .visit import Visit
 
+TYPED = ("name", "display", "email", "admin")  # what is kept when it is refused
+
 
 def admin(visit: Visit) -> Response:
     return _page(visit)
@@ -23,7 +25,7 @@ def create_account(visit: Visit) -> Response:
     body = {"name": form.get("name", "").strip(), "role": "admin" if form.get("admin") else "user"}
     body |= {key: form[field] for key, field in (("displayName", "display"), ("email", "email")) if form.get(field)}
     try:
-        made = visit.service.create_account(visit.who, check(AccountBody, body))
+        made = visit.service.create_account(visit.once, check(AccountBody, body))
     except Error as error:
         visit.who.need_admin()  # who is none is not shown the page
         return _page(visit, error.status, error=error)
@@ -62,6 +64,8 @@ def _page(visit: Visit, status: int = 200, **values: Any) -> Response:
         text=text,
         made=values.get("made"),
         error=values.get("error"),
+        at="/admin",
+        typed={name: visit.form.get(name, "") if values.get("error") else "" for name in TYPED},
     )
 
 

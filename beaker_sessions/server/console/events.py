@@ -27,16 +27,18 @@ async def events(request: Request, service: Service, changes: Changes) -> Respon
     """The stream for what `on` names: ids, or `*`. 204, on which browsers give up, when nobody is signed in."""
     secret = request.cookies.get(cookie(request), "")
     try:
-        await run_in_threadpool(service.visitor, secret)
+        who = await run_in_threadpool(service.visitor, secret)
     except Error as error:
         return Response(status_code=204 if error.code == "unauthorized" else error.status, headers=HEADERS)
     ids = request.query_params.get("on", "").split(",")[:8]
     headers = HEADERS | {"X-Accel-Buffering": "no"}
-    return StreamingResponse(_stream(service, changes, secret, ids), media_type="text/event-stream", headers=headers)
+    return StreamingResponse(
+        _stream(service, changes, secret, ids, who.account_id), media_type="text/event-stream", headers=headers
+    )
 
 
-async def _stream(service: Service, changes: Changes, secret: str, ids: list[str]) -> AsyncIterator[str]:
-    with changes.watch(ids) as event:
+async def _stream(service: Service, changes: Changes, secret: str, ids: list[str], owner: str) -> AsyncIterator[str]:
+    with changes.watch(ids, owner) as event:
         if event is None:
             return
         yield "retry: 3000\n\n"

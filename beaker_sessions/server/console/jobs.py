@@ -172,13 +172,18 @@ def precise(seconds: float) -> str:
     return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s" if seconds < 10 else span(seconds)
 
 
-def queue(waiting: Sequence[JSON], free: int | None, me: str, now: datetime) -> list[Job]:
-    """The sessions that wait on one node, in their order, each with its place and why it waits."""
+def queue(waiting: Sequence[JSON], free: int | None, me: str, now: datetime, closed: str = "") -> list[Job]:
+    """The sessions that wait on one node, in their order, each with its place and why it waits.
+
+    closed: why the node starts nothing new, "" when it does.
+    """
     result = []
     for place, json in enumerate(sorted(waiting, key=lambda one: (one["status"].get("created") or "", one["id"])), 1):
         count = (json.get("requests") or {}).get("gpuCount")
         if free is None:
             reason = "its node is not reporting"
+        elif closed:
+            reason = f"its node is cordoned: {closed}"
         elif place > 1:
             reason = f"after {place - 1} other{'' if place == 2 else 's'}"
         elif count is not None and count > free:

@@ -27,7 +27,7 @@ def create_token(visit: Visit) -> Response:
     wanted = {"name": form.get("name", "").strip(), "scope": form.get("scope", "user")}
     try:
         body = check(TokenBody, wanted | ({"expiry": form["expiry"]} if form.get("expiry") else {}))
-        made = visit.service.create_token(visit.who, body)
+        made = visit.service.create_token(visit.once, body)
     except Error as error:
         return _page(visit, error.status, error=error)
     return _page(visit, made=made)
@@ -58,4 +58,5 @@ def _page(visit: Visit, status: int = 200, **values: Any) -> Response:
         made=values.get("made"),
         error=values.get("error"),
         watch=who.account_id,
+        at="/user",
     )

@@ -5,6 +5,7 @@ Owns scales and words. Where nothing was reported there is a gap with a look of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -23,7 +24,7 @@ BRIEF = 60  # seconds without a report that say nothing yet
 class Plot:
     """One plot, WIDTH by HEIGHT. area, line, second: SVG path data. gaps: (x, width) where nothing was reported.
 
-    words: what it shows, for those who do not see it. now: the last value, "" when it is not known.
+    words: what it shows, for those who do not see it. now: what is used, "" when that is not known, None at the end.
     """
 
     title: str
@@ -33,7 +34,7 @@ class Plot:
     second: str
     gaps: tuple[tuple[float, float], ...]
     words: str
-    now: str
+    now: str | None
 
 
 Value = Callable[[JSON], float | None]
@@ -41,16 +42,18 @@ Value = Callable[[JSON], float | None]
 
 def plot(
     title: str, answer: JSON, start: float, end: float, value: Value, top: float, show: Callable[[float], str],
-    second: Value | None = None,
+    second: Value | None = None, last: JSON | None = None,
 ) -> Plot:  # fmt: skip
-    """answer: `step` and `data` of the service. start, end: seconds since the epoch. top: the value at the upper edge.
+    """answer: `step` and `data` of the service. start, end: seconds since the epoch. top: the value at the upper edge,
+    0 where there is no most.
 
-    second: another value, already a share of 1.
+    second: another value, already a share of 1. last: the point of just now, {} where none is fresh, None at the end.
     """
     count = max(1, min(COLUMNS, int((end - start) / answer["step"])))
     columns = _columns(answer["data"], start, end, count, value)
     known = [one for one in columns if one is not None]
-    top = max([top, *known]) or 1.0
+    top = max([top, *known]) if top else 2.0 ** math.ceil(math.log2(max([1.0, *known]) + 1))
+    current = None if last is None else value(last)
     gaps = tuple(_gaps(columns, end - start))
     silent = sum(width for _, width in gaps) * (end - start) / WIDTH
     said = f"mean {show(sum(known) / len(known))}, highest {show(max(known))}" if known else "nothing reported"
@@ -66,38 +69,43 @@ def plot(
         second=" ".join(run for run, _, _ in _runs(other, 1.0, count)),
         gaps=gaps,
         words=said + (f", unreported for {span(silent)}" if known and silent >= BRIEF else ""),
-        now="" if not columns or columns[-1] is None else show(columns[-1]),
+        now=None if last is None else "" if current is None else show(current),
     )
 
 
-def of_node(json: JSON, answer: JSON, start: float, end: float) -> list[Plot]:
+def of_node(json: JSON, answer: JSON, start: float, end: float, last: JSON) -> list[Plot]:
     """A node's GPUs, then its CPUs, memory and disk; nothing when there is no point at all."""
     if not answer["data"]:
         return []
     ids = list(json["limits"].get("gpuIds") or ())
     return [
-        *_gpus(ids, answer, start, end),
-        plot("CPUs", answer, start, end, _used("cpu"), json["limits"].get("cpuCount") or 1.0, _cores),
-        plot("Memory", answer, start, end, _used("memory"), _size(json["limits"].get("memory")), _bytes),
-        plot("Disk", answer, start, end, _used("disk"), 0.0, _bytes),
+        *_gpus(ids, answer, start, end, last),
+        plot("CPUs", answer, start, end, _used("cpu"), json["limits"].get("cpuCount") or 1.0, _cores, last=last),
+        plot("Memory", answer, start, end, _used("memory"), _size(json["limits"].get("memory")), _bytes, last=last),
+        plot("Disk", answer, start, end, _used("disk"), 0.0, _bytes, last=last),
     ]
 
 
-def of_job(json: JSON, answer: JSON, start: float, end: float) -> list[Plot]:
-    """A session's GPUs, CPUs and memory, and its disk where that can be told; nothing when there is no point at all."""
+def of_job(json: JSON, answer: JSON, start: float, end: float, node: JSON | None) -> list[Plot]:
+    """A session's GPUs, CPUs and memory, and its disk where that can be told; nothing when there is no point at all.
+
+    node: its node's point of just now, None after the session's end.
+    """
     if not answer["data"]:
         return []
     claim = json.get("limits") or {}
+    own = {} if node is None else node.get("sessions", {}).get(json["id"]) or {}
+    last = None if node is None else {**own, "gpus": node.get("gpus", {})}
     disk = any("disk" in point for point in answer["data"])
     return [
-        *_gpus(claim.get("gpus") or (), answer, start, end),
-        plot("CPUs", answer, start, end, lambda point: point.get("cpu"), claim.get("cpuCount") or 1.0, _cores),
-        plot("Memory", answer, start, end, lambda point: point.get("memory"), _size(claim.get("memory")), _bytes),
-        *([plot("Disk", answer, start, end, lambda point: point.get("disk"), 0.0, _bytes)] if disk else []),
+        *_gpus(claim.get("gpus") or (), answer, start, end, last),
+        plot("CPUs", answer, start, end, _of("cpu"), claim.get("cpuCount") or 1.0, _cores, last=last),
+        plot("Memory", answer, start, end, _of("memory"), _size(claim.get("memory")), _bytes, last=last),
+        *([plot("Disk", answer, start, end, _of("disk"), 0.0, _bytes, last=last)] if disk else []),
     ]
 
 
-def _gpus(ids: Iterable[str], answer: JSON, start: float, end: float) -> list[Plot]:
+def _gpus(ids: Iterable[str], answer: JSON, start: float, end: float, last: JSON | None) -> list[Plot]:
     def use(id: str) -> Value:
         return lambda point: (point.get("gpus", {}).get(id) or {}).get("use")
 
@@ -109,7 +117,9 @@ def _gpus(ids: Iterable[str], answer: JSON, start: float, end: float) -> list[Pl
         return share
 
     name = "GPU {}".format
-    return [plot(name(id.rpartition("=")[2]), answer, start, end, use(id), 100.0, _percent, memory(id)) for id in ids]
+    return [
+        plot(name(id.rpartition("=")[2]), answer, start, end, use(id), 100.0, _percent, memory(id), last) for id in ids
+    ]
 
 
 def _columns(data: Sequence[JSON], start: float, end: float, count: int, value: Value) -> list[float | None]:
@@ -155,6 +165,10 @@ def _gaps(columns: Sequence[float | None], seconds: float) -> Iterable[tuple[flo
 
 def _x(column: int, count: int) -> str:
     return f"{round(column * WIDTH / count, 1):g}"
+
+
+def _of(name: str) -> Value:
+    return lambda point: point.get(name)
 
 
 def _used(name: str) -> Value:

@@ -25,7 +25,7 @@ from ..oidc import Provider
 from ..service import Service
 from . import administration, jobs, pages, personal, plots, templates, through
 from .events import events
-from .visit import FORM_LIMIT, Visit, again, begin, finish, local, sign_in_first
+from .visit import FORM_LIMIT, HEADERS, Visit, again, begin, finish, local, receive, sign_in_first
 
 RANGES = {"1": "1 h", "24": "24 h", "168": "7 days", "720": "30 days"}
 Handler = Callable[[Visit], Response]
@@ -59,10 +59,13 @@ def console(service: Service, changes: Changes, provider: Provider | None = None
         _route(service, "GET", "/job/{id}", job),
         _route(service, "POST", "/job/{id}/stop", stop),
         _route(service, "GET", "/user", personal.user),
+        _route(service, "GET", "/user/tokens", lambda visit: visit.go("/user")),
         _route(service, "POST", "/user/tokens", personal.create_token),
         _route(service, "POST", "/user/tokens/{id}/revoke", personal.revoke_token),
         _route(service, "GET", "/admin", administration.admin),
+        _route(service, "GET", "/admin/accounts", lambda visit: visit.go("/admin")),
         _route(service, "POST", "/admin/accounts", administration.create_account),
+        _route(service, "GET", "/admin/clusters", lambda visit: visit.go("/admin")),
         _route(service, "POST", "/admin/clusters", administration.create_cluster),
         Route("/events", live),
         Route("/static/{hash}/{name}", static),
@@ -88,7 +91,9 @@ def _answer(request: Request, service: Service, body: bytes, handler: Handler, p
     """The page, or the page that says why not, with the headers that every page has."""
     visit = Visit(request, service)
     try:
-        visit = begin(request, service, body, request.app.state.provider)
+        visit = begin(request, service, request.app.state.provider)
+        if request.method == "POST":
+            receive(visit, body)
         if visit.crossed and handler is not through.back:
             return finish(visit, again(visit))
         if visit.caller is None and not public:
@@ -115,7 +120,9 @@ def _missing(service: Service) -> Callable[[Request, Exception], Response]:
     def handler(visit: Visit) -> Response:
         raise Error("not_found", f"there is no page {visit.request.url.path}", "start at the list of clusters")
 
-    async def answer(request: Request, _: Exception) -> Response:
+    async def answer(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException) and error.status_code == 405:
+            return Response(status_code=405, headers=HEADERS | dict(error.headers or {}))
         return await run_in_threadpool(_answer, request, service, b"", handler, False)
 
     return answer  # type: ignore[return-value]
@@ -139,7 +146,12 @@ async def static(request: Request) -> Response:
 
 def sign_in_page(visit: Visit) -> Response:
     if link := visit.ask("link"):
-        return visit.page("link.html", link=link, account=visit.service.linked(link).account)
+        try:
+            return visit.page("link.html", link=link, account=visit.service.linked(link).account)
+        except Error:
+            if visit.caller is None:
+                raise
+            return visit.go("/clusters")  # back from where it led
     return visit.page("sign_in.html", next=local(visit.ask("next")), error=None)
 
 
@@ -184,7 +196,8 @@ def cluster(visit: Visit) -> Response:
     text, show, sort = visit.ask("q")[:100], visit.ask("show", "all"), visit.ask("sort", "name")
     chosen = pages.choose(every, text, show, sort)
     last = max(1, -(-len(chosen) // pages.PAGE))
-    number = min(max(1, int(visit.ask("page", "1")) if visit.ask("page", "1").isdecimal() else 1), last)
+    asked = visit.ask("page", "1")[:9]
+    number = min(max(1, int(asked) if asked.isdecimal() else 1), last)
     shown = chosen[(number - 1) * pages.PAGE : number * pages.PAGE]
     usage = service.usage(who, [one["id"] for one in shown])
     holding: dict[str, list[pages.JSON]] = {}
@@ -227,7 +240,7 @@ def node(visit: Visit) -> Response:
         "node.html",
         watch=json["id"],
         node=pages.node(json, live, me, now, used.get("gpus")),
-        charts=plots.of_node(json, answer, end - 3600 * float(hours), end),
+        charts=plots.of_node(json, answer, end - 3600 * float(hours), end, used),
         hours=hours,
         ranges=RANGES,
         jobs=[
@@ -235,8 +248,13 @@ def node(visit: Visit) -> Response:
             for job in reversed(live)
             if job["status"].get("scheduled")
         ],
-        queue=jobs.queue(waiting, pages.free_gpus(json), me, now),
+        queue=jobs.queue(waiting, pages.free_gpus(json), me, now, closed(json)),
     )
+
+
+def closed(node: pages.JSON) -> str:
+    """Why a node starts nothing new, "" when it does."""
+    return (node["cordonReason"] or "no reason was given") if node["cordoned"] else ""
 
 
 def cordon(visit: Visit) -> Response:
@@ -256,7 +274,7 @@ def job(visit: Visit) -> Response:
         home = service.get_node(who, json["node"])
         silent = home["status"] == "not reporting"
         waiting = service.list_jobs(who, node=json["node"], finalized=False, scheduled=False, limit=1000)["data"]
-        for one in jobs.queue(waiting, pages.free_gpus(home), who.account_id, now):
+        for one in jobs.queue(waiting, pages.free_gpus(home), who.account_id, now, closed(home)):
             if one.id == json["id"]:
                 place, reason = one.place, one.reason
     view = jobs.job(json, who.account_id, now, silent, place, reason)
@@ -266,8 +284,9 @@ def job(visit: Visit) -> Response:
     if begin := json["status"].get("scheduled"):
         until = json["status"].get("exited") or json["status"].get("finalized")
         start = datetime.fromisoformat(begin).timestamp()
-        end = max(start + 60, (datetime.fromisoformat(until) if until else now).timestamp())
-        charts = plots.of_job(json, service.job_metrics(who, view.id), start, end)
+        end = max(start + 10, (datetime.fromisoformat(until) if until else now).timestamp())
+        used = None if until else service.usage(who, [view.node]).get(view.node, {})
+        charts = plots.of_job(json, service.job_metrics(who, view.id), start, end, used)
     return visit.page(
         "job.html",
         job=view,

@@ -10,13 +10,14 @@ import hashlib
 import hmac
 import logging
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlsplit
 
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
+from ... import ids
 from ...errors import Error
 from ..oidc import Provider
 from ..rules import Caller
@@ -60,6 +61,17 @@ class Visit:
         return self.caller
 
     @property
+    def key(self) -> str:
+        """For a form that shall be acted on once."""
+        return ids.ulid()
+
+    @property
+    def once(self) -> Caller:
+        """Who, with the key of the form: one that a reload sends again is answered again, and changes nothing."""
+        key = self.form.get("key", "")
+        return replace(self.who, key=key if ids.is_ulid(key) else "")
+
+    @property
     def secure(self) -> bool:
         return self.request.url.scheme == "https"
 
@@ -93,8 +105,8 @@ def cookie(request: Request) -> str:
     return "__Host-beaker" if request.url.scheme == "https" else "beaker"
 
 
-def begin(request: Request, service: Service, body: bytes, provider: Provider | None) -> Visit:
-    """The visit that a request makes. Raises Error forbidden for a form that is not from one of our own pages."""
+def begin(request: Request, service: Service, provider: Provider | None) -> Visit:
+    """The visit that a request makes."""
     visit = Visit(request, service, secret=request.cookies.get(cookie(request), ""), provider=provider)
     if visit.secret:
         try:
@@ -102,19 +114,26 @@ def begin(request: Request, service: Service, body: bytes, provider: Provider | 
         except Error as error:
             if error.code != "unauthorized":
                 raise
-    if request.method == "POST":
-        visit.form = dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True))
-        parts = urlsplit(request.headers.get("origin", ""))
-        ours = (parts.scheme, parts.netloc) == (request.url.scheme, request.headers.get("host", ""))
-        if (
-            not ours
-            or not visit.secret
-            or not hmac.compare_digest(visit.form.get("csrf", "").encode(), visit.csrf.encode())
-        ):
-            raise Error("forbidden", "this form was not sent by a page of ours, or is too old", "load the page again")
-    elif not visit.secret:
+    if request.method != "POST" and not visit.secret:
         visit.secret, visit.fresh = secrets.token_urlsafe(32), True
     return visit
+
+
+def receive(visit: Visit, body: bytes) -> None:
+    """Take a form. Raises Error forbidden for one that is not from one of our own pages."""
+    request = visit.request
+    visit.form = dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True))
+    try:
+        parts = urlsplit(request.headers.get("origin", ""))
+    except ValueError:
+        parts = urlsplit("")
+    ours = (parts.scheme, parts.netloc) == (request.url.scheme, request.headers.get("host", ""))
+    if (
+        not ours
+        or not visit.secret
+        or not hmac.compare_digest(visit.form.get("csrf", "").encode(), visit.csrf.encode())
+    ):
+        raise Error("forbidden", "this form was not sent by a page of ours, or is too old", "load the page again")
 
 
 def finish(visit: Visit | None, response: Response) -> Response:

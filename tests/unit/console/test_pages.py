@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import threading
+from urllib.parse import quote
 
 import pytest
 
 from beaker_sessions.errors import Error
-from beaker_sessions.ids import looks_like_token
+from beaker_sessions.ids import looks_like_token, ulid
 from beaker_sessions.model import State
 from tests.browser import Browser
 from tests.lab import Lab
@@ -146,6 +147,39 @@ def test_tokens_of_other_accounts_and_scopes_are_out_of_reach(lab: Lab, ann: Bro
     assert lab.client(shown_token(made.text)).whoami()["scope"] == "executor"
 
 
+def test_a_form_that_is_sent_again_makes_nothing_new(lab: Lab, ann: Browser, root: Browser) -> None:
+    form = {"name": "laptop", "scope": "user", "key": ulid()}
+    before = len(lab.client(lab.tokens["ann"]).list_tokens()["data"])
+    tokens = {shown_token(ann.post("/user/tokens", form).text) for _ in range(2)}
+    assert (len(tokens), len(lab.client(lab.tokens["ann"]).list_tokens()["data"])) == (1, before + 1)
+    form = {"name": "dora", "key": ulid()}
+    assert len({shown_token(root.post("/admin/accounts", form).text) for _ in range(2)}) == 1
+    for path, home in (("/user/tokens", "/user"), ("/admin/accounts", "/admin"), ("/admin/clusters", "/admin")):
+        answer = root.get(path)
+        assert (answer.status, answer.headers["location"]) == (303, home)
+
+
+def test_what_was_typed_is_kept_when_it_was_refused(root: Browser) -> None:
+    refused = root.post("/admin/accounts", {"name": "bad name", "display": "A <b>", "email": "a@b"})
+    assert refused.status == 400
+    assert all(f'value="{text}"' in refused.text for text in ("bad name", "A &lt;b&gt;", "a@b"))
+
+
+def test_whoever_waits_on_a_cordoned_node_is_told(lab: Lab, ann: Browser) -> None:
+    node = lab.node("gpu-1.lab", 2)
+    job = lab.client(lab.tokens["ann"]).create_job({"session": {"node": "gpu-1.lab"}})
+    lab.root.update_node(node.id, {"cordoned": True, "cordonReason": "fan broken"})
+    for path in (f"/job/{job['id']}", f"/node/{node.id}"):
+        assert "its node is cordoned: fan broken" in ann.get(path).text
+
+
+def test_addresses_that_no_page_sends(ann: Browser) -> None:
+    assert ann.get("/cl/lab/main?page=" + "9" * 5000).status == 200
+    assert ann.post("/user/tokens", {"name": "x"}, Origin="http://[::1").status == 403
+    answer = ann._ask("PUT", "/clusters", None, {})
+    assert (answer.status, answer.headers["allow"]) == (405, "GET, HEAD")
+
+
 def test_administration_is_for_administrators(lab: Lab, ann: Browser, root: Browser) -> None:
     assert ann.get("/admin").status == 403
     assert ann.post("/admin/accounts", {"name": "eve", "admin": "yes"}).status == 403
@@ -154,7 +188,7 @@ def test_administration_is_for_administrators(lab: Lab, ann: Browser, root: Brow
     assert lab.client(token).whoami()["email"] == "dora@lab.example"
     again = root.post("/admin/accounts", {"name": "dora"})
     assert again.status == 409
-    assert "there is an account &#39;dora&#39; already" in again.text
+    assert "There is an account &#39;dora&#39; already" in again.text
     assert root.post("/admin/clusters", {"org": "lab", "name": "second"}).status == 303
     assert lab.root.get_cluster("lab/second")
     assert root.post("/admin/clusters", {"org": "lab", "name": "a/b"}).status == 400
@@ -170,5 +204,10 @@ def test_the_audit_log_is_searched(lab: Lab, root: Browser) -> None:
     assert older
     assert root.get("/admin" + older[1].replace("&amp;", "&")).text.count("<td>create_cluster</td>") == 10
     assert root.get("/admin?q=lab%2Fc7").text.count("<td>create_cluster</td>") == 1
+    assert root.get("/admin?q=%20lab/c7%20%20create_cluster%20").text.count("<td>create_cluster</td>") == 1
+    node = lab.node("gpu-1.lab", 2)
+    lab.root.update_node(node.id, {"cordoned": True, "cordonReason": 'a "quoted" \u05d0'})
+    for words in ("cordoned true", "\u05d0", '"quoted"', "gpu-1.lab cordonReason"):
+        assert "<td>update_node</td>" in root.get("/admin?q=" + quote(words)).text, words
     assert "Nothing like that" in root.get("/admin?q=%25").text
     assert "Nothing like that" in root.get("/admin?q=nobody").text

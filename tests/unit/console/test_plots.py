@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from beaker_sessions.server.console import plots
 from tests.browser import Browser
@@ -19,15 +21,28 @@ def answer(values: dict[int, float | None], step: int = 60) -> dict:
     return {"step": step, "data": data}
 
 
-def plot(values: dict[int, float | None], steps: int) -> plots.Plot:
+def plot(values: dict[int, float | None], steps: int, last: dict | None = None, top: float = 4.0) -> plots.Plot:
+    def cpu(point: Mapping[str, Any]) -> float | None:
+        return point.get("node", {}).get("cpu")
+
     end = START + 60 * steps
-    return plots.plot("CPUs", answer(values), START, end, lambda p: p["node"].get("cpu"), 4.0, lambda v: f"{v:g}")
+    return plots.plot("CPUs", answer(values), START, end, cpu, top, lambda v: f"{v:g}", last=last)
 
 
 def test_a_line_from_the_first_to_the_last_point() -> None:
     drawn = plot({0: 0, 1: 4, 2: 2}, 3)
     assert drawn.line == "M0,60L200,0L400,30L600,30"
-    assert (drawn.gaps, drawn.words, drawn.now) == ((), "mean 2, highest 4", "2")
+    assert (drawn.gaps, drawn.words) == ((), "mean 2, highest 4")
+
+
+def test_the_value_of_now_is_the_last_sample_and_no_mean() -> None:
+    assert plot({0: 1, 1: 1}, 2, {"node": {"cpu": 3}}).now == "3"
+    assert plot({0: 1, 1: 1}, 2, {}).now == "", "nobody knows"
+    assert plot({0: 1, 1: 1}, 2).now is None, "it has ended"
+
+
+def test_where_there_is_no_most_the_highest_is_not_the_top() -> None:
+    assert [plot({0: value}, 1, top=0).top for value in (0, 3, 64, 100)] == ["2", "4", "128", "128"]
 
 
 def test_what_is_not_reported_is_a_gap() -> None:
@@ -40,9 +55,8 @@ def test_what_is_not_reported_is_a_gap() -> None:
 
 def test_nothing_is_one_gap_and_a_later_end_is_one_too() -> None:
     drawn = plot({}, 10)
-    assert (drawn.gaps, drawn.line, drawn.words, drawn.now) == (((0, 600),), "", "nothing reported", "")
+    assert (drawn.gaps, drawn.line, drawn.words) == (((0, 600),), "", "nothing reported")
     assert plot({0: 1, 1: 1}, 4).gaps == ((300, 300),)
-    assert plot({0: 1, 1: 1}, 4).now == ""
 
 
 def test_more_than_expected_fits() -> None:

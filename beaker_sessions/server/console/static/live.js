@@ -19,6 +19,8 @@
 
   const replace = (old, fresh) => {
     if (said.get(old.id) === fresh.innerHTML) return;
+    const chosen = getSelection();
+    if (!chosen.isCollapsed && old.contains(chosen.anchorNode)) return; // somebody is about to copy it: next time
     said.set(old.id, fresh.innerHTML);
     const active = old.contains(document.activeElement) ? document.activeElement : null;
     const path = active && (active.id ? `#${CSS.escape(active.id)}` : active.getAttribute("href") && `a[href="${CSS.escape(active.getAttribute("href"))}"]`);
@@ -39,7 +41,7 @@
     clearTimeout(timer);
     try {
       const answer = await fetch(location.href, { headers: { Accept: "text/html" }, cache: "no-store" });
-      if (answer.redirected) { location.reload(); return; }
+      if (answer.redirected || answer.status === 404) { location.reload(); return; } // signed out, or gone
       if (!answer.ok) throw new Error(String(answer.status));
       const page = new DOMParser().parseFromString(await answer.text(), "text/html");
       for (const old of document.querySelectorAll("[data-live]")) {
