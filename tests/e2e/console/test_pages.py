@@ -110,6 +110,45 @@ def test_without_scripts_everything_but_live_works(visit: Open) -> None:
     expect(page.get_by_role("button", name="Copy hostname")).to_have_count(0)
 
 
+def test_a_page_that_answered_a_form_is_loaded_again_and_goes_on(visit: Open, lab: Lab, nodes: list[FakeNode]) -> None:
+    page = visit("ann", "/user")
+    page.locator("form[action='/user/tokens']").get_by_label("Name").fill("laptop")
+    page.get_by_role("button", name="Make a token").click()
+    expect(page.get_by_text("The new token")).to_be_visible()
+    page.wait_for_url("**/user")
+    nodes[1].session("ann", (0,), name="meanwhile")
+    expect(page.get_by_role("link", name="meanwhile")).to_be_visible()
+    expect(page.get_by_text("The new token")).to_be_visible()
+    page.reload()
+    expect(page.get_by_text("The new token")).to_have_count(0)
+    assert [one["name"] for one in lab.client(lab.tokens["ann"]).list_tokens()["data"]].count("laptop") == 1
+
+
+def test_the_form_to_cordon_follows_what_others_do(visit: Open, lab: Lab, nodes: list[FakeNode]) -> None:
+    page = visit("root", f"/node/{nodes[0].id}")
+    page.wait_for_timeout(300)
+    lab.root.update_node(nodes[0].id, {"cordoned": True, "cordonReason": "fan"})
+    expect(page.get_by_role("button", name="Uncordon")).to_be_visible()
+
+
+def test_updates_leave_what_somebody_copies(visit: Open, nodes: list[FakeNode]) -> None:
+    id = nodes[1].session("ann", (0,), State.FINALIZED)
+    nodes[1].client.put_logs(id, b"one\n")
+    page = visit("ann", f"/job/{id}")
+    page.wait_for_timeout(300)
+    page.get_by_role("region", name="Recent output").focus()
+    nodes[1].client.put_logs(id, b"one\ntwo\n")
+    expect(page.get_by_text("two")).to_be_visible()
+    expect(page.get_by_role("region", name="Recent output")).to_be_focused()
+    page.evaluate("getSelection().selectAllChildren(document.querySelector('.output pre'))")
+    nodes[1].client.put_logs(id, b"one\ntwo\nthree\n")
+    page.wait_for_timeout(2500)
+    assert page.evaluate("getSelection().toString()").strip() == "one\ntwo"
+    page.evaluate("getSelection().removeAllRanges()")
+    nodes[1].client.put_logs(id, b"one\ntwo\nthree\nfour\n")
+    expect(page.get_by_text("four")).to_be_visible()
+
+
 def test_signing_in_through_a_provider(browse: Open, tmp_path: Path) -> None:
     """The provider is another site, so that the browser keeps what is SameSite=Strict to itself on the way back."""
     secret = tmp_path / "secret"
