@@ -19,6 +19,8 @@ playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright
 expect = playwright.expect
 Open = Callable[..., playwright.Page]
 
+WIDER = "[...document.querySelectorAll('section')].filter((one) => one.scrollWidth > one.clientWidth).length"
+LINES = "(one) => { const text = new Range(); text.selectNodeContents(one); return text.getClientRects().length; }"
 EVIL = "<img src=x onerror=alert(1)>\u202e\u2066"
 
 
@@ -79,6 +81,32 @@ def test_every_page_fits_a_phone_and_has_no_serious_finding(
         serious = [(one["id"], [node["html"] for node in one["nodes"]]) for one in found
                    if one["impact"] in ("serious", "critical")]  # fmt: skip
         assert serious == [], path
+
+
+@pytest.mark.parametrize("width", [360, 768, 1280, 1920])
+def test_no_word_makes_a_page_wider_than_its_window(visit: Open, lab: Lab, width: int) -> None:
+    """Neither a page, nor a table beyond its section; and short names stay in one piece beside long ones."""
+    long, short = "W" * 63, "carla.schmidt"
+    lab.account(long, displayName="D" * 200, email=f"{'m' * 64}@{'d' * 63}.example")
+    lab.account(short)
+    lab.root.create_cluster("lab", {"name": "c" * 63})
+    nodes = [lab.node("h" * 64, 16, "T" * 53), lab.node("gpu-1.lab.example.org", 16, "T" * 53)]
+    ids = [node.session(long, (0, 1), name="s" * 63) for node in nodes]
+    nodes[0].session(long, (), State.CREATED, gpus=16)
+    lab.root.update_node(nodes[1].id, {"cordoned": True, "cordonReason": "r" * 150 + " broke"})
+    for node in nodes:
+        node.beat()
+    pages = {"root": ["/clusters", "/admin", f"/{'x' * 200}"], long: ["/cl/lab/main", "/user", f"/job/{ids[0]}"]}
+    pages[long] += [f"/node/{node.id}" for node in nodes]
+    for who, paths in pages.items():
+        page = visit(who, width=width, refusals=True)
+        for path in paths:
+            page.goto(path)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, path
+            assert page.evaluate(WIDER) == 0, path
+            for name in (short, "gpu-1.lab.example.org"):
+                for cell in page.locator("tbody th").get_by_text(name, exact=True).all():
+                    assert cell.evaluate(LINES) == 1, (path, name)
 
 
 def test_hostile_text_runs_nothing(visit: Open, lab: Lab) -> None:
