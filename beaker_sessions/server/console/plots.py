@@ -54,7 +54,7 @@ def plot(
     known = [one for one in columns if one is not None]
     top = max([top, *known]) if top else 2.0 ** math.ceil(math.log2(max([1.0, *known]) + 1))
     current = None if last is None else value(last)
-    gaps = tuple(_gaps(columns, end - start))
+    gaps = tuple(_gaps(columns, end - start, answer["step"]))
     silent = sum(width for _, width in gaps) * (end - start) / WIDTH
     said = f"mean {show(sum(known) / len(known))}, highest {show(max(known))}" if known else "nothing reported"
     area = " ".join(f"{run} L{_x(at + 1, count)},{HEIGHT} L{_x(first, count)},{HEIGHT} Z" for run, first, at in
@@ -152,12 +152,12 @@ def _runs(columns: Sequence[float | None], top: float, count: int) -> Iterable[t
             run = []
 
 
-def _gaps(columns: Sequence[float | None], seconds: float) -> Iterable[tuple[float, float]]:
+def _gaps(columns: Sequence[float | None], seconds: float, step: float) -> Iterable[tuple[float, float]]:
     """x and width of each stretch that is not known, without one at the end that is only not here yet."""
     count, start = len(columns), 0
     for at, known in enumerate([*columns, 0.0]):
         if known is not None:
-            brief = (at - start) * seconds / count < BRIEF
+            brief = (at - start) * seconds / count < BRIEF + step
             if at > start and not (brief and at == count):
                 yield round(start * WIDTH / count, 1), round((at - start) * WIDTH / count, 1)
             start = at + 1
