@@ -13,6 +13,7 @@ from . import host, recipe
 from .steps import Report, Step
 
 PROGRAM, DIRECTORY = Path("/usr/local/bin/beaker"), Path("/usr/local/lib/beaker")
+PYTHON = DIRECTORY / "python"  # a link to the executor's, for doctor when no executor answers
 
 
 def files() -> dict[Path, bytes]:
@@ -39,7 +40,9 @@ def remove() -> list[Path]:
 
 
 def _missing() -> bool:
-    return not foreign() and any(not path.exists() or path.read_bytes() != text for path, text in files().items())
+    linked = PYTHON.is_symlink() and PYTHON.readlink() == host.VENV / "bin/python"
+    same = all(path.exists() and path.read_bytes() == text for path, text in files().items())
+    return not foreign() and not (linked and same)
 
 
 def _install(_report: Report) -> str:
@@ -49,6 +52,8 @@ def _install(_report: Report) -> str:
             host.write(path, content.decode())
     for path in set(DIRECTORY.rglob("*.py")) - wanted.keys():  # of an older version
         path.unlink()
+    PYTHON.unlink(missing_ok=True)
+    PYTHON.symlink_to(host.VENV / "bin/python")
     compileall.compile_dir(DIRECTORY, quiet=2)
     host.write(PROGRAM, wanted[PROGRAM].decode(), 0o755)  # last: it works from its first moment
     return f"{PROGRAM}"

@@ -7,6 +7,7 @@ keys that are not ours and are kept as they are. The file holds a token: mode 06
 from __future__ import annotations
 
 import os
+import stat
 
 from ..errors import Error
 from . import output
@@ -83,6 +84,9 @@ def load() -> Config:
         raise Error(
             "invalid", f"cannot read {path}: {error.strerror}", "mend its permissions, or set BEAKER_CONFIG"
         ) from None
+    if stat.S_ISDIR(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise Error("invalid", f"cannot read {path}: it is a directory", "remove it, or set BEAKER_CONFIG")
     with open(fd, encoding="utf-8", errors="surrogateescape") as file:
         try:
             config = Config(path, file.read().splitlines())

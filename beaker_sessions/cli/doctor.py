@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 
 from ..errors import Error
 from . import config, door, output
@@ -17,9 +16,13 @@ def doctor(options: Options) -> int:
     except Error as error:
         if error.code != "unavailable" or os.geteuid() != 0:
             raise
+        python = _interpreter()
+        if not python:
+            raise
         output.say(f"beaker: {error.message}; looking at this machine without it")
         arguments = ["--format", "json"] if options.json else []
-        os.execv(sys.executable, [sys.executable, "-m", "beaker_sessions.executor.doctor", *arguments])
+        # -P: nothing is imported from the directory where root happens to be.
+        os.execv(python, [python, "-P", "-m", "beaker_sessions.executor.doctor", *arguments])
     if options.json:
         output.json(findings)
     else:
@@ -27,3 +30,14 @@ def doctor(options: Options) -> int:
             mend = f" -> {finding['mend']}" if finding.get("mend") else ""
             output.line(f"{finding['level'].upper():8}{finding['what']}{mend}")
     return int(any(finding["level"] == "error" for finding in findings))
+
+
+def _interpreter() -> str:
+    """The executor's, "" when it is not known: beside this package, or what set-up linked to there."""
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    try:
+        # As the link says: Python finds its environment by the name that it is started with.
+        python = os.readlink(os.path.join(root, "python"))
+    except OSError:
+        python = os.path.join(root, ".venv/bin/python")
+    return python if os.access(python, os.X_OK) else ""

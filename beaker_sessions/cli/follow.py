@@ -403,7 +403,7 @@ class Follow:
             self._loop.after(CANCEL, "cancel", lambda: self._leave(128 + number))
             return
         self._signals_sent += 1
-        forwards = self._stream and not self._tty and self._op != "exec" and self._signals_sent < 3
+        forwards = self._stream and not self._tty and self._op == "create" and self._signals_sent < 3
         if not (forwards and self._door and self._door.try_send({"signal": number})):
             self._leave(128 + number)
 

@@ -170,7 +170,8 @@ def _here_or_elsewhere(
     try:
         return elsewhere(rest.client(settings), id)
     except Error as error:
-        raise (first if first and error.code in ("unavailable", "unauthorized") else error) from None
+        away = first is not None and first.code == "unavailable" and error.code == "not_found"
+        raise (first if first and (away or error.code in ("unavailable", "unauthorized")) else error) from None
 
 
 def _print(options: Options, jobs: list[dict[str, Any]]) -> int:

@@ -39,6 +39,8 @@ class Stream:
 
     def send(self, data: bytes) -> int:
         """How many bytes of what the user typed were taken. The end of the process is seen by `receive`, not here."""
+        if not data:
+            return 0  # an empty packet would be the end of the input
         try:
             return self._socket.send(data[:PACKET], MSG_DONTWAIT | MSG_NOSIGNAL)
         except BlockingIOError:

@@ -141,9 +141,14 @@ class Access:
         return account
 
     def logs(self, token: str, id: str) -> bytes:
-        """The output of an ended session, which the server keeps. Raises Error."""
+        """The output of an ended session, which the server keeps; none where it has not heard of it. Raises Error."""
         with closing(Client(self._address, token, PATIENCE)) as client:
-            return client.get_logs(id)
+            try:
+                return client.get_logs(id)
+            except Error as error:
+                if error.code == "not_found":
+                    return b""
+                raise
 
     def unix_name(self, account: str) -> str:
         """The Unix user whose sessions this account starts here."""

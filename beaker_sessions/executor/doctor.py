@@ -89,7 +89,9 @@ def _machine(settings: ExecutorSettings, offered: inventory.Inventory | None) ->
     except Error as error:
         yield Finding("error", error.message, error.hint)
     for path in settings.mount_paths:
-        if not os.path.isdir(path):
+        if os.path.exists(path) and not os.path.isdir(path):
+            yield Finding("error", f"{path} is no directory, so no session starts", "take it out of mountPaths")
+        elif not os.path.isdir(path):
             yield Finding(
                 "warning", f"{path} is not there, so sessions do not see it", "mount it, or take it out of mountPaths"
             )

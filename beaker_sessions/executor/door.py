@@ -30,7 +30,7 @@ from .sessions import View
 
 log = logging.getLogger(__name__)
 
-STOP_PATIENCE = 60.0  # seconds without any news of a session that was told to stop
+STOP_PATIENCE = 35.0  # seconds without any news of a session that was told to stop
 
 
 class Door:
@@ -172,7 +172,9 @@ class Door:
     def _exec(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> None:
         session = self._own(request, account)
         if session.state != State.STARTED:
-            raise Error("conflict", f"session {session.id} is not running: it is {session.state}", "wait until it runs")
+            raise Error(
+                "conflict", f"session {session.id} is not running: it is {session.state}", "beaker session list"
+            )
         self._admit(session.id, caller)
         body = {"command": request.get("command"), "envVars": request.get("env"), "workDir": request.get("workdir")}
         terminal = request.get("size") is not None
@@ -181,8 +183,7 @@ class Door:
 
     def _exec_exit(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> None:
         session = self._own(request, account)
-        code = self.lifecycle.sandboxes.exec_exit(session.id, str(request.get("handle")))
-        caller.send({"event": "ended", "exitCode": code, "message": ""})
+        self.following.rejoined(caller, session, str(request.get("handle")))
 
     def _stop(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> None:
         session = self._own(request, account, admin=True)

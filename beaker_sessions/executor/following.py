@@ -23,6 +23,7 @@ from .sessions import Subscription, View
 
 FROZEN = 10.0  # seconds in which a command line must answer, lest what it does not read stops the session,
 SILENT = 2.0  # and when somebody attaches
+AWAIT = 0.2  # seconds between looks at a process of which no terminal says that it has ended
 
 ROOT = Identity("root", 0, 0, "/root", {0: "root"})
 
@@ -142,6 +143,19 @@ class Following:
                         return
                     if "resize" in frame:
                         self.sandboxes.resize(session.id, wire.window(frame["resize"]), handle)
+
+    def rejoined(self, caller: Caller, session: Session, handle: str) -> None:
+        """Wait for the end of a second process whose terminal `caller` has had since before this executor started."""
+        while self.sandboxes.exec_running(session.id, handle):
+            self.recheck(caller.token)
+            if select.select([caller.fileno()], [], [], AWAIT)[0]:
+                frame = caller.receive()
+                if frame is None:
+                    return
+                if "resize" in frame:
+                    self.sandboxes.resize(session.id, wire.window(frame["resize"]), handle)
+        code = self.sandboxes.exec_exit(session.id, handle)
+        caller.send({"event": "ended", "exitCode": code, "message": ""})
 
     def _turns(self, caller: Caller, held: Held, *others: int) -> Iterator[set[int]]:
         """What is readable, again and again. A terminal that was held is in it once the other side has closed it."""

@@ -6,6 +6,7 @@ Must not do input or output: everything that depends on the machine is an argume
 from __future__ import annotations
 
 import json
+import math
 import posixpath
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -36,7 +37,7 @@ def defaults(request: Request, capacity: Resources, image: str) -> Request:
     """
     gpus = request.gpus if request.gpus is not None else min(1, capacity.gpus)
     share = gpus / capacity.gpus if capacity.gpus else 0.0
-    cpus = request.cpus if request.cpus is not None else round(min(share, 1.0) * capacity.cpus, 3)
+    cpus = request.cpus if request.cpus is not None else math.floor(min(share, 1.0) * capacity.cpus * 1000) / 1000
     memory = request.memory if request.memory is not None else int(min(share, 1.0) * capacity.memory)
     if gpus > capacity.gpus:
         has = f"this node has {capacity.gpus}" if capacity.gpus else "this node has none"

@@ -199,6 +199,8 @@ class Sessions:
                     f"this node takes no new sessions: {self.cordoned}",
                     "choose another: beaker node list",
                 )
+            if request.name and ids.is_ulid(request.name):
+                raise Error("invalid", f"--name: {request.name!r} looks like an id", "choose another name")
             if request.name and any(s.request.name == request.name and s.account == account for s in self.live()):
                 raise Error(
                     "conflict",

@@ -197,6 +197,9 @@ class Sandboxes(Protocol):
         streams.
         """
 
+    def exec_running(self, id: str, handle: str) -> bool:
+        """Whether an `exec` of this sandbox goes on. not_found for another's handle."""
+
     def exec_exit(self, id: str, handle: str) -> int:
         """The exit code of an `exec` of this sandbox whose streams have closed; waits for it. not_found for another's
         handle.

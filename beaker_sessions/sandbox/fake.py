@@ -136,6 +136,9 @@ class FakeSandboxes:
             process.end(CODES[command[0]])
         return handle, terminal
 
+    def exec_running(self, id: str, handle: str) -> bool:
+        return self._exec(id, handle).code is None
+
     def exec_exit(self, id: str, handle: str) -> int:
         process = self._exec(id, handle)
         process.end(0)

@@ -71,6 +71,8 @@ def test_an_exec_survives_the_executor_too(stack: Stack, ada: User, tty: type[Tt
     stack.executor.kill(signal.SIGKILL)
     assert second.run("echo here") == "here\n"
     stack.start_executor()
+    second.setwinsize(20, 70)
+    wait_for("a resize through the new executor", lambda: second.run("stty size") == "20 70\n")
     second.expect(PROMPT)
     second.sendline("exit 11")
     assert second.end() == 11

@@ -24,6 +24,11 @@ def test_the_share_grows_with_the_gpus():
     assert (got.cpus, got.memory, got.image) == (24.0, 192 << 30, "mine")
 
 
+def test_all_shares_together_are_no_more_than_there_is():
+    small = Resources(3, 2.0, 1 << 30)
+    assert 3 * plan.defaults(Request(), small, "base").cpus <= 2.0
+
+
 def test_no_gpu_reserves_nothing():
     assert plan.amount(plan.defaults(Request(gpus=0), NODE, "base")) == Resources()
 

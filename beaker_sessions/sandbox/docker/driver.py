@@ -159,6 +159,9 @@ class DockerSandboxes:
             raise
         return handle, Terminal(sock.detach(), Framing.RAW if size else Framing.MULTIPLEXED)
 
+    def exec_running(self, id: str, handle: str) -> bool:
+        return bool(self._exec(id, handle)["Running"])
+
     def exec_exit(self, id: str, handle: str) -> int:
         deadline, pause = time.monotonic() + EXEC_PATIENCE, 0.002
         while (process := self._exec(id, handle))["Running"]:

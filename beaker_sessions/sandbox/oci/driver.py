@@ -42,6 +42,7 @@ from .remains import GONE, Remains
 from .watch import Watch
 
 RUN = Path("/run/beaker/oci")  # every id may pass through it, which the state need not allow
+READY = 1.0  # seconds in which a sandbox's init must listen to signals
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -196,6 +197,9 @@ class OciSandboxes:
         (own / "started").write_text(json.dumps(Process.of(holder).__dict__))
         return handle, Terminal(connection.detach(), Framing.CONMON)
 
+    def exec_running(self, id: str, handle: str) -> bool:
+        return self._holder(id, handle).alive()
+
     def exec_exit(self, id: str, handle: str) -> int:
         self._holder(id, handle).wait(GONE)
         try:
@@ -209,7 +213,9 @@ class OciSandboxes:
     def stop(self, id: str, grace: float) -> None:
         sandbox = self._record(id)
         if not conmon.waiting(self.runtime, id):
-            sandbox.init.kill(signals.SIGHUP if sandbox.tty else signals.SIGTERM)
+            number = signals.SIGHUP if sandbox.tty else signals.SIGTERM
+            sandbox.init.heeds(number, READY)  # the first of a namespace does not get what it has no handler for
+            sandbox.init.kill(number)
             if sandbox.conmon.wait(grace):
                 return
         self.remains.kill(sandbox, self._directory(id))

@@ -10,6 +10,7 @@ import ctypes
 import os
 import select
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,15 @@ class Process:
 
     def stopped(self) -> bool:
         return _stat(self.pid)[:1] == [b"T"]
+
+    def heeds(self, number: int, seconds: float) -> bool:
+        """Whether it handles a signal, or waits for it, within this time."""
+        deadline = time.monotonic() + seconds
+        while self.alive() and not _handled(self.pid) >> (number - 1) & 1:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.002)
+        return True
 
     def open(self) -> int | None:
         """A pidfd, readable when the process has ended; None when it has ended already."""
@@ -104,3 +114,13 @@ def _stat(pid: int) -> list[bytes]:
         return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2].split()
     except OSError:
         return []
+
+
+def _handled(pid: int) -> int:
+    """The signals that a process has handlers for, or has blocked to fetch them: a bit for each, the first is 1's."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    masks = dict(line.split(":", 1) for line in lines if line.startswith("Sig"))
+    return int(masks["SigCgt"], 16) | int(masks["SigBlk"], 16)
