@@ -140,7 +140,7 @@ def main() -> int:
     except Error as error:
         found = [Finding("error", error.message, error.hint)]
     for finding in found:
-        text = f"{finding.level:8}{finding.what}" + (f"\n        mend: {finding.mend}" if finding.mend else "")
+        text = f"{finding.level.upper():8}{finding.what}" + (f" -> {finding.mend}" if finding.mend else "")
         print(json.dumps(finding.__dict__) if options.format else text)
     return int(any(finding.level == "error" for finding in found))
 

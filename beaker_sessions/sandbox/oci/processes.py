@@ -117,10 +117,14 @@ def _stat(pid: int) -> list[bytes]:
 
 
 def _handled(pid: int) -> int:
-    """The signals that a process has handlers for, or has blocked to fetch them: a bit for each, the first is 1's."""
+    """The signals that a process has handlers for, or fetches: a bit for each, the first is 1's.
+
+    While one waits in sigtimedwait(2), what it fetches is not shown as blocked; tini, which does, ignores SIGTTOU then.
+    """
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return 0
     masks = dict(line.split(":", 1) for line in lines if line.startswith("Sig"))
-    return int(masks["SigCgt"], 16) | int(masks["SigBlk"], 16)
+    caught, blocked, ignored = (int(masks[name], 16) for name in ("SigCgt", "SigBlk", "SigIgn"))
+    return -1 if ignored >> (signal.SIGTTOU - 1) & 1 else caught | blocked
