@@ -161,6 +161,15 @@ def test_stop_kills_what_does_not_listen(make: Maker) -> None:
     assert make.exit_code(spec.id) == 128 + 9
 
 
+def test_a_stop_in_the_first_moment_is_not_lost(make: Maker) -> None:
+    """Else it would be killed at the end of the grace."""
+    for _ in range(5):
+        spec = make.spec("sleep", "1000", stdin=False)
+        make.start(spec)
+        make.lab.sandboxes.stop(spec.id, 5)
+        assert make.exit_code(spec.id) == 128 + 15
+
+
 def test_signal_reaches_the_command(make: Maker) -> None:
     spec = make.spec("sh", "-c", "trap 'echo got it; exit 5' INT; echo ready; while :; do sleep 0.1; done", stdin=False)
     stream = make.start(spec)

@@ -37,10 +37,10 @@ class Process:
     def stopped(self) -> bool:
         return _stat(self.pid)[:1] == [b"T"]
 
-    def heeds(self, number: int, seconds: float) -> bool:
-        """Whether it handles a signal, or waits for it, within this time."""
+    def heeds(self, number: int, name: str, seconds: float) -> bool:
+        """Whether it has become a program of this name, and handles a signal or waits for it, within this time."""
         deadline = time.monotonic() + seconds
-        while self.alive() and not _handled(self.pid) >> (number - 1) & 1:
+        while self.alive() and not _handled(self.pid, name) >> (number - 1) & 1:
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.002)
@@ -116,8 +116,8 @@ def _stat(pid: int) -> list[bytes]:
         return []
 
 
-def _handled(pid: int) -> int:
-    """The signals that a process has handlers for, or fetches: a bit for each, the first is 1's.
+def _handled(pid: int, name: str) -> int:
+    """The signals that a process has handlers for, or fetches: a bit for each, the first is 1's. 0 for another program.
 
     While one waits in sigtimedwait(2), what it fetches is not shown as blocked; tini, which does, ignores SIGTTOU then.
     """
@@ -125,6 +125,8 @@ def _handled(pid: int) -> int:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return 0
-    masks = dict(line.split(":", 1) for line in lines if line.startswith("Sig"))
-    caught, blocked, ignored = (int(masks[name], 16) for name in ("SigCgt", "SigBlk", "SigIgn"))
+    fields = dict(line.split(":", 1) for line in lines)
+    if fields["Name"].strip() != name:
+        return 0
+    caught, blocked, ignored = (int(fields[mask], 16) for mask in ("SigCgt", "SigBlk", "SigIgn"))
     return -1 if ignored >> (signal.SIGTTOU - 1) & 1 else caught | blocked
