@@ -81,7 +81,9 @@ class OciLab:
         self.sandboxes = self.again()
 
     def again(self) -> OciSandboxes:
-        return OciSandboxes(self.state, self.owner, [self.cdi], bridge=self.bridge, etc=self.etc)
+        # An executor that was there before would make no more namespaces ready.
+        with self.sandboxes.network._filling if hasattr(self, "sandboxes") else contextlib.nullcontext():
+            return OciSandboxes(self.state, self.owner, [self.cdi], bridge=self.bridge, etc=self.etc)
 
     def image(self, name: str) -> Image:
         if name not in self.known:
