@@ -187,3 +187,5 @@ def test_the_commands_of_the_administrators_guide(stack: Stack, ada: User, tmp_p
     with closing(Client(stack.address, ada.token)) as client:
         assert client.whoami()["name"] == ada.name
     ada.beaker("secret", "delete", "KEEP")
+    # Its executor hears of the end of the cordon with its next heartbeat.
+    wait_for("new sessions", lambda: ada.beaker("session", "create", "--gpus", "0", "--", "true").returncode == 0)
