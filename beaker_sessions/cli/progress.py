@@ -48,7 +48,7 @@ class Progress:
     def _wait(self, event: dict[str, Any]) -> None:
         position, reason, nodes = event.get("position"), event.get("reason") or "", event.get("nodes") or []
         if not self._queued:
-            lacking = "resources" if reason and "GPU" not in reason else "GPUs" if self._gpus else "resources"
+            lacking = "GPUs" if self._gpus and (not reason or "GPU" in reason) else "resources"
             self.say(f"This session is unlikely to start soon because there are not enough available {lacking}.")
             self.say("You may continue waiting to hold your place in the queue.")
         if self._queued[:2] != (position, reason):

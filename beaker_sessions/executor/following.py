@@ -137,25 +137,24 @@ class Following:
                     code = self.sandboxes.exec_exit(session.id, handle)
                     caller.send({"event": "ended", "exitCode": code, "message": ""})
                     return
-                if caller.fileno() in ready:
-                    frame = caller.receive()
-                    if frame is None:
-                        return
-                    if "resize" in frame:
-                        self.sandboxes.resize(session.id, wire.window(frame["resize"]), handle)
+                if caller.fileno() in ready and not self._resized(caller, session.id, handle):
+                    return
 
     def rejoined(self, caller: Caller, session: Session, handle: str) -> None:
         """Wait for the end of a second process whose terminal `caller` has had since before this executor started."""
         while self.sandboxes.exec_running(session.id, handle):
             self.recheck(caller.token)
-            if select.select([caller.fileno()], [], [], AWAIT)[0]:
-                frame = caller.receive()
-                if frame is None:
-                    return
-                if "resize" in frame:
-                    self.sandboxes.resize(session.id, wire.window(frame["resize"]), handle)
+            if select.select([caller.fileno()], [], [], AWAIT)[0] and not self._resized(caller, session.id, handle):
+                return
         code = self.sandboxes.exec_exit(session.id, handle)
         caller.send({"event": "ended", "exitCode": code, "message": ""})
+
+    def _resized(self, caller: Caller, id: str, handle: str) -> bool:
+        """Act on what the caller of a second process says, which is its size. False when it has left."""
+        frame = caller.receive()
+        if frame and "resize" in frame:
+            self.sandboxes.resize(id, wire.window(frame["resize"]), handle)
+        return frame is not None
 
     def _turns(self, caller: Caller, held: Held, *others: int) -> Iterator[set[int]]:
         """What is readable, again and again. A terminal that was held is in it once the other side has closed it."""

@@ -242,8 +242,9 @@ def node_json(row: Row, now: datetime) -> JSON:
     """Ours beyond the original: status, cluster, free, queue, version, drained. expiry: when silence becomes "not
     reporting". drained: the part of its cordon's reason that the node itself gave, which no administrator can lift.
     """
-    reasons = [row.cordon_reason or "an administrator has cordoned it"] if row.cordoned and row.drained else []
-    reason = "; ".join([*reasons, row.drained]) if row.drained else row.cordon_reason
+    reason = row.drained or row.cordon_reason
+    if row.cordoned and row.drained:
+        reason = f"{row.cordon_reason or 'an administrator has cordoned it'}; {row.drained}"
     return {
         "id": row.id,
         "hostname": row.hostname,

@@ -154,12 +154,7 @@ def command(directory: Path, text: str) -> None:
 
 def settle(directory: Path) -> None:
     """Wait until conmon has read what was written to `ctl`."""
-    with contextlib.suppress(OSError), open(directory / "ctl", "wb", buffering=0, opener=_unwaiting) as file:
-        _read(file.fileno())
-
-
-def _unwaiting(path: str, flags: int) -> int:
-    return os.open(path, flags & ~(os.O_CREAT | os.O_TRUNC) | os.O_NONBLOCK)
+    command(directory, "")
 
 
 def _read(fd: int) -> None:

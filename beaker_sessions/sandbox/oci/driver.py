@@ -214,9 +214,7 @@ class OciSandboxes:
         sandbox = self._record(id)
         if not conmon.waiting(self.runtime, id):
             number = signals.SIGHUP if sandbox.tty else signals.SIGTERM
-            sandbox.init.heeds(
-                number, "init", READY
-            )  # the first of a namespace does not get what it has no handler for
+            sandbox.init.heeds(number, "init", READY)  # what a namespace's first has no handler for is lost
             sandbox.init.kill(number)
             if sandbox.conmon.wait(grace):
                 return
