@@ -6,6 +6,8 @@ account files with other names for our ids); `debian` is a small Debian. The fir
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import io
 import json
@@ -14,10 +16,12 @@ import platform
 import shutil
 import subprocess
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from setup import host
 from setup.sources import sources
+from tests import network
 
 BUSYBOX = Path("/bin/busybox")
 BUILD = Path(__file__).resolve().parents[1] / "build/images"
@@ -63,13 +67,23 @@ def bullseye() -> Path:
 
 def _bootstrap(release: str, packages: str, sources: list[str], variant: str = "minbase") -> Path:
     path = BUILD / f"debian-{hashlib.sha256(f'{release} {packages}'.encode()).hexdigest()[:12]}.tar"
-    if not path.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
+    with _building():
+        if path.exists():
+            return path
         partial = path.with_name(f"{os.getpid()}-{path.name}")
         command = ["mmdebstrap", f"--variant={variant}", f"--include={packages}", release, str(partial), *sources]
-        subprocess.run(command, check=True, capture_output=True)
+        network.on_the_machine(lambda: subprocess.run(command, check=True, capture_output=True))
         partial.replace(path)
     return path
+
+
+@contextlib.contextmanager
+def _building() -> Iterator[None]:
+    """One at a time: the others find what the first has made."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def missing_for_debian() -> str:
@@ -130,7 +144,8 @@ def default(target: Path) -> Path:
 
     place = BUILD / "default"
     place.mkdir(parents=True, exist_ok=True)
-    with archive.building(place) as directory:
-        layers = archive.build(place, directory, lambda _: None)
+    with _building(), archive.building(place) as directory:
+        layers: list[Path] = []
+        network.on_the_machine(lambda: layers.extend(archive.build(place, directory, lambda _: None)))
         archive.write(target, layers, recipe.key())
     return target
