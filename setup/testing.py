@@ -30,16 +30,19 @@ def run(arguments: list[str]) -> int:
     with _checkout() as (checkout, directory):
         environment = {**os.environ, MARK: str(directory), "TMPDIR": str(directory)}
         command = [".venv/bin/python", "-m", "pytest", f"--basetemp={directory}/pytest", *arguments]
+        images = None
         if all((checkout / argument).is_dir() for argument in arguments):  # else somebody looks at some tests
-            command += ["-n", str(WORKERS), "--no-loadscope-reorder"]
+            command += ["-n", str(WORKERS), "--no-loadscope-reorder", "--max-worker-restart=0"]
+            builder = [".venv/bin/python", "-m", "tests.images"]  # the first tests do not need all of them
+            images = subprocess.Popen(builder, cwd=checkout, env=environment)
         status = subprocess.run(command, cwd=checkout, env=environment).returncode
+        if images:
+            images.wait()
         left = _left(str(directory))
         for line in left:
             print(f"left behind: {line}", file=sys.stderr)
-        if left and not status:
-            print(
-                f"{len(left)} failed: nothing may be left behind", flush=True
-            )  # else pytest says last that all passed
+        if left and not status:  # pytest has said last that all passed
+            print(f"{len(left)} failed: nothing may be left behind", flush=True)
     return status or int(bool(left))
 
 
