@@ -4,7 +4,7 @@ PYTHON ?= /usr/bin/python3
 setup := $(PYTHON) -B -m setup
 MAKEFLAGS += --no-print-directory
 
-.PHONY: session down clean test check bench lock image docs
+.PHONY: session down clean test check lint bench lock image docs
 
 session: ## set up what is missing, then a session; ARGS are those of `beaker session create`
 	@$(setup) session $(value ARGS)
@@ -15,15 +15,17 @@ down: ## stop what `make session` started; sessions run on unless Docker Engine 
 clean: ## down, and remove its state
 	@$(setup) clean
 
-test: ## everything, real parts included; ARGS are pytest's
+test: ## everything, real parts included, side by side; ARGS are pytest's
 	@$(setup) test $(value ARGS)
 
-check: ## the quick part: lint, types, import directions, unit tests
+check: lint ## the quick part: lint, types, import directions, unit tests
+	@.venv/bin/python -m pytest -q -n auto --maxprocesses 4 --no-loadscope-reorder tests/unit
+
+lint:
 	@$(setup) develop
 	@.venv/bin/ruff check
 	@.venv/bin/ruff format --check
 	@.venv/bin/mypy
-	@.venv/bin/python -m pytest -q tests/unit
 
 bench: ## compare with docker, write bench/README.md
 	@$(setup) bench

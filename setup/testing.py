@@ -1,12 +1,16 @@
-"""`make test`: everything, then whether it left anything running or mounted.
+"""`make test`: everything, then whether it left anything behind.
 
-What the tests start carries their mark in its environment, children included, and keeps its files below one directory.
+What the tests start carries their mark in its environment, children included; what they make is below one directory, or
+has its name. Hence other runs of tests, and sessions, may be on the same machine. Bridges and rules of the firewall are
+in networks of the tests' own, which look at these themselves (`tests/network.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import pwd
+import re
 import shutil
 import subprocess
 import sys
@@ -17,25 +21,28 @@ from pathlib import Path
 
 from . import host
 
-_MARK = "BEAKER_TEST_RUN"
+MARK = "BEAKER_TEST_RUN"
+WORKERS = 4  # on two cores: tests wait more than they compute
 
 
 def run(arguments: list[str]) -> int:
     """Run pytest with these arguments: its exit status, or 1 when it passed but left something behind."""
     with _checkout() as (checkout, directory):
-        environment = {**os.environ, _MARK: str(directory), "TMPDIR": str(directory)}
+        environment = {**os.environ, MARK: str(directory), "TMPDIR": str(directory)}
         command = [".venv/bin/python", "-m", "pytest", f"--basetemp={directory}/pytest", *arguments]
-        before = _networks()
+        images = None
+        if all((checkout / argument).is_dir() for argument in arguments):  # else somebody looks at some tests
+            command += ["-n", str(WORKERS), "--no-loadscope-reorder", "--max-worker-restart=0"]
+            builder = [".venv/bin/python", "-m", "tests.images"]  # the first tests do not need all of them
+            images = subprocess.Popen(builder, cwd=checkout, env=environment)
         status = subprocess.run(command, cwd=checkout, env=environment).returncode
-        mark = f"{_MARK}={directory}"
-        left = _left(str(directory), mark)
-        networks = sorted(_networks() - before)
-        if networks and _processes(mark, "pytest"):
-            print(f"another run of tests goes on, whose may be: {', '.join(networks)}", file=sys.stderr)
-        else:
-            left += networks
+        if images:
+            images.wait()
+        left = _left(str(directory))
         for line in left:
             print(f"left behind: {line}", file=sys.stderr)
+        if left and not status:  # pytest has said last that all passed
+            print(f"{len(left)} failed: nothing may be left behind", flush=True)
     return status or int(bool(left))
 
 
@@ -61,7 +68,7 @@ def _checkout() -> Iterator[tuple[Path, Path]]:
             raise SystemExit(status)  # it has said why
         yield checkout, directory
     finally:
-        if not _mounts(str(directory)):
+        if not any(_mounts(str(directory))):
             shutil.rmtree(directory)
 
 
@@ -84,39 +91,43 @@ def _copy(target: Path) -> Path:
     return target
 
 
-def _left(directory: str, mark: str, seconds: float = 5) -> list[str]:
-    """Processes and mounts of that run, after those that are just ending have had their time."""
+def _left(directory: str, seconds: float = 5) -> list[str]:
+    """What there is of that run, after what is just ending has had its time."""
     end = time.monotonic() + seconds
-    while found := [*_processes(mark), *_mounts(directory)]:
+    while found := [*_processes(f"{MARK}={directory}"), *_mounts(directory), *_groups(directory), *_users(directory)]:
         if time.monotonic() > end:
             break
         time.sleep(0.1)
     return found
 
 
-def _processes(mark: str, other: str = "") -> list[str]:
-    """Those that carry the mark, or, with a program's name, those that run it and do not."""
-    found = []
+def _processes(mark: str) -> Iterator[str]:
     for process in [Path("/proc", name) for name in os.listdir("/proc") if name.isdigit()]:
-        try:
-            marked = mark.encode() in (process / "environ").read_bytes().split(b"\0")
-            words = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue  # it has ended meanwhile
-        if (other in words and not marked) if other else marked:
-            found.append(f"process {process.name}: {words.strip()}")
-    return found
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if mark.encode() in (process / "environ").read_bytes().split(b"\0"):
+                words = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                yield f"process {process.name}: {words.strip()}"
 
 
-def _mounts(directory: str) -> list[str]:
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return [f"mount {mount}" for mount in (line.split()[4] for line in lines) if mount.startswith(f"{directory}/")]
+def bridges(directory: str) -> str:
+    """How the names of a run's bridges begin, of which all may have at most 10 bytes."""
+    return f"b{directory[-4:]}"
 
 
-def _networks() -> set[str]:
-    """Bridges, and network namespaces that a mount keeps, wherever it is."""
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    # proc(5): … mount point … - type …: a namespace is a file of the file system nsfs
-    kept = [line.split()[4] for line in lines if line.partition(" - ")[2].startswith("nsfs ")]
-    bridges = [path.parent.name for path in Path("/sys/class/net").glob("*/bridge")]
-    return {f"namespace {mount}" for mount in kept} | {f"bridge {bridge}" for bridge in bridges}
+def _mounts(directory: str) -> Iterator[str]:
+    """Those below the directory, and those of its bridges' sessions: layers, and files that keep networks."""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        mount = line.split()[4]
+        if mount.startswith((f"{directory}/", f"/run/beaker/oci/{bridges(directory)}")):
+            yield f"mount {mount}"
+
+
+def _groups(directory: str) -> Iterator[str]:
+    """Control groups: a driver's is named after its state, which is below the directory."""
+    name = "beaker-" + re.sub(r"[^a-z0-9]+", "-", directory.lower()).strip("-")
+    for path, inner, _ in os.walk("/sys/fs/cgroup"):
+        yield from (f"control group {path}/{group}" for group in inner if group.startswith(name))
+
+
+def _users(directory: str) -> Iterator[str]:
+    return (f"user {entry.pw_name}" for entry in pwd.getpwall() if entry.pw_dir.startswith(f"{directory}/"))

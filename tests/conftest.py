@@ -1,8 +1,9 @@
-"""What contract and end-to-end tests share: a Docker Engine of their own, and images."""
+"""How tests run beside each other, and what contract and end-to-end tests share: a Docker Engine, and images."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -11,10 +12,57 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from beaker_sessions.errors import Error
 from beaker_sessions.sandbox.docker.engine import Engine
-from tests import images
+from tests import images, network
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    distributes = config.getoption("dist", "no") != "no"  # its workers run the tests
+    if os.geteuid() == 0 and not distributes:
+        network.leave()
+
+
+GROUPS = ["e2e docker", "e2e oci", "contract", "console"]  # the longest first
+
+
+def _group(test: str) -> str:
+    """What shares a stack, and hence runs in one worker: one of GROUPS, or the test's file."""
+    file, _, name = test.partition("::")
+    if file.startswith("tests/contract/"):
+        return "contract"
+    if file.startswith("tests/e2e/console/"):
+        return "console"
+    drivers = {"docker", "oci"} & set(re.split(r"[\[\]-]", name))
+    return f"e2e {drivers.pop()}" if file.startswith("tests/e2e/") and drivers else file
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {group: place for place, group in enumerate(GROUPS)}
+    items.sort(key=lambda item: places.get(_group(item.nodeid), len(GROUPS)))
+
+
+class _Groups(LoadScopeScheduling):
+    """Gives each worker a group, and the next when it is done."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return _group(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    return _Groups(config, log)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_left_of_the_network() -> Iterator[None]:
+    """Set up first, and hence ended last."""
+    yield
+    assert network.left() == []
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from beaker_sessions.client import Client
 from beaker_sessions.executor.rundir import RunDirectories
 from beaker_sessions.sandbox.oci.driver import OciSandboxes
 from tests import images
-from tests.stack import BIN, Process, User, load_image, make_gpu, wait_for
+from tests.stack import BIN, Process, User, bridge, load_image, make_gpu, wait_for
 
 IMAGE = "alpine"
 
@@ -31,7 +31,7 @@ class Node:
         self.root = fleet.root / hostname.partition(".")[0]
         self.root.mkdir()
         self.socket, self.state = self.root / "x.sock", self.root / "state"
-        self.bridge = f"b{fleet.root.name[-6:]}{len(fleet.nodes)}"  # at most 10 characters
+        self.bridge = bridge(f"{fleet.root.name[-4:]}{len(fleet.nodes)}")
         for number in range(gpus):
             make_gpu(self.root, self.root / "cdi", number, kind)
         token = self.root / "token"

@@ -29,6 +29,7 @@ from beaker_sessions.executor.rundir import RunDirectories
 from beaker_sessions.ids import is_ulid
 from beaker_sessions.sandbox.oci import mounts
 from beaker_sessions.sandbox.oci.driver import OciSandboxes
+from setup import testing
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -45,6 +46,11 @@ def wait_for(what: str, check: Callable[[], object], seconds: float = 30.0) -> N
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what} did not happen within {seconds:g} s")
         time.sleep(0.02)
+
+
+def bridge(name: str) -> str:
+    """A bridge's name by which `make test` knows it as its own. name: unique in this run, at most 5 bytes."""
+    return testing.bridges(os.environ.get(testing.MARK, "")) + name
 
 
 def make_gpu(root: Path, cdi: Path, number: int, kind: str = "example.com/gpu") -> Path:
@@ -166,7 +172,7 @@ class Stack:
         )
         self.users: list[User] = []
         self.devices = [make_gpu(root, self.cdi, number) for number in range(gpus)]
-        self.bridge = f"b{root.name[-8:]}"  # a network of its own, with a name of at most 15 characters
+        self.bridge = bridge(root.name[-5:])
         self._write_settings(port, {"driver": driver, "bridge": self.bridge, **(settings or {})})
         log = root / "log"
         log.mkdir()

@@ -24,6 +24,7 @@ from beaker_sessions.sandbox.docker.engine import Engine
 from beaker_sessions.sandbox.fake import FakeSandboxes
 from beaker_sessions.sandbox.oci.driver import OciSandboxes
 from tests import images
+from tests.stack import bridge
 
 ADA = Identity("ada", 1500, 1500, "/home/ada", {1500: "ada", 27: "sudo", 4711: "project"})
 SECONDS = 60.0  # after which a test gives up on something that must happen
@@ -72,11 +73,11 @@ class DockerLab:
 
 class OciLab:
     def __init__(self, root: Path, debian: Path | None) -> None:
-        self.state, self.cdi, self.debian, self.owner = root / "state", root / "cdi", debian, secrets.token_hex(4)
+        self.state, self.cdi, self.debian, self.owner = root / "state", root / "cdi", debian, str(root)
         self.archives, self.etc = root / "archives", root / "etc"
         for directory in (self.cdi, self.archives, self.etc):
             directory.mkdir()
-        self.bridge = f"bt{self.owner}"
+        self.bridge = bridge(secrets.token_hex(3)[:5])
         self.known: dict[str, Image] = {}
         self.sandboxes = self.again()
 

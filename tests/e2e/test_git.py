@@ -23,7 +23,7 @@ LISTENS = "until (: </dev/tcp/127.0.0.1/{port}) 2>/dev/null; do sleep 0.05; done
 
 @pytest.fixture(scope="module")
 def image(stack: Stack) -> str:
-    stack.image("git", images.debian("git", "openssh-client", "openssh-server"))
+    stack.image("git", images.git())
     return "git"
 
 

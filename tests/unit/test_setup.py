@@ -201,16 +201,32 @@ def test_nothing_is_removed_through_a_mount(tmp_path: Path, capsys: pytest.Captu
     assert not (tmp_path / "state").exists()
 
 
-def test_what_tests_leave_running_is_found() -> None:
-    mark = f"TEST_MARK={os.getpid()}"
-    left = subprocess.Popen(["sleep", "60"], env={**os.environ, "TEST_MARK": str(os.getpid())})
+def test_what_tests_leave_is_found_and_nothing_of_others(tmp_path: Path) -> None:
+    """Two runs at once, as beside sessions of the machine: each finds its own."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root to mount")
+    mine, theirs = (str(tmp_path / name) for name in ("mine", "theirs"))
+    group = Path("/sys/fs/cgroup", "memory" if Path("/sys/fs/cgroup/memory").exists() else "")
+    network = Path("/run/beaker/oci", testing.bridges(mine) + "x1", "networks", "7")
+    group /= "beaker-" + mine.strip("/").replace("/", "-").replace("_", "-") + "-state"
+    left = subprocess.Popen(["sleep", "60"], env={**os.environ, testing.MARK: mine})
     try:
-        (found,) = testing._left("/nonexistent", mark, seconds=0)
-        assert f"process {left.pid}" in found
+        for place in (Path(mine, "layer"), network):
+            place.mkdir(parents=True)
+            subprocess.run(["mount", "-t", "tmpfs", "none", place], check=True)
+        group.mkdir()
+        found = testing._left(mine, seconds=0)
+        assert sorted(line.split()[0] for line in found) == ["control", "mount", "mount", "process"], found
+        assert f"process {left.pid}: sleep 60" in found
+        assert testing._left(theirs, seconds=0) == []
     finally:
         left.kill()
         left.wait()
-    assert testing._left("/nonexistent", mark, seconds=0) == []
+        group.rmdir()
+        for place in (Path(mine, "layer"), network):
+            subprocess.run(["umount", place], check=True)
+        shutil.rmtree(network.parents[1])
+    assert testing._left(mine, seconds=0) == []
 
 
 PROPRIETARY = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}  Thu Mar  7 22:00:00 UTC 2024\nGCC version: 12.2.0\n"

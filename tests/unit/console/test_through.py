@@ -122,7 +122,8 @@ def test_the_secret_is_nowhere(lab: Lab, tmp_path: Path) -> None:
     [
         {"nonce": "another"}, {"nonce": None}, {"aud": "another"}, {"aud": [CLIENT, "another"]}, {"azp": "another"},
         {"aud": "another", "azp": CLIENT},
-        {"iss": "http://evil.example"}, {"exp": 1}, {"exp": None}, {"iat": int(time.time()) + 3600}, {"sub": None},
+        {"iss": "http://evil.example"}, {"exp": 1}, {"exp": None}, {"sub": None},
+        pytest.param({"iat": int(time.time()) + 3600}, id="to come"),
     ],
     ids=str,
 )  # fmt: skip
