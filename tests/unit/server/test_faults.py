@@ -28,6 +28,7 @@ from beaker_sessions.server.routes import api
 from beaker_sessions.server.seal import Seal
 from beaker_sessions.server.service import Service
 from beaker_sessions.server.store import Store, sqlite_url
+from beaker_sessions.transport import Endpoint
 
 from .test_permissions import call
 
@@ -37,10 +38,13 @@ INIT = ("init", "--account", "ann", "--token-file", "{}/token", "--executor-toke
 def serve(path: Path, port: int = 0) -> tuple[subprocess.Popen[str], int]:
     """A server process, and the port that its log names."""
     command = [sys.executable, "-m", "beaker_sessions.server.main", "--storage-path", str(path)]
-    process = subprocess.Popen([*command, "serve", "--port", str(port)], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, "serve", "--port", str(port)], stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "BEAKER_SERVER_SOCKETS": str(path / "run")},
+    )  # fmt: skip
     assert process.stderr
     for line in process.stderr:
-        if found := re.search(r"http://127\.0\.0\.1:(\d+)", line):
+        if found := re.search(r"at 127\.0\.0\.1 port (\d+)", line):
             return process, int(found[1])
     raise AssertionError(f"the server ended with {process.wait()}")
 
@@ -62,7 +66,8 @@ def test_killed_in_a_burst_of_creates(tmp_path: Path) -> None:
     """kill -9: what was acknowledged is there, and what is repeated with the same key is there once."""
     tokens = initialize(tmp_path)
     process, port = serve(tmp_path)
-    address, instance = f"http://127.0.0.1:{port}", ids.ulid()
+    plain, instance = f"http://127.0.0.1:{port}", ids.ulid()
+    address = Endpoint(plain, insecure=[plain])
     executor = Client(address, tokens["executor.token"])
     node = executor.register_node("lab/main", {"hostname": "gpu-1", "limits": {"gpuCount": 1}, "instance": instance})
     acknowledged: dict[str, str] = {}
