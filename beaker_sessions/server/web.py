@@ -126,7 +126,7 @@ class Server(uvicorn.Server):
             server_header=False,
         )
         super().__init__(config)
-        self._app, self._looked = app, 0.0
+        self._app, self.gate, self._looked = app, gate, 0.0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._app.state.changes.close()
