@@ -1,8 +1,8 @@
 """The REST client of executor and command line. Its method names are those of `server.service`.
 
-Owns connections, retries and the translation of failures into `errors.Error`. Must import nothing but the standard
-library and `errors`, and must run on Python 3.9: the command line loads it. Answers are the JSON of the REST API, not
-validated: they come from the server that the user chose.
+Owns connections, retries and the translation of failures into `errors.Error`; that nobody else answers is `transport`'s
+matter. Must import nothing but the standard library, `errors` and `transport`, and must run on Python 3.9: the command
+line loads it. Answers are the JSON of the REST API, not validated: they come from the server that the user chose.
 
 A request that meets a closed connection is sent again, which is safe for all of them: creates carry an idempotency key,
 and everything else sets a value.
@@ -15,9 +15,10 @@ import json
 import os
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
 from .errors import Error
+from .transport import Endpoint
 
 JSON = dict[str, Any]
 
@@ -25,24 +26,18 @@ JSON = dict[str, Any]
 class Client:
     """One server, as one account. Safe to use from several threads.
 
-    address: as in `agent_address`, for example `http://127.0.0.1:8420`. timeout: seconds, for each wait on the network.
+    server: where it is; an address alone is reached as `Endpoint` does by default. timeout: seconds, for each wait on
+    the network.
     """
 
-    def __init__(self, address: str, token: str = "", timeout: float = 10.0) -> None:
-        parts = urlsplit(address if "://" in address else f"https://{address}")
-        try:
-            port = parts.port
-        except ValueError:
-            port = -1
-        if parts.scheme not in ("http", "https") or not parts.hostname or port == -1:
-            raise Error("invalid", f"{address!r} is not the address of a server", "for example http://127.0.0.1:8420")
+    def __init__(self, server: Endpoint | str, token: str = "", timeout: float = 10.0) -> None:
+        self._server = Endpoint(server) if isinstance(server, str) else server
         if not token.isascii() or not token.isprintable():
             raise Error("unauthorized", "the token contains characters that no token has", "copy it again")
-        self.address = address.rstrip("/")
+        self.address = self._server.address
         self.token = token
         self.timeout = timeout
-        self._https, self._host, self._port = parts.scheme == "https", parts.hostname, port
-        self._base = parts.path.rstrip("/") + "/api/v3/"
+        self._base = self._server.path + "/api/v3/"
         self._idle: list[http.client.HTTPConnection] = []
 
     def close(self) -> None:
@@ -229,7 +224,7 @@ class Client:
             try:
                 connection = self._idle.pop()
             except IndexError:
-                connection = self._connection()
+                connection = self._server.connection(self.timeout)
             fresh = connection.sock is None
             try:
                 connection.request(method, self._base + path, body, headers)
@@ -242,6 +237,9 @@ class Client:
                     continue
                 reason = f"no server answers at {self.address}: {_reason(error)}"
                 raise Error("unavailable", reason, "is beaker-server running, and the address right?") from error
+            except Error:
+                connection.close()
+                raise
             self._idle.append(connection)
             break
         if response.status < 400:
@@ -253,14 +251,6 @@ class Client:
                 "hint": "is this the address of a Beaker server?",
             }
         raise Error.from_dict({"code": response.status, **said})
-
-    def _connection(self) -> http.client.HTTPConnection:
-        if not self._https:
-            return http.client.HTTPConnection(self._host, self._port, timeout=self.timeout)
-        import ssl
-
-        context = ssl.create_default_context()
-        return http.client.HTTPSConnection(self._host, self._port, timeout=self.timeout, context=context)
 
     def _decode(self, answer: bytes) -> JSON:
         try:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import yaml
 
 from .errors import Error
+from .transport import Endpoint
 
 CONFIG = "/etc/beaker/config.yml"
 
@@ -25,6 +26,7 @@ CONFIG = "/etc/beaker/config.yml"
 class ExecutorSettings:
     """What one node's executor is told. `metadata["key"]` is the dotted path in the file.
 
+    insecure_addresses: servers that may be reached without encryption; this machine's is found beside `socket`.
     accounts: Unix name -> account name where they differ. gpus: CDI names to offer, None for all that are found.
     session_disk: what a session may write outside of home and mounts, as `200GiB`; "" for no limit.
     """
@@ -33,6 +35,7 @@ class ExecutorSettings:
     socket: str = field(default="/run/beaker/executor.sock", metadata={"key": "socket"})
     address: str = field(default="http://127.0.0.1:8420", metadata={"key": "beaker.address"})
     token_path: str = field(default="/etc/beaker/executor.token", metadata={"key": "beaker.tokenPath"})
+    insecure_addresses: list[str] = field(default_factory=list, metadata={"key": "beaker.insecureAddresses"})
     cluster: str = field(default="lab/main", metadata={"key": "beaker.cluster"})
     hostname: str = field(default="", metadata={"key": "hostname"})
     gpus: list[str] | None = field(default=None, metadata={"key": "resources.gpus"})
@@ -52,11 +55,19 @@ class ExecutorSettings:
     prefix: typing.ClassVar[str] = "BEAKER_EXECUTOR_"
     section: typing.ClassVar[str] = ""
 
+    @property
+    def endpoint(self) -> Endpoint:
+        """The server; that of the same machine has its socket beside the executor's. Raises Error invalid."""
+        return Endpoint(self.address, str(Path(self.socket).parent), self.insecure_addresses)
+
 
 @dataclass(frozen=True)
 class ServerSettings:
     """What the server is told. database: a SQLAlchemy URL, by default SQLite below storage_path.
 
+    sockets: the directory of the Unix socket through which programs of this machine reach it.
+    connections_each: of one user of this machine, or of one other address; behind a proxy, of all that it serves.
+    connections_all: at a time, a quarter of them for executors alone.
     key: the file with the key that secrets are sealed with, by default server.key there; not in the database's backup.
     oidc_…: the provider through which people may sign in to the console, see `server.oidc`.
     """
@@ -64,8 +75,11 @@ class ServerSettings:
     storage_path: str = field(default="/var/lib/beaker", metadata={"key": "storagePath"})
     host: str = field(default="127.0.0.1", metadata={"key": "host"})
     port: int = field(default=8420, metadata={"key": "port"})
+    sockets: str = field(default="/run/beaker", metadata={"key": "sockets"})
     database: str = field(default="", metadata={"key": "database"})
     key: str = field(default="", metadata={"key": "key"})
+    connections_each: int = field(default=128, metadata={"key": "connections.each"})
+    connections_all: int = field(default=4096, metadata={"key": "connections.all"})
     oidc_issuer: str = field(default="", metadata={"key": "oidc.issuer"})
     oidc_client_id: str = field(default="", metadata={"key": "oidc.clientId"})
     oidc_client_secret_file: str = field(default="", metadata={"key": "oidc.clientSecretFile"})

@@ -26,7 +26,7 @@ LABEL = "beaker.recipe"
 LAYERS = ("base", "tools", "command")
 LEFT_OUT = "left out: "  # how a script of a layer begins to say what could not be had
 # The command line and what it imports: the standard library alone, so it runs in any image with a Python.
-COMMAND = ("__init__.py", "errors.py", "client.py", "cli/*.py")
+COMMAND = ("__init__.py", "errors.py", "client.py", "transport.py", "cli/*.py")
 _INSIDE = "/usr/local/lib/beaker"
 
 

@@ -11,9 +11,12 @@ import re
 import shutil
 import socket
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
+
+from beaker_sessions.errors import Error
+from beaker_sessions.transport import Endpoint
 
 from . import daemon, host
 from .steps import Failed, Report, Step, command, wait
@@ -153,12 +156,12 @@ def _server_answers() -> bool:
 
 def ask(path: str, token: str = "") -> int:
     """The status of a GET at the server of this machine. Raises OSError when there is none."""
-    connection = http.client.HTTPConnection(urlsplit(address()).netloc, timeout=10)
     try:
-        connection.request("GET", path, headers={"Authorization": f"Bearer {token}"} if token else {})
-        return connection.getresponse().status
-    finally:
-        connection.close()
+        with closing(Endpoint(address(), str(host.RUN)).connection(10)) as connection:
+            connection.request("GET", path, headers={"Authorization": f"Bearer {token}"} if token else {})
+            return connection.getresponse().status
+    except Error as error:
+        raise OSError(error.message) from error
 
 
 def _executor_answers() -> bool:

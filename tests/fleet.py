@@ -17,6 +17,7 @@ import yaml
 from beaker_sessions.client import Client
 from beaker_sessions.executor.rundir import RunDirectories
 from beaker_sessions.sandbox.oci.driver import OciSandboxes
+from beaker_sessions.transport import Endpoint
 from tests import images
 from tests.stack import BIN, Process, User, bridge, load_image, make_gpu, wait_for
 
@@ -38,6 +39,7 @@ class Node:
         token.touch(0o600)
         token.write_text(fleet.admin.create_token({"name": hostname, "scope": "executor"})["token"])
         beaker = {"address": fleet.address, "tokenPath": str(token), "cluster": "lab/main"}
+        beaker |= {"insecureAddresses": [fleet.address]}  # as if on another machine: the socket is beside one door only
         settings = {
             "storagePath": str(self.state), "socket": str(self.socket), "hostname": hostname, "beaker": beaker,
             "cdiPaths": [str(self.root / "cdi")], "driver": "oci", "bridge": self.bridge, "defaultImage": IMAGE,
@@ -86,13 +88,16 @@ class Fleet:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.address = f"http://127.0.0.1:{port}"
+        self.endpoint = Endpoint(self.address, str(root))
+        self.more = f"insecure_addresses: {self.address}\n"
         config = root / "server.yml"
-        config.write_text(yaml.safe_dump({"server": {"port": port, "storagePath": str(root / "server")}}))
+        settings = {"port": port, "storagePath": str(root / "server"), "sockets": str(root)}
+        config.write_text(yaml.safe_dump({"server": settings}))
         self.server = Process(root / "server.log", str(BIN / "beaker-server"), "--config", str(config), "serve")
         tokens = ["--token-file", root / "admin.token", "--executor-token-file", root / "executor.token"]
         init = [BIN / "beaker-server", "--config", config, "init", "--account", "root", *tokens]
         subprocess.run(init, check=True, capture_output=True)
-        self.admin = Client(self.address, (root / "admin.token").read_text().strip())
+        self.admin = Client(self.endpoint, (root / "admin.token").read_text().strip())
         self.nodes: list[Node] = []
         self.users: list[User] = []
         self.archive = root / "image.tar"

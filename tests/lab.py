@@ -23,6 +23,7 @@ from beaker_sessions.server.routes import api
 from beaker_sessions.server.seal import Seal
 from beaker_sessions.server.service import Service
 from beaker_sessions.server.store import Store, sqlite_url
+from beaker_sessions.transport import Endpoint
 
 
 class Lab:
@@ -63,7 +64,7 @@ class Lab:
         self.service.store.close()
 
     def client(self, token: str) -> Client:
-        self._clients.append(Client(self.address, token))
+        self._clients.append(Client(Endpoint(self.address, insecure=[self.address]), token))
         return self._clients[-1]
 
     def account(self, name: str, **more: Any) -> Client:

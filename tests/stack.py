@@ -29,6 +29,7 @@ from beaker_sessions.executor.rundir import RunDirectories
 from beaker_sessions.ids import is_ulid
 from beaker_sessions.sandbox.oci import mounts
 from beaker_sessions.sandbox.oci.driver import OciSandboxes
+from beaker_sessions.transport import Endpoint
 from setup import testing
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -110,7 +111,7 @@ class User:
     def login(self, token: str) -> None:
         config = self.home / ".beaker" / "config.yml"
         config.parent.mkdir(mode=0o700, exist_ok=True)
-        config.write_text(f"agent_address: {self.stack.address}\nuser_token: {token}\n")
+        config.write_text(f"agent_address: {self.stack.address}\nuser_token: {token}\n{self.stack.more}")
         config.chmod(0o600)
         for path in (config.parent, config):
             os.chown(path, self.uid, self.gid)
@@ -155,6 +156,8 @@ class User:
 class Stack:
     """root: an empty directory that other users can pass through. gpus: how many to make up."""
 
+    more = ""  # lines of its users' configuration
+
     def __init__(
         self, root: Path, gpus: int = 0, driver: str = "docker", settings: Mapping[str, object] | None = None
     ) -> None:
@@ -165,6 +168,7 @@ class Stack:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.address = f"http://127.0.0.1:{port}"
+        self.endpoint = Endpoint(self.address, str(root))
         self.config, self.token_file, self.admin_file = (
             root / "config.yml",
             root / "executor.token",
@@ -192,7 +196,7 @@ class Stack:
                     "storagePath": str(self.state), "socket": str(self.socket), "hostname": "node-1.lab",
                     "beaker": {"address": self.address, "tokenPath": str(self.token_file), "cluster": "lab/main"},
                     "dockerSocket": str(self.docker_socket), "cdiPaths": [str(self.cdi)],
-                    "server": {"port": port, "storagePath": str(self.state)},
+                    "server": {"port": port, "storagePath": str(self.state), "sockets": str(self.root)},
                     **settings,
                 }
             )
@@ -206,7 +210,7 @@ class Stack:
         init = [BIN / "beaker-server", "--config", self.config, "init", "--account", "root", *tokens]
         subprocess.run(init, check=True, capture_output=True)
         self.server.start()
-        self.admin = Client(self.address, self.admin_file.read_text().strip())
+        self.admin = Client(self.endpoint, self.admin_file.read_text().strip())
         wait_for("the server", lambda: self.admin.whoami())
         self.start_executor()
 

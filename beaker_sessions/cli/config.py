@@ -18,8 +18,13 @@ KEYS = {
     "default_workspace": "workspace of new sessions",
     "default_image": "image of new sessions",
     "default_org": "organization to look in",
+    "insecure_addresses": "addresses of servers that may be reached without encryption",
 }
-ENVIRONMENT = {"agent_address": "BEAKER_ADDR", "user_token": "BEAKER_TOKEN"}
+ENVIRONMENT = {
+    "agent_address": "BEAKER_ADDR",
+    "user_token": "BEAKER_TOKEN",
+    "insecure_addresses": "BEAKER_INSECURE_ADDRESSES",
+}
 ADDRESS = "http://127.0.0.1:8420"
 
 
@@ -46,6 +51,11 @@ class Config:
     @property
     def address(self) -> str:
         return (self.get("agent_address") or ADDRESS).rstrip("/")
+
+    @property
+    def insecure_addresses(self) -> list[str]:
+        """Separated by commas."""
+        return [each.strip() for each in self.get("insecure_addresses").split(",") if each.strip()]
 
     @property
     def token(self) -> str:

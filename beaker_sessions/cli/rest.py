@@ -7,9 +7,11 @@ to a session.
 from __future__ import annotations
 
 import base64
+import os
 
 from ..client import Client
 from ..errors import Error
+from ..transport import Endpoint
 from . import config, door
 from .session import require_token
 
@@ -21,8 +23,9 @@ if TYPE_CHECKING:
 def client(settings: config.Config, timeout: float = 10.0) -> Client:
     """The server as the user is logged in to it, or as their session may ask it. Raises Error unauthorized when not."""
     if door.inside():
-        return Inside("http://session")
-    return Client(settings.address, require_token(settings), timeout)
+        return Inside("https://session")  # which is never connected to
+    server = Endpoint(settings.address, os.path.dirname(door.path()), settings.insecure_addresses)
+    return Client(server, require_token(settings), timeout)
 
 
 class Inside(Client):

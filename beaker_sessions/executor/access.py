@@ -22,6 +22,7 @@ from datetime import UTC, datetime, timedelta
 from .. import ids
 from ..client import Client
 from ..errors import Error
+from ..transport import Endpoint
 from .ledger import Ledger
 
 SO_PEERPIDFD = 77  # asm-generic/socket.h
@@ -81,8 +82,8 @@ def _namespace(pid: str, name: str) -> str:
 class Access:
     """Turns tokens into accounts by asking the server, with a short memory, and a long one for when it is away."""
 
-    def __init__(self, ledger: Ledger, address: str, accounts: Mapping[str, str]) -> None:
-        self._ledger, self._address, self._accounts = ledger, address, accounts
+    def __init__(self, ledger: Ledger, server: Endpoint, accounts: Mapping[str, str]) -> None:
+        self._ledger, self._server, self._accounts = ledger, server, accounts
         self._known: dict[str, tuple[float, dict]] = {}
         self._away_until = 0.0
         self._lock = threading.Lock()
@@ -109,7 +110,7 @@ class Access:
         if remembered and time.monotonic() < self._away_until:
             return remembered[0]
         try:
-            with closing(Client(self._address, token, PATIENCE)) as client:
+            with closing(Client(self._server, token, PATIENCE)) as client:
                 account = client.whoami()
         except Error as error:
             if error.code in ("unauthorized", "forbidden"):
@@ -142,7 +143,7 @@ class Access:
 
     def logs(self, token: str, id: str) -> bytes:
         """The output of an ended session, which the server keeps; none where it has not heard of it. Raises Error."""
-        with closing(Client(self._address, token, PATIENCE)) as client:
+        with closing(Client(self._server, token, PATIENCE)) as client:
             try:
                 return client.get_logs(id)
             except Error as error:

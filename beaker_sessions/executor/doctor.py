@@ -58,7 +58,7 @@ def _server(settings: ExecutorSettings) -> Iterable[Finding]:
             "error", f"others can read the executor's token {settings.token_path}", f"chmod 600 {settings.token_path}"
         )
     try:
-        with closing(Client(settings.address, token, 5)) as client:
+        with closing(Client(settings.endpoint, token, 5)) as client:
             client.whoami()
         yield Finding("ok", f"the server at {settings.address} answers and knows this executor")
     except Error as error:

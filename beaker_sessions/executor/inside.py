@@ -20,6 +20,7 @@ from .. import ids
 from ..client import Client
 from ..errors import Error
 from ..model import Identity, Request
+from ..transport import Endpoint
 from .agent import Agents
 from .caller import FRAME, Caller
 from .listener import Listener
@@ -36,8 +37,8 @@ DEFAULT_WORKSPACE = "default"
 class Inside:
     """answer(id, operation, request): the frames about a session that need no server, None for an unknown operation."""
 
-    def __init__(self, directory: Path, address: str) -> None:
-        self.directories, self.address = RunDirectories(directory), address
+    def __init__(self, directory: Path, server: Endpoint) -> None:
+        self.directories, self.server = RunDirectories(directory), server
         self.answer: Callable[[str, str, dict], list[dict] | None] = lambda _id, _operation, _request: None
         self._tokens: dict[str, str] = {}  # of the authors, in memory alone, until their sessions have their own
         self._agents: dict[str, Agents] = {}
@@ -77,7 +78,7 @@ class Inside:
         variables, files = {}, []
         if request.secret_env or request.secret_mounts:
             workspace = request.workspace or DEFAULT_WORKSPACE
-            with closing(Client(self.address, self._token(id), PATIENCE)) as client:
+            with closing(Client(self.server, self._token(id), PATIENCE)) as client:
                 variables = {name: client.read_secret(workspace, secret) for name, secret in request.secret_env}
                 files = [client.read_secret(workspace, secret) for secret, _ in request.secret_mounts]
         else:  # its start need not wait for that, and a short session needs none
@@ -125,7 +126,7 @@ class Inside:
                     "token that it was made with was revoked",
                     "attach to it once from outside",
                 )
-            with closing(Client(self.address, author, PATIENCE)) as client:
+            with closing(Client(self.server, author, PATIENCE)) as client:
                 body = {"name": f"session {id}", "scope": "session", "session": id}
                 # Not the same key for another author's token: one that was revoked was answered already.
                 token = client.create_token(body, key=f"session-{id}-{ids.hash_token(author)[:12]}")["token"]
@@ -190,7 +191,7 @@ class Inside:
         except (binascii.Error, TypeError, ValueError):
             raise Error("invalid", "the body is not in base 64", "update beaker") from None
         headers = {"Content-Type": kind} if kind in ("application/json", "application/octet-stream") else {}
-        with closing(Client(self.address, self._token(id), PATIENCE)) as client:
+        with closing(Client(self.server, self._token(id), PATIENCE)) as client:
             try:
                 answer = client.forward(str(method), path, body, headers)
             except Error as error:

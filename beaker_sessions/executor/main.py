@@ -94,6 +94,7 @@ def main() -> int:
 def serve(settings: ExecutorSettings) -> None:
     """Run until SIGTERM or SIGINT. Raises Error when it cannot begin."""
     plan.check_places(settings.mount_paths)
+    server = settings.endpoint
     stop = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, stop)  # before any thread: they inherit it
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -102,9 +103,9 @@ def serve(settings: ExecutorSettings) -> None:
     driver, why = sandboxes(settings, (ledger.fact("driver") or "") if ledger.live() else "")
     ledger.fact("driver", driver.name)
     sessions = Sessions(ledger, inventory.read(settings))
-    inside = Inside(Path(settings.socket).parent / "sessions", settings.address)
+    inside = Inside(Path(settings.socket).parent / "sessions", server)
     lifecycle = Lifecycle(sessions, driver, settings, inside, owner=settings.storage_path)
-    access = Access(ledger, settings.address, settings.accounts)
+    access = Access(ledger, server, settings.accounts)
     disk = Disk(sessions, driver, settings)
     metrics = Metrics(sessions, driver, settings.storage_path, disk.use)
     reporter = Reporter(lifecycle, access, settings, metrics)

@@ -97,7 +97,7 @@ class Reporter:
     def _connect(self) -> Client:
         path = Path(self.settings.token_path)
         try:
-            return Client(self.settings.address, path.read_text().strip(), timeout=5)
+            return Client(self.settings.endpoint, path.read_text().strip(), timeout=5)
         except OSError as error:
             raise Error(
                 "unavailable", f"cannot read the executor's token {path}: {os.strerror(error.errno or 0)}"

@@ -5,8 +5,10 @@ Owns the translation between HTTP and `errors.Error`; knows no path but those th
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -21,12 +23,24 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .. import ids
 from ..bodies import invalid
 from ..errors import Error
+from ..model import Scope as TokenScope
+from .failures import Failures
+from .gate import ROOT
 from .service import Service
 
 BODY_LIMIT = 2 << 20  # bytes
-PUBLIC = ("/healthz", "/openapi.json")  # all else of the API needs a token, also what does not exist
-API = ("/api/", "/metrics")  # for programs, which send a token; all other paths are the console's
+FORM_LIMIT = 64 << 10  # of the console's
+PUBLIC = ("/healthz",)  # all else of the API needs a token, also what does not exist
+API = ("/api/", "/metrics", "/openapi.json")  # for programs, which send a token; all other paths are the console's
+SIGN_IN = "/sign-in"  # where the console takes a token
 log = logging.getLogger(__name__)
+
+
+class TooLong(Error):
+    """More than the limit was sent, or is announced."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__("invalid", f"the request has a body of more than {limit} bytes", "send less")
 
 
 class Ascii(JSONResponse):
@@ -39,13 +53,15 @@ class Ascii(JSONResponse):
 class Guard:
     """Lets nothing pass without a token, nor more than BODY_LIMIT; what nobody foresaw becomes an id in the log.
 
-    console: the application for people, which asks for a cookie instead, and shows failures as pages.
+    console: the application for people, which asks for a cookie instead, and shows failures as pages. Whoever sends
+    wrong tokens to either waits for the answers.
     """
 
     def __init__(self, app: ASGIApp, service: Service, console: ASGIApp) -> None:
         self.app = app
         self.service = service
         self.console = console
+        self.failures = Failures()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -54,29 +70,34 @@ class Guard:
         if scope["type"] != "http":  # a WebSocket needs a check of its own first
             await send({"type": "websocket.close", "code": 1008})
             return
-        started = False
+        started, showed = False, scope["path"] == SIGN_IN  # whether a token was shown
+        connection = scope.setdefault("state", {}).get("connection")  # of `web`, where that serves
 
         async def sending(message: Message) -> None:
             nonlocal started
+            if showed and not started and message.get("status") == 401:
+                await self._wait(connection.peer if connection else "")
             started = True
             await send(message)
 
         try:
             headers = Headers(scope=scope)
-            app = self.app
+            app, limit = self.app, BODY_LIMIT
             if scope["path"].startswith(API):
                 kind, _, token = headers.get("authorization", "").partition(" ")
                 token = token.strip() if kind.lower() == "bearer" else ""
-                key = headers.get("idempotency-key", "")
-                scope.setdefault("state", {})["caller"] = await run_in_threadpool(self.service.authenticate, token, key)
+                key, showed = headers.get("idempotency-key", ""), bool(token)
+                caller = await run_in_threadpool(self.service.authenticate, token, key)
+                scope["state"]["caller"] = caller
+                if connection and caller.scope == TokenScope.EXECUTOR:
+                    connection.executor()
             elif scope["path"] not in PUBLIC:
-                app = self.console
-            length = headers.get("content-length", "0")
-            if "transfer-encoding" in headers or not length.isdecimal() or int(length) > BODY_LIMIT:
-                raise Error("invalid", f"the request's length is not known, or over {BODY_LIMIT} bytes", "send less")
-            await app(scope, receive, sending)
+                app, limit = self.console, FORM_LIMIT
+            body = await _body(headers, receive, limit)
+            if body is not None:  # else it went away
+                await app(scope, _replayed(body, receive), sending)
         except Error as error:
-            await answer(error)(scope, receive, send)
+            await answer(error, 413 if isinstance(error, TooLong) else 0)(scope, receive, sending)
         except Exception:
             id = ids.ulid()
             log.exception("%s %s failed, error id %s", scope["method"], scope["path"], id)
@@ -86,6 +107,41 @@ class Guard:
             await answer(Error("internal", f"something unexpected happened in the server ({id})", hint))(
                 scope, receive, send
             )
+
+    async def _wait(self, peer: str) -> None:
+        if peer != ROOT:  # this machine's executor, which asks for whoever comes to its door
+            await asyncio.sleep(self.failures.wait(peer, time.monotonic()))
+
+
+async def _body(headers: Headers, receive: Receive, limit: int) -> bytes | None:
+    """All of it, None when the client went away. Raises TooLong, before anything is read where that is announced."""
+    length = headers.get("content-length", "0")
+    if not length.isdecimal() or int(length) > limit:
+        raise TooLong(limit)
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        body += message.get("body", b"")
+        if len(body) > limit:
+            raise TooLong(limit)
+        if not message.get("more_body"):
+            return bytes(body)
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """The body, then what else comes: the client's leaving."""
+    given = False
+
+    async def again() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
 
 
 def answer(error: Error, status: int = 0) -> Response:

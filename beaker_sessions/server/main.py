@@ -7,13 +7,12 @@ import logging
 import os
 import sys
 from pathlib import Path
-from types import FrameType
 
 from .. import __version__, ids
 from ..errors import Error
 from ..model import Scope
 from ..settings import ServerSettings, load
-from .oidc import Provider, provider
+from .oidc import provider
 from .seal import Seal
 from .service import Service
 from .store import Store, sqlite_url
@@ -33,39 +32,16 @@ def main(arguments: list[str] | None = None) -> int:
             if options.command == "init":
                 initialize(service, options.account, options.token_file, options.executor_token_file)
             else:
-                serve(service, settings, login)
+                from . import web  # here, because `init` needs no web server
+                from .routes import api
+
+                web.serve(api(service, login), settings)
         finally:
             service.store.close()
     except Error as error:
         print(f"beaker-server: {error.message}" + (f"\n{error.hint}" if error.hint else ""), file=sys.stderr)
         return error.exit_code
     return 0
-
-
-def serve(service: Service, settings: ServerSettings, login: Provider | None) -> None:
-    """Serve until SIGTERM or SIGINT. Port 0 takes a free one, which the log names."""
-    import uvicorn  # here, because `init` needs no web server
-
-    from .routes import api
-
-    app = api(service, login)
-
-    class Server(uvicorn.Server):
-        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            app.state.changes.close()
-            super().handle_exit(sig, frame)
-
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        timeout_keep_alive=60,
-        timeout_graceful_shutdown=5,
-        server_header=False,
-    )
-    Server(config).run()
 
 
 def initialize(service: Service, account: str, token_file: Path, executor_token_file: Path) -> None:

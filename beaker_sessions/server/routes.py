@@ -1,6 +1,7 @@
 """HTTP for the service: paths, statuses, headers. Owns no rule; that every path needs a token is `Guard`'s.
 
-`api` makes the FastAPI application; OpenAPI is at /openapi.json. Routes have the names of the service's methods.
+`api` makes the FastAPI application; OpenAPI is at /openapi.json, for whoever has a token. Routes have the names of the
+service's methods.
 """
 
 from __future__ import annotations
@@ -126,8 +127,8 @@ def list_tokens(does: Does, who: Who, account: str | None = None) -> JSON:
 @router.post("/auth/tokens", status_code=201)
 def create_token(does: Does, who: Who, response: Response, body: b.TokenBody | None = None) -> JSON:
     answer = does.create_token(who, body)
-    if body is None or body.account is None:
-        response.set_cookie("User-Token", answer["token"], path="/", httponly=True, samesite="strict")
+    if body is None:  # as clients of the original ask, who take it from this cookie
+        response.set_cookie("User-Token", answer["token"], path="/", secure=True, httponly=True, samesite="strict")
     return answer
 
 

@@ -252,7 +252,7 @@ class Store:
     def __init__(self, url: str) -> None:
         self.on_commit: Callable[[set[str]], None] = lambda _: None  # told the ids of what was changed
         try:
-            self.engine = sa.create_engine(url, pool_size=8, max_overflow=32, pool_timeout=10)
+            self.engine = sa.create_engine(url, pool_size=8, max_overflow=32, pool_timeout=10, hide_parameters=True)
         except (sa.exc.ArgumentError, ModuleNotFoundError, TypeError) as error:
             hint = "for example sqlite:////var/lib/beaker/server.db"
             raise Error("invalid", f"database: not a URL of a database file or server: {error}", hint) from error

@@ -86,7 +86,7 @@ def test_another_accounts_token(ada: User, bob: User):
 
 
 def test_an_expired_token(stack: Stack, ada: User):
-    with closing(Client(stack.address, ada.token)) as client:
+    with closing(Client(stack.endpoint, ada.token)) as client:
         made = client.create_token({"name": "brief", "expiry": "1s"})["token"]
     wait_for("its expiry", lambda: ada.beaker("account", "whoami", env={"BEAKER_TOKEN": made}).returncode == 77)
     code, _ = refused(ada, *CREATE, "--", "true", env={"BEAKER_TOKEN": made})

@@ -141,7 +141,7 @@ def test_without_the_server_known_people_go_on_and_it_learns_of_it_later(stack: 
 
 
 def test_a_revoked_token_closes_its_open_terminal(stack: Stack, ada: User, tty: type[Tty]):
-    with closing(Client(stack.address, ada.token)) as client:
+    with closing(Client(stack.endpoint, ada.token)) as client:
         second = client.create_token({"name": "second"})
         ada.login(second["token"])
         try:

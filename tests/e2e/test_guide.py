@@ -184,7 +184,7 @@ def test_the_commands_of_the_administrators_guide(stack: Stack, ada: User, tmp_p
     stack.server.start()
     wait_for("the server", lambda: stack.admin.whoami())
     assert ada.beaker("secret", "read", "KEEP").stdout == b"kept"
-    with closing(Client(stack.address, ada.token)) as client:
+    with closing(Client(stack.endpoint, ada.token)) as client:
         assert client.whoami()["name"] == ada.name
     ada.beaker("secret", "delete", "KEEP")
     # Its executor hears of the end of the cordon with its next heartbeat.

@@ -60,7 +60,7 @@ def test_it_outlives_the_executor_and_ends_with_the_session(stack: Stack, ada: U
     ada.beaker("session", "stop", session)
     wait_for("the end", lambda: not stack.live() and not list((stack.root / "sessions").iterdir()))
 
-    client = Client(stack.address, token)
+    client = Client(stack.endpoint, token)
 
     def refused() -> bool:
         try:
@@ -75,14 +75,14 @@ def test_it_outlives_the_executor_and_ends_with_the_session(stack: Stack, ada: U
 
 def test_a_revoked_token_takes_those_of_its_sessions_along(stack: Stack, ada: User, command: Path):
     """Refused at once, and in order again when its author comes back with a valid one. Replacing it changes nothing."""
-    with closing(Client(stack.address, ada.token)) as client:
+    with closing(Client(stack.endpoint, ada.token)) as client:
         second = client.create_token({"name": "second"})
-    with closing(Client(stack.address, second["token"])) as replaced:
+    with closing(Client(stack.endpoint, second["token"])) as replaced:
         third = replaced.create_token()
     create = ("session", "create", "--gpus", "0", "--detach", "--", "sleep", "1000")
     id = ada.beaker(*create, env={"BEAKER_TOKEN": third["token"]}).stdout.decode().strip()
     wait_for("the session", lambda: ada.json("session", "get", id)[0]["status"].get("started"))
-    asking = Client(stack.address, third["token"])
+    asking = Client(stack.endpoint, third["token"])
 
     def whoami(token: str) -> subprocess.CompletedProcess:
         words = ["session", "exec", id, "--env", "HOME=/tmp", "--", str(command), "account", "whoami", "--quiet"]
@@ -94,7 +94,7 @@ def test_a_revoked_token_takes_those_of_its_sessions_along(stack: Stack, ada: Us
     assert whoami(fourth["token"]).returncode == 0  # the session was handed on
     token = (stack.root / "sessions" / f"{id}.token").read_text()
     stack.admin.revoke_token(fourth["id"])
-    with closing(Client(stack.address, token)) as session, pytest.raises(Error) as refused:
+    with closing(Client(stack.endpoint, token)) as session, pytest.raises(Error) as refused:
         session.whoami()
     assert refused.value.code == "unauthorized"
     first = whoami(ada.token)  # notices

@@ -66,7 +66,7 @@ def test_a_second_terminal_has_the_variables_too(ada: User):
 
 def test_a_session_created_at_the_server_has_them_too(stack: Stack, ada: User):
     ada.beaker("secret", "write", "KEY", input=b"from afar")
-    client = Client(stack.address, ada.token)
+    client = Client(stack.endpoint, ada.token)
     wanted = {"node": "node-1.lab", "requests": {"gpuCount": 0}, "envVars": [{"name": "TOKEN", "secret": "KEY"}]}
     id = client.create_job({"session": {**wanted, "command": ["sh", "-c", "echo got $TOKEN"]}})["id"]
     client.close()

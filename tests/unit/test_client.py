@@ -13,12 +13,13 @@ import pytest
 
 from beaker_sessions.client import Client
 from beaker_sessions.errors import Error
+from beaker_sessions.transport import Endpoint
 
 OK = b'HTTP/1.1 200 OK\r\nContent-Length: 14\r\n\r\n{"name":"ann"}'
 
 
 @contextmanager
-def answering(*answers: bytes | None) -> Iterator[tuple[str, list[bytes]]]:
+def answering(*answers: bytes | None) -> Iterator[tuple[Endpoint, list[bytes]]]:
     """A server with one connection for each of `answers`: it answers all requests with it, or with None never."""
     seen: list[bytes] = []
     stop = threading.Event()
@@ -37,7 +38,8 @@ def answering(*answers: bytes | None) -> Iterator[tuple[str, list[bytes]]]:
 
         thread = threading.Thread(target=run)
         thread.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}", seen
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        yield Endpoint(address, insecure=[address]), seen
         stop.set()
         thread.join()
 
@@ -52,7 +54,8 @@ def failure(call: Callable[[], object]) -> Error:
 def test_no_server() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
-    error = failure(Client(f"http://127.0.0.1:{port}").whoami)
+    address = f"http://127.0.0.1:{port}"
+    error = failure(Client(Endpoint(address, insecure=[address])).whoami)
     assert error.code == "unavailable"
     assert f"127.0.0.1:{port}" in error.message
 

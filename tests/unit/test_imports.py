@@ -20,20 +20,21 @@ BELOW: dict[str, set[str]] = {
     "model": set(),
     "grammar": {"errors"},
     "ids": {"errors"},
-    "settings": {"errors", "model"},
+    "settings": {"errors", "model", "transport"},
     "bodies": {"errors", "model", "grammar", "ids"},
     "wire": {"errors", "model", "grammar", "ids", "bodies"},
-    "client": {"", "errors"},
+    "transport": {"errors"},
+    "client": {"", "errors", "transport"},
     "exposition": set(),
     "sandbox": {"errors", "model", "grammar"},
-    "executor": {*COMMON, "client", "sandbox"},
-    "server": COMMON,
-    "cli": {"", "errors", "client"},
+    "executor": {*COMMON, "client", "transport", "sandbox"},
+    "server": {*COMMON, "transport"},
+    "cli": {"", "errors", "client", "transport"},
 }
 # inside the server: the store knows nothing of the rules, and nobody but the rules knows of the store
 STORE = ("server.store", "server.tables", "server.migrations")
 WEB = ("server.routes", "server.guard", "server.main", "server.console")
-STANDARD_LIBRARY_ALONE = ("", "errors", "client", "cli")
+STANDARD_LIBRARY_ALONE = ("", "errors", "transport", "client", "cli")
 PYTHON_OF_FOREIGN_IMAGES = (3, 9)
 
 

@@ -25,7 +25,7 @@ from ..oidc import Provider
 from ..service import Service
 from . import administration, jobs, pages, personal, plots, templates, through
 from .events import events
-from .visit import FORM_LIMIT, HEADERS, Visit, again, begin, finish, local, receive, sign_in_first
+from .visit import HEADERS, Visit, again, begin, finish, local, receive, sign_in_first
 
 RANGES = {"1": "1 h", "24": "24 h", "168": "7 days", "720": "30 days"}
 Handler = Callable[[Visit], Response]
@@ -77,11 +77,7 @@ def console(service: Service, changes: Changes, provider: Provider | None = None
 
 def _route(service: Service, method: str, path: str, handler: Handler, public: bool = False) -> Route:
     async def endpoint(request: Request) -> Response:
-        body = b""
-        if request.method == "POST":
-            if int(request.headers.get("content-length", "0")) > FORM_LIMIT:
-                return await run_in_threadpool(_refused, request, service)
-            body = await request.body()
+        body = await request.body() if request.method == "POST" else b""
         return await run_in_threadpool(_answer, request, service, body, handler, public)
 
     return Route(path, endpoint, methods=[method])
@@ -108,12 +104,6 @@ def _answer(request: Request, service: Service, body: bytes, handler: Handler, p
         log.exception("%s %s failed, error id %s", request.method, request.url.path, id)
         hint = f"tell an administrator this id: {id}"
         return finish(visit, problem(visit, Error("internal", "something unexpected happened in the server", hint)))
-
-
-def _refused(request: Request, service: Service) -> Response:
-    error = Error("invalid", f"the form is longer than {FORM_LIMIT} bytes", "shorten it")
-    visit = Visit(request, service)
-    return finish(visit, problem(visit, error))
 
 
 def _missing(service: Service) -> Callable[[Request, Exception], Response]:

@@ -25,7 +25,6 @@ from ..service import Service
 from ..signins import LIFE
 from . import templates
 
-FORM_LIMIT = 64 << 10  # bytes
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",

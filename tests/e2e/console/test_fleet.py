@@ -188,7 +188,7 @@ def test_a_link_of_the_command_line_signs_in(visit: Open, fleet: Fleet, ann: Use
 
 
 def test_an_open_page_ends_with_its_token(browse: Open, fleet: Fleet, ann: User) -> None:
-    client = Client(fleet.address, ann.token)
+    client = Client(fleet.endpoint, ann.token)
     token = client.create_token({"name": "to revoke"})
     page = live(browse(fleet.address, {"ann": token["token"]}))
     client.revoke_token(token["id"])

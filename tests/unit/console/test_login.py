@@ -14,6 +14,7 @@ from tests.lab import Lab
 @pytest.fixture(autouse=True)
 def logged_in(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BEAKER_ADDR", lab.address)
+    monkeypatch.setenv("BEAKER_INSECURE_ADDRESSES", lab.address)
     monkeypatch.setenv("BEAKER_TOKEN", lab.tokens["ann"])
     monkeypatch.setenv("BEAKER_CONFIG", "/nonexistent")
 

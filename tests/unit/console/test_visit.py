@@ -116,7 +116,7 @@ def test_another_browsers_csrf_token_is_refused(root: Browser, ann: Browser, lab
 
 
 def test_a_form_that_is_too_long_is_refused(ann: Browser) -> None:
-    assert ann.post("/sign-in", {"token": "x" * (65 << 10)}).status == 400
+    assert ann.post("/sign-in", {"token": "x" * (65 << 10)}).status == 413
 
 
 def test_every_answer_has_the_headers_that_protect_it(ann: Browser, lab: Lab) -> None:

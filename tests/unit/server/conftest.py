@@ -20,6 +20,7 @@ from beaker_sessions.server.routes import api
 from beaker_sessions.server.seal import Seal
 from beaker_sessions.server.service import Service
 from beaker_sessions.server.store import Store, sqlite_url
+from beaker_sessions.transport import Endpoint
 
 LIMITS = {"cpuCount": 8, "memory": "64GiB", "gpuCount": 2, "gpuType": "H200", "gpuIds": ["lab/gpu=0", "lab/gpu=1"]}
 
@@ -47,7 +48,7 @@ def server(tmp_path: Path, migrated: Path) -> Iterator[SimpleNamespace]:
         clients: list[Client] = []
 
         def client(token: str = "") -> Client:
-            clients.append(Client(address, token))
+            clients.append(Client(Endpoint(address, insecure=[address]), token))
             return clients[-1]
 
         while not web.started:

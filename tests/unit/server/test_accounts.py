@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -104,3 +106,18 @@ def test_repeated_account_gets_the_same_token(server: SimpleNamespace) -> None:
 )
 def test_bad_names(server: SimpleNamespace, name: object) -> None:
     assert code(server.client(server.admin).create_account, {"name": name}) == "invalid"
+
+
+def test_a_cookie_only_where_clients_of_the_original_take_it(server: SimpleNamespace) -> None:
+    connection = http.client.HTTPConnection(server.address.removeprefix("http://"), timeout=10)
+    headers = {"Authorization": f"Bearer {server.ann}", "Content-Type": "application/json"}
+    connection.request("POST", "/api/v3/auth/tokens", json.dumps({"name": "another"}), headers)
+    answer = connection.getresponse()
+    assert json.loads(answer.read())["token"]
+    assert answer.getheader("Set-Cookie") is None
+    connection.request("POST", "/api/v3/auth/tokens", None, headers)
+    answer = connection.getresponse()
+    name, *flags = answer.getheader("Set-Cookie", "").split("; ")
+    assert name == f"User-Token={json.loads(answer.read())['token']}"
+    assert {"Secure", "HttpOnly", "SameSite=strict"} <= set(flags)
+    connection.close()

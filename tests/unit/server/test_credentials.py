@@ -23,7 +23,12 @@ def git(server: SimpleNamespace, tmp_path: Path) -> Callable[[str, str], str]:
 
     def run(operation: str, said: str) -> str:
         command = [sys.executable, "-m", "beaker_sessions.cli", "credential", operation]
-        environment = {"BEAKER_ADDR": server.address, "BEAKER_TOKEN": server.ann, "HOME": str(tmp_path)}
+        environment = {
+            "BEAKER_ADDR": server.address,
+            "BEAKER_TOKEN": server.ann,
+            "BEAKER_INSECURE_ADDRESSES": server.address,
+            "HOME": str(tmp_path),
+        }
         done = subprocess.run(command, input=said, env={**os.environ, **environment}, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
         return done.stdout

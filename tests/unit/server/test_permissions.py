@@ -89,7 +89,7 @@ def call(address: str, method: str, path: str, token: str, body: Any) -> tuple[i
 
 
 def routes(server: SimpleNamespace) -> set[tuple[str, str]]:
-    status, answer = call(server.address, "get", "/openapi.json", "", None)
+    status, answer = call(server.address, "get", "/openapi.json", server.ann, None)
     assert status == 200
     paths = json.loads(answer)["paths"]
     return {(method, path) for path, methods in paths.items() for method in methods}

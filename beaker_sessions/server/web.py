@@ -1,0 +1,235 @@
+"""The server's sockets and connections: where it listens, who connects, and how long anything may take.
+
+Owns deadlines and what the kernel says of a peer; whether one may stay is `gate`'s, what is answered the application's.
+On the Unix socket, programs of this machine know that it is the server which answers: see `transport`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import resource
+import socket
+import stat
+import struct
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import h11
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from ..errors import Error
+from ..settings import ServerSettings
+from ..transport import socket_path
+from . import gate
+
+HEADER = 10.0  # seconds for the header of a request, from its first byte or from connecting
+BODY = 60.0  # and for its body
+REST = 5.0  # and for the rest of a body that was answered before it had come
+READ = 60.0  # for whoever asked to read the answer, but for what the kernel keeps
+CLOSED = 5.0  # until a closed connection is cut off, whatever is still to be sent
+LOOK = 1.0  # between two looks at all of them
+OWN = 128  # descriptors that are no connections
+FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+log = logging.getLogger(__name__)
+
+
+class Connection(H11Protocol):
+    """One, with deadlines. uvicorn itself closes those that send nothing after an answer."""
+
+    gate: gate.Gate  # of the server, set by `serve`
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._header: float | None = time.monotonic()  # since when one is awaited or half there
+        self._body = self._unread = self._closing = None  # type: float | None
+        self._is_executor = False
+        self.peer = _peer(transport)
+        self.app_state = {**self.app_state, "connection": self}
+        super().connection_made(transport)
+        stays, victim = self.gate.admit(self)
+        if victim is not None:
+            victim.cut_off()  # type: ignore[attr-defined]
+        if not stays:
+            transport.write(FULL)
+            transport.close()
+        else:
+            self.gate.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.gate.remove(self)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        if self._header is None and self.conn.their_state is h11.IDLE:
+            self._header = time.monotonic()
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._header = None
+        if self.conn.their_state is h11.SEND_BODY:
+            self._body = self._body or time.monotonic()
+        else:
+            self._body = None
+
+    def on_response_complete(self) -> None:
+        if self.conn.their_state is h11.SEND_BODY:
+            self._body = time.monotonic() - BODY + REST
+        super().on_response_complete()
+
+    @property
+    def waiting(self) -> float | None:
+        if self._is_executor:
+            return None
+        if self._header is not None:
+            return self._header
+        if self._body is not None:
+            return self._body
+        idle = self.conn.their_state is h11.IDLE
+        return time.monotonic() if idle else None  # kept alive: goes after those that are half said
+
+    def executor(self) -> None:
+        """What was asked came with an executor's token."""
+        self._is_executor = True
+        self.gate.executor(self.peer)
+
+    def cut_off(self) -> None:
+        self.gate.remove(self)
+        self.transport.abort()
+
+    def look(self, now: float) -> None:
+        """Cut it off if something took too long."""
+        self._unread = (self._unread or now) if self.transport.get_write_buffer_size() else None
+        self._closing = (self._closing or now) if self.transport.is_closing() else None
+        since = ((self._header, HEADER), (self._body, BODY), (self._unread, READ), (self._closing, CLOSED))
+        if any(begin is not None and now - begin > limit for begin, limit in since):
+            self.cut_off()
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which lets open pages go when it shall end, and looks at the deadlines."""
+
+    def __init__(self, app: FastAPI, gate: gate.Gate) -> None:
+        config = uvicorn.Config(
+            app,
+            http=type("Connection", (Connection,), {"gate": gate}),
+            ws="none",
+            log_config=None,
+            access_log=False,
+            timeout_keep_alive=60,
+            timeout_graceful_shutdown=5,
+            server_header=False,
+        )
+        super().__init__(config)
+        self._app, self.gate, self._looked = app, gate, 0.0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._app.state.changes.close()
+        super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        now = time.monotonic()
+        if now - self._looked >= LOOK:
+            self._looked = now
+            for connection in list(self.server_state.connections):
+                connection.look(now)  # type: ignore[union-attr]
+        return await super().on_tick(counter)
+
+
+def serve(app: FastAPI, settings: ServerSettings) -> None:
+    """Serve until SIGTERM or SIGINT. Port 0 takes a free one, which the log names. Raises Error if it cannot."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    most = min(settings.connections_all, hard - settings.connections_each - OWN)
+    sockets = listen(settings)
+    Server(app, gate.Gate(settings.connections_each, most)).run(sockets)
+
+
+def listen(settings: ServerSettings) -> list[socket.socket]:
+    """TCP sockets and, as root, the Unix socket. A connection to the latter waits from its first moment."""
+    listening: list[socket.socket] = []
+    port = settings.port
+    try:
+        found = socket.getaddrinfo(settings.host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, _, _, _, address in found:
+            listening.append(socket.create_server((address[0], port, *address[2:]), family=family))
+            port = listening[0].getsockname()[1]
+    except OSError as error:
+        where = f"{settings.host}:{port}"
+        hint = "is another server running there, or another program? See `ss -ltnp`, or set --host and --port"
+        raise Error("unavailable", f"cannot listen at {where}: {error.strerror}", hint) from error
+    log.info("listening at %s", ", ".join(f"{one.getsockname()[0]} port {port}" for one in listening))
+    if os.geteuid() == 0:
+        path = socket_path(settings.sockets, port)
+        listening.append(_listen_locally(Path(path)))
+        log.info("listening at %s", path)
+    else:
+        log.warning("no Unix socket, which only root's server has: programs must name this address as an insecure one")
+    return listening
+
+
+def _listen_locally(path: Path) -> socket.socket:
+    """Raises Error when others than root could put a socket there."""
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        found = path.parent.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != 0 or found.st_mode & 0o022:
+            raise Error(
+                "forbidden", f"others than root can write to {path.parent}", f"chmod 755 {path.parent}, as root's"
+            )
+        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        new.unlink(missing_ok=True)
+        listening.bind(str(new))
+        new.chmod(0o666)  # who connects is known by their uid, and who asks by their token
+        listening.listen(socket.SOMAXCONN)
+        new.rename(path)  # whoever holds the TCP port has the name; nobody ever meets one that does not listen
+    except OSError as error:
+        raise Error("unavailable", f"cannot listen at {path}: {error.strerror}", "mend that, or set sockets") from error
+    return listening
+
+
+def _peer(transport: asyncio.Transport) -> str:
+    """Whose connection it is, in the gate's words."""
+    connection = transport.get_extra_info("socket")
+    if connection.family == socket.AF_UNIX:
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        return f"uid {struct.unpack('3i', credentials)[1]}"
+    theirs, ours = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
+    if not theirs:
+        return gate.STRANGER
+    if theirs[0] != ours[0] and not theirs[0].removeprefix("::ffff:").startswith("127."):
+        return gate.network(theirs[0])
+    uid = owner(theirs, ours)
+    return gate.STRANGER if uid is None else f"uid {uid}"
+
+
+def owner(theirs: tuple[Any, ...], ours: tuple[Any, ...]) -> int | None:
+    """The uid of this machine's socket at `theirs` that is connected to `ours`; None when it is closed.
+
+    From /proc/net/tcp and tcp6, described in proc(5). One that nobody holds any more is listed with uid 0 and inode 0.
+    """
+    for table in ("tcp", "tcp6"):
+        ends = " ".join(_written(end, table == "tcp6") for end in (theirs, ours))
+        text = Path("/proc/net", table).read_text()
+        if len(ends) > 1 and (at := text.find(ends)) >= 0:
+            fields = text[at:].partition("\n")[0].split()
+            return None if fields[8] == "0" else int(fields[6])
+    return None
+
+
+def _written(end: tuple[Any, ...], six: bool) -> str:
+    """An address as the kernel prints it: words of four bytes in the machine's order, then the port. "" for none."""
+    host = end[0].partition("%")[0]
+    if six:
+        packed = socket.inet_pton(socket.AF_INET6, host if ":" in host else f"::ffff:{host}")
+    elif host.startswith("::ffff:") or ":" not in host:
+        packed = socket.inet_pton(socket.AF_INET, host.removeprefix("::ffff:"))
+    else:
+        return ""
+    return "".join(f"{word:08X}" for word in struct.unpack(f"={len(packed) // 4}I", packed)) + f":{end[1]:04X}"
