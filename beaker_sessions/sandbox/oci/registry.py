@@ -221,24 +221,25 @@ class Registry:
     @contextlib.contextmanager
     def _get(self, url: str, headers: Mapping[str, str], *, large: bool = False) -> Iterator[http.client.HTTPResponse]:
         """One request, without following anything. large: what comes may take longer than TIMEOUT."""
-        connection = self._connection(url)
-        # A server that sends a byte now and then would be waited for without end.
-        timer = threading.Timer(TIMEOUT, _hang_up, [connection])
-        timer.daemon = True
-        timer.start()
-        try:
+        with contextlib.ExitStack() as ends:
+            connection = ends.enter_context(contextlib.closing(self._connection(url)))
+            sock = connection.sock  # which a response may take over
+            ends.callback(sock.close)
+            # A server that sends a byte now and then would be waited for without end.
+            timer = threading.Timer(TIMEOUT, _hang_up, [sock])
+            ends.callback(timer.cancel)
+            timer.daemon = True
+            timer.start()
             parts = urllib.parse.urlsplit(url)
             target = parts._replace(scheme="", netloc="", fragment="", path=parts.path or "/").geturl()
-            connection.request("GET", target, headers={"User-Agent": "beaker-sessions", **headers})
-            answer = connection.getresponse()
+            try:
+                connection.request("GET", target, headers={"User-Agent": "beaker-sessions", **headers})
+            except http.client.InvalidURL:
+                raise _Refused("an address that is none") from None
+            answer = ends.enter_context(connection.getresponse())
             if large and answer.status == 200:
                 timer.cancel()  # each read has a time limit
             yield answer
-        except http.client.InvalidURL:
-            raise _Refused("an address that is none") from None
-        finally:
-            timer.cancel()
-            connection.close()
 
     def _connection(self, url: str) -> http.client.HTTPConnection:
         """Connect to where a URL leads, if we go there. Raises _Refused."""
@@ -259,6 +260,7 @@ class Registry:
             through = urllib.parse.urlsplit(proxy)
             connection = http.client.HTTPSConnection(through.hostname or "", through.port, timeout=TIMEOUT)
             connection.set_tunnel(host, port)
+            connection.connect()
             return connection
         found = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
         if not free and not all(public(str(address)) for address in found):
@@ -271,7 +273,11 @@ class Registry:
                 if number == len(found):
                     raise ConnectionError(error.errno, error.strerror) from error
         if parts.scheme == "https":
-            sock = _context(parts.netloc).wrap_socket(sock, server_hostname=host)
+            try:
+                sock = _context(parts.netloc).wrap_socket(sock, server_hostname=host)
+            except (OSError, ValueError):
+                sock.close()
+                raise
         connection_ = http.client.HTTPConnection(host, port, timeout=TIMEOUT)
         connection_.sock = sock
         return connection_
@@ -317,9 +323,9 @@ def _context(host: str) -> ssl.SSLContext:
     return context
 
 
-def _hang_up(connection: http.client.HTTPConnection) -> None:
-    with contextlib.suppress(OSError, AttributeError):
-        connection.sock.shutdown(socket.SHUT_RDWR)
+def _hang_up(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def _bounded(answer: http.client.HTTPResponse, limit: int) -> bytes:
