@@ -28,7 +28,10 @@ class ExecutorSettings:
 
     insecure_addresses: servers that may be reached without encryption; this machine's is found beside `socket`.
     accounts: Unix name -> account name where they differ. gpus: CDI names to offer, None for all that are found.
-    session_disk: what a session may write outside of home and mounts, as `200GiB`; "" for no limit.
+    session_disk: what a session may write outside of home and mounts, as `200GiB`; "" for no limit. image_path: where
+    images are, "" for below storage_path. image_size: what one may take unpacked, "" for no limit; image_space: what
+    all together may, "" for 80 % of their file system. registry_realms: registry -> host of its token service or its
+    blobs, where that has no public address.
     """
 
     storage_path: str = field(default="/var/lib/beaker", metadata={"key": "storagePath"})
@@ -49,6 +52,10 @@ class ExecutorSettings:
     default_image: str = field(default="beaker-sessions/base", metadata={"key": "defaultImage"})
     host_networking: bool = field(default=False, metadata={"key": "hostNetworking"})
     session_disk: str = field(default="", metadata={"key": "sessionDisk"})
+    image_path: str = field(default="", metadata={"key": "imagePath"})
+    image_size: str = field(default="200GiB", metadata={"key": "imageSize"})
+    image_space: str = field(default="", metadata={"key": "imageSpace"})
+    registry_realms: dict[str, str] = field(default_factory=dict, metadata={"key": "registryRealms"})
 
     metrics: str = field(default="", metadata={"key": "metrics"})  # HOST:PORT, "" for no listener
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gzip
 import hashlib
 import io
 import json
@@ -100,8 +101,11 @@ def missing_for_debian() -> str:
     return "needs mmdebstrap to build a Debian image"
 
 
-def oci_archive(root: bytes, path: Path, env: tuple[str, ...] = ()) -> None:
-    """Write an image with one layer, the tar of a root file system, as an archive of an OCI image layout.
+def oci_archive(
+    root: bytes, path: Path, env: tuple[str, ...] = (), *, compress: bool = False, config: bytes = b""
+) -> None:
+    """Write an image with one layer, the tar of a root file system, as an archive of an OCI image layout. config: the
+    text of its configuration, by default what fits.
 
     https://github.com/opencontainers/image-spec, `image-layout.md`.
     """
@@ -115,13 +119,13 @@ def oci_archive(root: bytes, path: Path, env: tuple[str, ...] = ()) -> None:
     def encoded(data: dict[str, object]) -> bytes:
         return json.dumps(data).encode()
 
-    layer = blob("layer.v1.tar", root)
-    config = encoded(
+    layer = blob("layer.v1.tar+gzip", gzip.compress(root, 6)) if compress else blob("layer.v1.tar", root)
+    config = config or encoded(
         {
             "architecture": {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine()),
             "os": "linux",
             "config": {"Env": list(env)},
-            "rootfs": {"type": "layers", "diff_ids": [layer["digest"]]},
+            "rootfs": {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(root).hexdigest()}"]},
         }
     )
     manifest = {"schemaVersion": 2, "config": blob("config.v1+json", config), "layers": [layer]}

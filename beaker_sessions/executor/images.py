@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
 from .. import grammar
 from ..errors import Error
+from ..sandbox import Limits
+from ..settings import ExecutorSettings
 from . import plan
 from .caller import Caller
 from .lifecycle import Lifecycle
@@ -40,12 +42,14 @@ class Store(Protocol):
     def load(self, archive: Path, reference: str) -> None: ...
     def stored(self) -> Sequence[Stored]: ...
     def id(self, reference: str) -> str: ...
-    def remove(self, id: str) -> None: ...
+    def remove(self, id: str) -> bool: ...
+
+    needed: Callable[[], set[str]] | None
 
 
 def answer(caller: Caller, request: dict[str, Any], lifecycle: Lifecycle) -> None:
     """Serve the door's `images`: `action` is list, load or prune (docs/architecture.md, "The door")."""
-    store: Store | None = getattr(lifecycle.sandboxes, "images", None)
+    store = _store(lifecycle)
     if store is None:
         raise Error("conflict", "images of this node are kept by Docker Engine", "docker image list")
     match request.get("action"):
@@ -61,11 +65,32 @@ def answer(caller: Caller, request: dict[str, Any], lifecycle: Lifecycle) -> Non
                 _limit(request, "keep", grammar.parse_size),
             )
             for image in surplus(store.stored(), needed(store, lifecycle), older, keep, datetime.now(UTC)):
-                store.remove(image.id)
-                caller.send({"image": _json(image)})
+                if store.remove(image.id):  # else somebody has begun to use it since
+                    caller.send({"image": _json(image)})
         case action:
             raise Error("invalid", f"images: {action!r} is none of list, load, prune", "choose one of them")
     caller.send({"end": True})
+
+
+def limits(settings: ExecutorSettings) -> Limits:
+    """How much of the disk images may take. Raises Error invalid."""
+    sizes = []
+    for key, text in (("imageSize", settings.image_size), ("imageSpace", settings.image_space)):
+        try:
+            sizes.append(grammar.parse_size(text) if text else 0)
+        except ValueError as error:
+            raise Error("invalid", f"{key}: {error}", "correct the settings") from error
+    return Limits(*sizes)
+
+
+def guard(lifecycle: Lifecycle) -> None:
+    """Let the driver make room for new images, now that it can be told which are needed."""
+    if (store := _store(lifecycle)) is not None:
+        store.needed = lambda: needed(store, lifecycle)
+
+
+def _store(lifecycle: Lifecycle) -> Store | None:
+    return getattr(lifecycle.sandboxes, "images", None)
 
 
 def needed(store: Store, lifecycle: Lifecycle) -> set[str]:

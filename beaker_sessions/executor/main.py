@@ -15,7 +15,7 @@ from .. import __version__
 from ..errors import Error
 from ..sandbox import Sandboxes
 from ..settings import ExecutorSettings, load
-from . import doctor, exposition, inventory, plan
+from . import doctor, exposition, images, inventory, plan
 from .access import Access
 from .disk import Disk
 from .door import Door
@@ -63,8 +63,11 @@ def _oci(settings: ExecutorSettings) -> Sandboxes:
     from ..sandbox.oci.driver import OciSandboxes
 
     state = Path(settings.storage_path, "executor", "oci")
-    docker, bridge = settings.docker_socket, settings.bridge
-    return OciSandboxes(state, settings.storage_path, settings.cdi_paths, docker=docker, bridge=bridge)
+    return OciSandboxes(
+        state, settings.storage_path, settings.cdi_paths, docker=settings.docker_socket, bridge=settings.bridge,
+        images=Path(settings.image_path) if settings.image_path else None, limits=images.limits(settings),
+        realms=settings.registry_realms,
+    )  # fmt: skip
 
 
 def _docker(settings: ExecutorSettings) -> Sandboxes:
@@ -72,7 +75,8 @@ def _docker(settings: ExecutorSettings) -> Sandboxes:
 
     state = Path(settings.storage_path, "executor", "docker")
     cdi_paths = [Path(path) for path in settings.cdi_paths]
-    return DockerSandboxes(settings.docker_socket, state, settings.storage_path, cdi_paths)
+    limit = images.limits(settings).image
+    return DockerSandboxes(settings.docker_socket, state, settings.storage_path, cdi_paths, image_size=limit)
 
 
 def main() -> int:
@@ -105,6 +109,7 @@ def serve(settings: ExecutorSettings) -> None:
     sessions = Sessions(ledger, inventory.read(settings))
     inside = Inside(Path(settings.socket).parent / "sessions", server)
     lifecycle = Lifecycle(sessions, driver, settings, inside, owner=settings.storage_path)
+    images.guard(lifecycle)
     access = Access(ledger, server, settings.accounts)
     disk = Disk(sessions, driver, settings)
     metrics = Metrics(sessions, driver, settings.storage_path, disk.use)

@@ -36,6 +36,16 @@ class Image:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What images may take of the disk, in bytes. image: one, unpacked, 0 for no limit. total: all together, 0 for the
+    driver's share of the file system.
+    """
+
+    image: int = 200 << 30
+    total: int = 0
+
+
+@dataclass(frozen=True)
 class Progress:
     """How far a pull is. done and total: bytes over all layers known so far; layers: (finished, known)."""
 

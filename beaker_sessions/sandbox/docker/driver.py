@@ -22,7 +22,7 @@ from typing import Any
 
 from ...errors import Error
 from ...model import Identity, Pull
-from .. import LABEL, LABEL_OWNER, Finding, Found, Framing, Image, Login, Progress, Spec, Status, Terminal, cdi
+from .. import LABEL, LABEL_OWNER, Finding, Found, Framing, Image, Limits, Login, Progress, Spec, Status, Terminal, cdi
 from .. import identity as accounts
 from . import config, images
 from .check import check
@@ -46,14 +46,18 @@ class DockerSandboxes:
     """`Sandboxes` on a Docker Engine.
 
     socket: the engine's. state: a directory of the driver's own. owner: labels its containers, so that executors with
-    different states can share an engine. cdi_paths: directories of CDI specs.
+    different states can share an engine. cdi_paths: directories of CDI specs. image_size: bytes that an image which is
+    pulled may take, 0 for no limit; an image that Docker Engine has is taken as it is.
     """
 
     name = "docker"
     root = False
 
-    def __init__(self, socket: str, state: Path, owner: str, cdi_paths: Iterable[str | os.PathLike[str]] = ()) -> None:
-        self.engine = Engine(socket)
+    def __init__(
+        self, socket: str, state: Path, owner: str, cdi_paths: Iterable[str | os.PathLike[str]] = (), *,
+        image_size: int = Limits.image,
+    ) -> None:  # fmt: skip
+        self.engine, self.image_size = Engine(socket), image_size
         self.files = Files(state)
         self.owner = owner
         self.cdi_paths = list(cdi_paths)
@@ -65,7 +69,7 @@ class DockerSandboxes:
     def image(
         self, reference: str, pull: Pull, progress: Callable[[Progress], None], login: Login = lambda _: None
     ) -> Image:
-        return images.get(self.engine, reference, pull, progress, login)
+        return images.get(self.engine, reference, pull, progress, login, self.image_size)
 
     def create(self, spec: Spec) -> None:
         with self._storage(f"create the session {spec.id}"):

@@ -11,7 +11,8 @@ import contextlib
 import http.client
 import json
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -20,6 +21,7 @@ from ...errors import Error
 
 OLDEST, NEWEST = (1, 41), (1, 47)  # the API versions this is written for: Engine 20.10 to 27
 TIMEOUT = 60.0  # seconds; what takes longer says so
+PAUSE = 0.2  # seconds between two questions whether a stream shall go on
 CODES = {400: "invalid", 401: "unauthorized", 403: "forbidden", 404: "not_found", 409: "conflict", 503: "unavailable"}
 START = "systemctl start docker, then beaker executor doctor"
 
@@ -35,6 +37,7 @@ class _Connection(http.client.HTTPConnection):
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(self.timeout)
         self.sock.connect(self.path)
+        self.raw = self.sock  # stays when a response takes the other over
 
 
 class Engine:
@@ -99,22 +102,39 @@ class Engine:
         query: dict[str, Any] | None = None,
         timeout: float | None = TIMEOUT,
         headers: dict[str, str] | None = None,
+        wrong: Callable[[], str] | None = None,
     ) -> Iterator[Any]:
         """The JSON objects of an answer that comes line by line; the first item is None, once the engine has agreed.
 
-        timeout: the longest silence. Ends when the engine closes, or goes away.
+        timeout: the longest silence. wrong: asked every PAUSE; when it says why, the engine is left, which ends what
+        it does for us, and Error storage_full raised. Ends when the engine closes, or goes away.
         """
         connection, response = self._open(method, self._base + _path(path, query), timeout=timeout, headers=headers)
+        over, why = threading.Event(), ""
+
+        def ask(wrong: Callable[[], str]) -> None:
+            nonlocal why
+            while not why and not over.wait(PAUSE):
+                if why := wrong():
+                    connection.raw.shutdown(socket.SHUT_RDWR)
+
+        if wrong:
+            threading.Thread(target=ask, args=[wrong], name="room", daemon=True).start()
         try:
             _raise_for(response)
             yield None
             while line := response.readline():
                 yield json.loads(line)
+            if why:
+                raise Error("storage_full", why)
         except TimeoutError as error:
             raise self._silent(path, timeout) from error
         except (OSError, http.client.HTTPException, ValueError):
+            if why:
+                raise Error("storage_full", why) from None
             return  # torn off in the middle: the engine went away
         finally:
+            over.set()
             connection.close()
 
     def hijack(self, path: str, query: dict[str, Any] | None = None, body: Any = None) -> socket.socket:

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import Error
+from ...grammar import format_size
 from ...model import Pull
-from .. import LABEL_OWNER, Image, Login, Progress
+from .. import LABEL_OWNER, Image, Login, Progress, free
 from ..oci.reference import HUB, parse
 from .engine import Engine
 from .files import Files
@@ -33,16 +34,27 @@ SHELLS = ("/bin/bash", "/usr/bin/bash", "/usr/local/bin/bash", "/bin/sh")
 FINISHED = {"Already exists", "Pull complete"}
 
 
-def get(engine: Engine, reference: str, pull: Pull, progress: Callable[[Progress], None], login: Login) -> Image:
-    """As `Sandboxes.image`."""
+def get(
+    engine: Engine, reference: str, pull: Pull, progress: Callable[[Progress], None], login: Login, limit: int
+) -> Image:
+    """As `Sandboxes.image`. limit: bytes that an image which is pulled may take, 0 for no limit.
+
+    The engine unpacks where we do not see how much, so what stops it is a disk that is nearly full; how large an image
+    is shows afterwards.
+    """
     reference = normalise(reference)
     local = None if pull is Pull.ALWAYS else _local(engine, reference)
     if local:
         return local
     if pull is Pull.NEVER:
         raise Error("not_found", f"the image {reference} is not on this machine, and --pull is never", "--pull missing")
+    before = _local(engine, reference)
     _pull(engine, reference, progress, login)
     if found := _local(engine, reference):
+        if limit and found.size > limit and not (before and before.id == found.id):
+            engine.call("DELETE", f"/images/{reference}")
+            what = f"the image {reference} was not taken: an image may take {format_size(limit)} (imageSize)"
+            raise Error("storage_full", what, "use a smaller image, or ask the administrator")
         return found
     raise Error("not_found", f"the image {reference} was pulled and is gone again", "try again")
 
@@ -171,7 +183,16 @@ def _pull(engine: Engine, reference: str, progress: Callable[[Progress], None], 
         headers["X-Registry-Auth"] = base64.urlsafe_b64encode(secret.encode()).decode()
     query = {"fromImage": name, "tag": tag}
     try:
-        for event in engine.stream("POST", "/images/create", query, timeout=SILENCE, headers=headers):
+        root = engine.call("GET", "/info")["DockerRootDir"]
+        events = engine.stream(
+            "POST",
+            "/images/create",
+            query,
+            timeout=SILENCE,
+            headers=headers,
+            wrong=lambda: free.lacks(root) if os.path.isdir(root) else "",
+        )
+        for event in events:
             if event and "errorDetail" in event:
                 raise Error("unavailable", str(event["errorDetail"].get("message")))
             if event and _layer(layers, event) and time.monotonic() - reported > PAUSE:

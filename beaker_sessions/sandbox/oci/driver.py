@@ -5,7 +5,7 @@ memory that a new instance could not find again: `sandbox.json` is written befor
 was interrupted at any point is found and removed by the next instance.
 
     STATE/sessions/ID/   sandbox.json config.json upper/ log exit … (the bundle of one sandbox), exec/HANDLE/
-    STATE/images/        containers-storage, and descriptions of images
+    STATE/images/        containers-storage, and descriptions of images; may be elsewhere
     STATE/runtime/       the runtime's own state
     STATE/inside/        what every sandbox sees as /.beaker
     STATE/trash/         what is being removed
@@ -30,7 +30,7 @@ from pathlib import Path
 
 from ...errors import Error
 from ...model import Identity, Pull
-from .. import LABEL, LABEL_OWNER, Finding, Found, Framing, Image, Login, Progress, Spec, Status, Terminal, cdi
+from .. import LABEL, LABEL_OWNER, Finding, Found, Framing, Image, Limits, Login, Progress, Spec, Status, Terminal, cdi
 from . import cgroups, config, conmon, layer, logs, mounts, programs, record, rootfs, userns
 from .check import check
 from .images import Images
@@ -51,7 +51,8 @@ class OciSandboxes:
 
     state: a directory of the driver's own, on a file system that overlays can be on. owner: labels its sandboxes.
     cdi_paths: directories of CDI specs. docker: the socket of a Docker Engine whose images may be used, "" for none.
-    bridge: the network bridge of this executor's sessions. etc: the directory of `subuid` and `subgid`.
+    bridge: the network bridge of this executor's sessions. etc: the directory of `subuid` and `subgid`. images: where
+    images are, on any disk, by default below state; limits and realms: as of `Images`.
     """
 
     name = "oci"
@@ -60,6 +61,7 @@ class OciSandboxes:
     def __init__(
         self, state: Path, owner: str, cdi_paths: Iterable[str | os.PathLike[str]] = (), *,
         docker: str = "", bridge: str = "beaker0", etc: Path = userns.ETC,
+        images: Path | None = None, limits: Limits | None = None, realms: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         self.state, self.owner, self.cdi_paths, self.etc = state, owner, list(cdi_paths), etc
         self.cgroups = cgroups.detect()
@@ -68,9 +70,9 @@ class OciSandboxes:
         for path in (RUN.parent, RUN, RUN / bridge, self.roots, state):
             path.mkdir(parents=True, exist_ok=True)
             path.chmod(path.stat().st_mode | 0o111)
-        for name in ("sessions", "runtime", "inside", "trash", "images"):
+        for name in ("sessions", "runtime", "inside", "trash"):
             (state / name).mkdir(mode=0o711, exist_ok=True)
-        self.images = Images(state / "images", docker)
+        self.images = Images(images or state / "images", docker, limits, realms)
         self.network = Network(RUN / bridge / "networks", bridge)
         self.runtime = conmon.Runtime(programs.find(programs.RUNTIMES), state / "runtime")
         programs.sealed(self.runtime.path)  # lest the first session wait for it

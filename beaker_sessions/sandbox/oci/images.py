@@ -1,24 +1,25 @@
 """Images in containers-storage: found, fetched, and described once each.
 
-Owns: one storage of the executor's own (its layers and their order, as containers/storage keeps them for the overlay
-driver), and a small description of each image, so that nothing but the description is read when a session starts. The
-work of fetching is skopeo's. Must not choose an image.
+Owns: one storage of the executor's own, which image is in it under which name, and a small description of each, so that
+nothing but the description is read when a session starts. The work of fetching is skopeo's, under the limits of `room`.
+Must not choose an image. Which are needed is the executor's to say; without its word none is removed to make room.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
+import errno
 import hashlib
 import json
 import logging
 import os
 import stat
 import subprocess
-import tarfile
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,16 +27,20 @@ from typing import Any
 
 from ...errors import Error
 from ...model import Pull
-from .. import Image, Login, Progress
+from .. import Image, Limits, Login, Progress
 from ..docker.engine import Engine
-from . import mounts, registry
+from . import archive, mounts
 from .reference import HUB, Reference, parse
+from .registry import Blob, Registry
+from .room import PAUSE, Failed, Full, Room
+from .storage import Storage, size
 
 SHELLS = ("/bin/bash", "/usr/bin/bash", "/usr/local/bin/bash", "/bin/sh")
-PAUSE = 0.1  # seconds between two reports of progress
 LONGEST = 4 << 20  # bytes of an account file
 FULL = 256 << 20  # bytes of free space below which a failure is one of space
-ARCHIVES = {"oci-layout": "oci-archive", "manifest.json": "docker-archive"}  # by the file that only it has
+AT_ONCE = 6  # blobs that are fetched at the same time
+LEASE = 600.0  # seconds in which whoever was given an image makes a sandbox of it, so that it is needed
+PRUNE = "beaker executor images prune, or ask the administrator"
 ACCOUNTS = ("passwd", "group", "shadow")
 
 log = logging.getLogger(__name__)
@@ -66,57 +71,123 @@ class Stored:
 
 
 class Images:
-    """root: a directory of the executor's own. docker: the socket of the local Docker Engine, "" for none."""
+    """root: a directory of the executor's own, on a file system that overlays can be on. docker: the socket of the
+    local Docker Engine, "" for none. realms: as of `Registry`. needed: the ids of images that must stay; None: nobody
+    has said it yet.
+    """
 
-    def __init__(self, root: Path, docker: str = "") -> None:
-        self.root, self.docker = root, docker
-        self.storage = root / "storage"
-        (root / "images").mkdir(mode=0o700, parents=True, exist_ok=True)
+    def __init__(
+        self, root: Path, docker: str = "", limits: Limits | None = None, realms: Mapping[str, str] | None = None
+    ) -> None:
+        self.root, self.docker, self.realms = root, docker, realms or {}
+        self.needed: Callable[[], set[str]] | None = None
+        root.mkdir(mode=0o711, parents=True, exist_ok=True)
+        (root / "images").mkdir(mode=0o700, exist_ok=True)
+        self.storage = Storage(root / "storage")
+        self.room = Room(root, limits or Limits(), self.storage.stored)
         self._fetching: dict[str, threading.Lock] = {}
+        self._choosing = threading.Lock()
+        self._leases: dict[str, float] = {}  # by id, until when
+        self._leaving: set[str] = set()  # being removed
         for pattern in ("pull-*", "mount-*"):  # of an executor that was killed
             for path in root.glob(pattern):
                 mounts.remove_tree(path)
+        self.storage.sweep()
 
     def get(
         self, reference: str, pull: Pull, progress: Callable[[Progress], None], login: Login = lambda _: None
     ) -> Image:
-        """As `Sandboxes.image`."""
+        """As `Sandboxes.image`. The image stays for LEASE at least, in which a sandbox can be made of it."""
+        with _told(reference):
+            return self._get(reference, pull, progress, login)
+
+    def _get(self, reference: str, pull: Pull, progress: Callable[[Progress], None], login: Login) -> Image:
         wanted = parse(reference)
-        id = self._current(wanted) if pull is not Pull.ALWAYS else ""
-        if not id:
+        id = self._take(wanted) if pull is not Pull.ALWAYS else ""
+        while not id:
             with self._fetching.setdefault(wanted.name, threading.Lock()):
                 # Who waited for another's fetch has what that fetched.
-                id = self._current(wanted) if pull is not Pull.ALWAYS else ""
-                id = id or self._fetch(wanted, pull, progress, login)
+                id = self._take(wanted) if pull is not Pull.ALWAYS else ""
+                if not id:
+                    self._fetch(wanted, pull, progress, login)
+                    id = self._lease(self._find(wanted))
         description = self.describe(id)
         os.utime(self._description(id))  # when it was last used
         return Image(description.id, reference, tuple(description.env), description.size)
 
-    def load(self, archive: Path, reference: str) -> None:
+    def load(self, file: Path, reference: str) -> None:
         """Take an image from an OCI or Docker archive file, under a name. Raises Error invalid for other files."""
-        kind = next((kind for name, kind in ARCHIVES.items() if _holds(archive, name)), "")
-        if not kind:
-            raise Error("invalid", "the file is no archive of an image", "write one: docker save --output FILE IMAGE")
-        self._copy(f"{kind}:{archive}", parse(reference), [])
+        with _told(reference):
+            self._load(file, parse(reference))
+
+    def _load(self, file: Path, wanted: Reference) -> None:
+        if archive.kind(file) == "docker":
+            # Decompressed into a temporary file, of a size that nobody knows, when it is compressed.
+            self._copy(f"docker-archive:{file}", wanted, [], packed=self.room.limits.image)
+            return
+        with tempfile.TemporaryDirectory(dir=self.root, prefix="pull-") as name:
+            total = 0
+
+            def look(more: int) -> None:
+                nonlocal total
+                total += more
+                if why := self.room.too_large(total) or self.room.lacks(more):
+                    raise Error("storage_full", f"the archive was not taken: {why}", PRUNE)
+
+            archive.unpack(file, Path(name), look)
+            self._copy(f"oci:{name}", wanted, [], packed=total)
 
     def stored(self) -> list[Stored]:
         """All images, the one that was used last first."""
         found = []
-        for record in self._records("images"):
+        for record in self.storage.images():
             id = f"sha256:{record['id']}"
-            size = self.describe(id).size
-            used = datetime.fromtimestamp(self._description(id).stat().st_mtime, UTC)
-            found.append(Stored(id, tuple(record.get("names") or ()), size, used))
+            used = datetime.fromtimestamp(0, UTC)
+            with contextlib.suppress(FileNotFoundError):
+                used = datetime.fromtimestamp(self._description(id).stat().st_mtime, UTC)
+            total = sum(map(size, self.storage.chain(record)))
+            found.append(Stored(id, tuple(record.get("names") or ()), total, used))
         return sorted(found, key=lambda image: image.used, reverse=True)
 
     def id(self, reference: str) -> str:
         """The id of the image that a reference means here, "" for none."""
         return self._find(parse(reference))
 
-    def remove(self, id: str) -> None:
-        """Delete an image, and those of its layers that no other has. No sandbox may be made of it."""
-        self._skopeo(["delete", f"containers-storage:[{self._store}]@{id.removeprefix('sha256:')}"], id)
-        self._description(id).unlink(missing_ok=True)
+    def remove(self, id: str) -> bool:
+        """Delete an image, and those of its layers that no other has. False, and it stays, when it is needed now."""
+        with self.room.clearing():
+            return self._remove(id, self.needed() if self.needed else set())
+
+    def _remove(self, id: str, needed: set[str]) -> bool:
+        """Nobody may add to the storage meanwhile."""
+        with self._choosing:
+            if id in needed or self._leases.get(id, 0) > time.monotonic():
+                return False
+            self._leaving.add(id)
+        try:
+            target = f"containers-storage:[{self._store}]@{id.removeprefix('sha256:')}"
+            done = subprocess.run(["skopeo", "--insecure-policy", "delete", target], capture_output=True, check=False)
+            if done.returncode:
+                log.warning("skopeo: %s", " ".join(done.stderr.decode(errors="replace").split()))
+                raise Error("internal", f"the image {id} could not be removed; the executor's log says more")
+            self._description(id).unlink(missing_ok=True)
+        finally:
+            self._leaving.discard(id)
+        return True
+
+    def _take(self, wanted: Reference) -> str:
+        """The id of the image of this name, which then stays; "" for none."""
+        return self._lease(self._current(wanted))
+
+    def _lease(self, id: str) -> str:
+        with self._choosing:
+            now = time.monotonic()
+            self._leases = {other: until for other, until in self._leases.items() if until > now}
+            known = {image["id"] for image in self.storage.images()}
+            if id in self._leaving or id.removeprefix("sha256:") not in known:
+                return ""
+            self._leases[id] = now + LEASE
+        return id
 
     def describe(self, id: str) -> Description:
         """Raises Error not_found for an image that is not in the storage."""
@@ -145,33 +216,19 @@ class Images:
 
     def _find(self, wanted: Reference) -> str:
         """The id of the image of this name, "" for none."""
-        return next((f"sha256:{i['id']}" for i in self._records("images") if wanted.name in (i.get("names") or ())), "")
-
-    def _records(self, kind: str) -> list[dict[str, Any]]:
-        with contextlib.suppress(FileNotFoundError):
-            records = json.loads((self.storage / f"overlay-{kind}" / f"{kind}.json").read_text())
-            return records if isinstance(records, list) else []
-        return []
+        images = self.storage.images()
+        return next((f"sha256:{i['id']}" for i in images if wanted.name in (i.get("names") or ())), "")
 
     def _describe(self, id: str) -> Description:
-        hexadecimal = id.removeprefix("sha256:")
-        image = next((i for i in self._records("images") if i["id"] == hexadecimal), None)
+        image = next((i for i in self.storage.images() if i["id"] == id.removeprefix("sha256:")), None)
         if not image:
             raise Error("not_found", f"the image {id} is not on this machine", "pull it again")
-        # containers/storage names a file of an image after its key, in Base64 when that has other than letters.
-        key = base64.b64encode(id.encode()).decode()
-        config = json.loads((self.storage / "overlay-images" / hexadecimal / f"={key}").read_text())
-        layers = {layer["id"]: layer for layer in self._records("layers")}
-        chain, size, at = [], 0, image["layer"]
-        while at:
-            chain.append(str(self.storage / "overlay" / at / "diff"))
-            size += layers[at].get("diff-size") or 0
-            at = layers[at].get("parent")
+        env, layers = self.storage.env(id), self.storage.chain(image)
+        chain = [self.storage.path(layer) for layer in layers]
         with self._mounted(chain) as root:
             passwd, group, shadow = (_text(root, f"/etc/{name}") for name in ACCOUNTS)
             shell = next((path for path in SHELLS if _exists(root, path)), "/bin/sh")
-        env = (config.get("config") or {}).get("Env") or []
-        return Description(id, chain, env, size, shell, passwd, group, shadow)
+        return Description(id, chain, env, sum(map(size, layers)), shell, passwd, group, shadow)
 
     @contextlib.contextmanager
     def _mounted(self, layers: list[str]) -> Iterator[int]:
@@ -187,12 +244,15 @@ class Images:
             finally:
                 mounts.unmount(base / "root")
 
-    def _fetch(self, wanted: Reference, pull: Pull, progress: Callable[[Progress], None], login: Login) -> str:
+    def _fetch(self, wanted: Reference, pull: Pull, progress: Callable[[Progress], None], login: Login) -> None:
         if pull is not Pull.ALWAYS and (docker := self._in_docker(wanted)):
-            size = int(docker["Size"])
-            progress(Progress(0, size, (0, 1)))
-            self._copy(f"docker-daemon:{_familiar(wanted)}", wanted, ["--src-daemon-host", f"unix://{self.docker}"])
-            progress(Progress(size, size, (1, 1)))
+            total = int(docker["Size"])
+            if why := self.room.too_large(total):
+                raise self._full(wanted, why)
+            progress(Progress(0, total, (0, 1)))
+            options = ["--src-daemon-host", f"unix://{self.docker}"]
+            self._copy(f"docker-daemon:{_familiar(wanted)}", wanted, options, packed=total)
+            progress(Progress(total, total, (1, 1)))
             self._origin(wanted).touch()
         elif pull is Pull.NEVER:
             what = f"the image {wanted.name} is not on this machine, and --pull is never"
@@ -200,7 +260,6 @@ class Images:
         else:
             self._pull(wanted, progress, login)
             self._origin(wanted).unlink(missing_ok=True)
-        return self._find(wanted)
 
     def _in_docker(self, wanted: Reference) -> dict[str, Any]:
         """What the local Docker Engine says about the image of this name, empty for none."""
@@ -212,51 +271,127 @@ class Images:
             return {}
 
     def _pull(self, wanted: Reference, progress: Callable[[Progress], None], login: Login) -> None:
-        """Fetch from the registry, by way of a directory in which one can see how far it is."""
-        temporary = tempfile.TemporaryDirectory(dir=self.root, prefix="pull-")
-        with temporary as name, registry.authorized(wanted, login, self.root) as authfile:
-            exact, sizes = registry.manifest(wanted, authfile)
-            command = ["skopeo", "--insecure-policy", "copy", "--quiet", f"--src-authfile={authfile}"]
-            command += [f"--src{option[1:]}" for option in registry.options(wanted)]
-            with subprocess.Popen(
-                [*command, f"docker://{exact.name}", f"dir:{name}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-            ) as process:
-                # Its complaint fits into the pipe, and it says nothing else.
-                while True:
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        process.wait(PAUSE)
-                        break
-                    progress(_progress(Path(name), sizes))
-                complaint = process.stderr.read() if process.stderr else b""
-            if process.returncode != 0:
-                raise self._failure(complaint) or registry.failure(wanted)
-            progress(Progress(sum(sizes), sum(sizes), (len(sizes), len(sizes))))
-            self._copy(f"dir:{name}", wanted, [])
+        """Fetch from the registry into a directory, as skopeo's `dir:` has it, and from there into the storage."""
+        source = Registry(wanted, login(f"{wanted.host}/{wanted.path}"), self.realms)
+        manifest = source.manifest()
+        blobs = {blob.file: blob for blob in manifest.blobs}
+        total = sum(blob.size for blob in blobs.values())
+        if why := self.room.too_large(total):
+            raise self._full(wanted, why)
+        with tempfile.TemporaryDirectory(dir=self.root, prefix="pull-") as name:
+            directory = Path(name)
+            (directory / "version").write_text("Directory Transport Version: 1.1\n")
+            (directory / "manifest.json").write_bytes(manifest.raw)
 
-    def _copy(self, source: str, wanted: Reference, options: list[str]) -> None:
-        """Bring an image into the storage, under a name."""
+            def look() -> None:
+                files = [entry for entry in os.scandir(directory) if entry.name.partition(".")[0] in blobs]
+                done = 0
+                for entry in files:
+                    with contextlib.suppress(FileNotFoundError):  # renamed just now
+                        done += entry.stat().st_size
+                layers = {blob.file for blob in manifest.blobs[1:]}
+                whole = sum(entry.name in layers for entry in files)
+                progress(Progress(min(done, total), total, (whole, len(layers))))
+
+            self._with_room(wanted, lambda: fetch(source, list(blobs.values()), directory, self.room, look))
+            look()
+            self._copy(f"dir:{name}", wanted, [], total, look)
+
+    def _copy(
+        self, source: str, wanted: Reference, options: list[str], packed: int,
+        progress: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """Bring an image into the storage, under a name, and describe it. Of what cannot be taken nothing stays.
+
+        packed: its bytes as they come, which are on the disk beside the unpacked ones for a while.
+        """
         name = wanted.name if wanted.tag else f"{wanted.host}/{wanted.path}@{wanted.digest}"
-        self._skopeo(["copy", "--quiet", *options, source, f"containers-storage:[{self._store}]{name}"], wanted.name)
+        command = ["skopeo", "--insecure-policy", "copy", "--quiet", *options, source]
+        command.append(f"containers-storage:[{self._store}]{name}")
+        before = {f"sha256:{image['id']}" for image in self.storage.images()}
+
+        def copy() -> None:
+            with self.room.filling():
+                self.room.run(command, progress, packed=packed)
+
+        try:
+            self._with_room(wanted, copy)
+        except BaseException as error:
+            if self.room.quiet():
+                with self.room.clearing():
+                    self._tidy()
+            if isinstance(error, Failed):
+                why = f"{wanted.name}: skopeo failed; the executor's log says more"
+                raise self._failure(error.complaint) or Error("internal", why) from None
+            raise
+        id = self._find(wanted)
+        try:
+            found = self.describe(id)
+            if why := self.room.too_large(found.size):
+                raise self._full(wanted, why)
+        except Error:
+            if id not in before:
+                with self.room.clearing():
+                    self._remove(id, set())
+            raise
+
+    def _with_room(self, wanted: Reference, fill: Callable[[], None]) -> None:
+        """Fill the disk; when room is short, remove what is not needed, the longest unused first, and try again."""
+        need = 0
+        while True:
+            try:
+                return fill()
+            except Full as full:
+                need = max(2 * need, 2 * full.written)
+                if full.single or not self._make_room(need):
+                    raise self._full(wanted, full.why) from None
+
+    def _make_room(self, need: int) -> int:
+        """Remove images until so many bytes more have room. How many were removed."""
+        removed = 0
+        with self.room.clearing():
+            self._tidy()
+            for image in reversed(self.stored()) if self.needed else ():
+                if not self.room.lacks(need):
+                    break
+                if self._remove(image.id, self.needed() if self.needed else set()):
+                    log.info("removed the image %s to make room: %s", image.id, ", ".join(image.names))
+                    removed += 1
+        return removed
+
+    def _tidy(self) -> None:
+        """Remove what programs left that were stopped. Nobody may add to the storage meanwhile."""
+        self.storage.sweep()
+        self.room.cleared()
+
+    def _full(self, wanted: Reference, why: str) -> Error:
+        log.warning("the image %s was not taken: %s", wanted.name, why)
+        return Error("storage_full", f"the image {wanted.name} was not taken: {why}", PRUNE)
 
     @property
     def _store(self) -> str:
         """The storage, as skopeo takes it."""
         # skip_mount_home: otherwise a mount of the storage on itself stays behind.
-        return f"overlay@{self.storage}+{self.root}/run:overlay.skip_mount_home=true"
-
-    def _skopeo(self, arguments: list[str], what: str) -> None:
-        done = subprocess.run(["skopeo", "--insecure-policy", *arguments], capture_output=True, check=False)
-        if done.returncode != 0:
-            message = " ".join(done.stderr.decode(errors="replace").split())
-            raise self._failure(done.stderr) or Error("internal", f"{what}: skopeo failed: {message}")
+        return f"overlay@{self.storage.root}+{self.root}/run:overlay.skip_mount_home=true"
 
     def _failure(self, complaint: bytes) -> Error | None:
         """A full disk, if that is what it is; what the tool said goes to the log."""
         log.warning("skopeo: %s", " ".join(complaint.decode(errors="replace").split()))
         disk = os.statvfs(self.root)
         if disk.f_bavail * disk.f_frsize < FULL:
-            return Error("storage_full", f"no space for the image in {self.root}", "beaker executor images prune")
+            return Error("storage_full", f"no space for the image in {self.root}", PRUNE)
         return None
+
+
+@contextlib.contextmanager
+def _told(reference: str) -> Iterator[None]:
+    """What the file system refuses, as people should see it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise Error("storage_full", f"the image {reference} was not taken: {error.strerror}", PRUNE) from error
+        raise Error("internal", f"the image {reference} cannot be had: {error}") from error
 
 
 def _familiar(wanted: Reference) -> str:
@@ -264,24 +399,30 @@ def _familiar(wanted: Reference) -> str:
     return wanted.name.removeprefix(f"{HUB}/").removeprefix("library/")
 
 
-def _progress(directory: Path, sizes: list[int]) -> Progress:
-    """How much of the layers has come: skopeo gives a file its digest as name when it is whole."""
-    done = finished = 0
-    with contextlib.suppress(FileNotFoundError):  # renamed while we look
-        for entry in os.scandir(directory):
-            if size := entry.stat().st_size:
-                whole = len(entry.name) == 64 and size in sizes
-                done += size if whole or entry.name.startswith("dir-put-blob") else 0
-                finished += whole
-    return Progress(min(done, sum(sizes)), sum(sizes), (min(finished, len(sizes)), len(sizes)))
+def fetch(source: Registry, blobs: list[Blob], directory: Path, room: Room, look: Callable[[], None]) -> None:
+    """Fetch blobs, several at once, into files of a directory. look: called meanwhile; may raise to end it."""
+    stopped = threading.Event()
 
+    def came(_: int) -> None:
+        if stopped.is_set():
+            raise Error("unavailable", "the fetch was ended")
 
-def _holds(archive: Path, name: str) -> bool:
-    try:
-        with tarfile.open(archive) as tar:
-            return name in tar.getnames()
-    except tarfile.TarError:
-        return False
+    def one(blob: Blob) -> None:
+        if not stopped.is_set() and not (directory / blob.file).exists():
+            source.fetch(blob, directory / blob.file, came)
+
+    with ThreadPoolExecutor(AT_ONCE, "pull") as pool:
+        waiting = {pool.submit(one, blob) for blob in blobs}
+        try:
+            while waiting:
+                done, waiting = wait(waiting, PAUSE, FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                look()
+                if waiting and (why := room.lacks()):
+                    raise Full(why, sum(entry.stat().st_size for entry in os.scandir(directory)), single=False)
+        finally:
+            stopped.set()
 
 
 def _text(root: int, path: str) -> str | None:

@@ -1,135 +1,363 @@
-"""Registries: how big an image is before it is fetched, and why it could not be fetched.
+"""Registries: an image's manifest and blobs, fetched as root from a server that somebody named.
 
-Owns: manifests, and the one question that is put to a registry directly, because a status says what the exit code of
-`skopeo` does not. Sources: https://github.com/opencontainers/distribution-spec, image-spec's `manifest.md` and
-`image-index.md`, and Docker's token authentication. Credentials
-are for skopeo's eyes: they go by a file that is gone afterwards, never by arguments or into the log.
+Owns every request to a registry. A user chooses the registry, and it chooses where its token service (`realm`) and its
+blobs are. So nothing is fetched from elsewhere than the registry, unless by https from a public address, to which the
+connection then is, or from a host that the settings name. Credentials go to the registry, and to
+a token service only when that is the registry's host, one that it is a part of, or named. Of what comes back nothing
+but the image reaches anybody: errors say a status, never a text.
+
+Sources: https://github.com/opencontainers/distribution-spec, image-spec's `manifest.md` and `image-index.md`, Docker's
+token authentication, and the layout of https://github.com/containers/image's `dir:`.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
+import http.client
+import ipaddress
 import json
 import platform
 import re
-import subprocess
-import tempfile
-import urllib.error
+import socket
+import ssl
+import threading
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...errors import Error
-from .. import Login
 from .reference import HUB, Reference
 
+HUB_HOST, HUB_REALM = "registry-1.docker.io", "auth.docker.io"
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
-KINDS = [
-    "application/vnd.oci.image.index.v1+json",
-    "application/vnd.oci.image.manifest.v1+json",
-    "application/vnd.docker.distribution.manifest.list.v2+json",
-    "application/vnd.docker.distribution.manifest.v2+json",
-]
-TIMEOUT = 20.0  # seconds
+INDEXES = (
+    "application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json",
+)  # fmt: skip
+MANIFESTS = ("application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json")
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+PARAMETER = re.compile(r'([a-zA-Z_]+)="([^"\\]{0,2000})"')
+CERTIFICATES = ("/etc/containers/certs.d", "/etc/docker/certs.d")  # directories HOST of authorities, *.crt
+TIMEOUT = 20.0  # seconds, of a small answer as a whole, and of silence in a large one
+MANIFEST, TOKEN = 4 << 20, 64 << 10  # bytes
+LAYERS = 512
+REDIRECTS = 5
+CHUNK = 1 << 20
 
 
-def options(wanted: Reference) -> list[str]:
-    """What skopeo is told about the registry."""
-    return ["--tls-verify=false"] if wanted.loopback else []
+@dataclass(frozen=True)
+class Blob:
+    """digest: `sha256:…`. size: bytes."""
+
+    digest: str
+    size: int
+
+    @property
+    def file(self) -> str:
+        return self.digest.removeprefix("sha256:")
 
 
-@contextlib.contextmanager
-def authorized(wanted: Reference, login: Login, directory: Path) -> Iterator[str]:
-    """A file for skopeo's --authfile with what the user has for this image, and with nothing of root's.
+@dataclass(frozen=True)
+class Manifest:
+    """raw: its text, whose digest is the image's. blobs: the configuration, then the layers."""
 
-    Its form: https://github.com/containers/image/blob/main/docs/containers-auth.json.5.md
+    raw: bytes
+    blobs: tuple[Blob, ...]
+
+
+class _Status(Exception):
+    """An answer that is no success."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"status {status}")
+        self.status = status
+
+
+class _Refused(Exception):
+    """The registry sends us where we do not go."""
+
+
+class Registry:
+    """The registry of one image. known: the user's name and password for it. realms: by registry, the host (with its
+    port, if it has one) of its token service, where that is on neither the registry's host nor a public address.
     """
-    known = login(f"{wanted.host}/{wanted.path}")
-    auths = {wanted.host: {"auth": base64.b64encode(":".join(known).encode()).decode()}} if known else {}
-    with tempfile.TemporaryDirectory(dir=directory, prefix="pull-") as name:  # mode 0700
-        path = Path(name, "auth.json")
-        path.write_text(json.dumps({"auths": auths}))
-        yield str(path)
+
+    def __init__(
+        self, wanted: Reference, known: tuple[str, str] | None = None, realms: Mapping[str, str] | None = None
+    ) -> None:
+        self.wanted, self.known, self.realm = wanted, known, (realms or {}).get(wanted.host, "")
+        host = HUB_HOST if wanted.host == HUB else wanted.host
+        self.origin = f"{'http' if wanted.loopback else 'https'}://{host}"
+        self._authorization = ""
+        self._lock = threading.Lock()
+
+    def manifest(self) -> Manifest:
+        """The image of this machine's kind. Raises Error not_found, unauthorized, unavailable or invalid."""
+        raw, found = self._document(self.wanted.digest or self.wanted.tag)
+        if "manifests" in found:
+            machine = ARCHITECTURES.get(platform.machine(), platform.machine())
+            fitting = [
+                entry
+                for entry in _list(found, "manifests")
+                if isinstance(p := entry.get("platform"), dict)
+                and (p.get("architecture"), p.get("os")) == (machine, "linux")
+            ]
+            if not fitting:
+                what = f"the image {self.wanted.name} is not made for Linux on {machine}"
+                raise Error("not_found", what, "use another image")
+            raw, found = self._document(_blob(fitting[0]).digest)
+        config = found.get("config")
+        if not isinstance(config, dict):
+            raise _invalid("its manifest is of an old kind, or of no image")
+        return Manifest(raw, (_blob(config), *map(_blob, _list(found, "layers"))))
+
+    def fetch(self, blob: Blob, path: Path, came: Callable[[int], None]) -> None:
+        """Write a blob to a file, which is there only when it is whole. came: is told of bytes, and may raise."""
+        with self._told():
+            partial, digest, left = path.with_suffix(".part"), hashlib.sha256(), blob.size
+            with self._open(f"/blobs/{blob.digest}", large=True) as answer, open(partial, "wb") as file:
+                while chunk := answer.read(min(CHUNK, left + 1)):
+                    left -= len(chunk)
+                    if left < 0:
+                        break
+                    digest.update(chunk)
+                    file.write(chunk)
+                    came(len(chunk))
+            if left or f"sha256:{digest.hexdigest()}" != blob.digest:
+                raise _invalid("a layer that came is not the one that its manifest names")
+            partial.rename(path)
+
+    def _document(self, name: str) -> tuple[bytes, dict[str, Any]]:
+        with self._told():
+            with self._open(f"/manifests/{name}", ", ".join(INDEXES + MANIFESTS)) as answer:
+                raw = _bounded(answer, MANIFEST)
+            if ":" in name and f"sha256:{hashlib.sha256(raw).hexdigest()}" != name:
+                raise _invalid("its manifest is not the one that was asked for")
+            return raw, _object(raw)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Failures as people should see them."""
+        host, missing = self.wanted.host, f"the image {self.wanted.name} is not on this machine, and"
+        try:
+            yield
+        except _Status as error:
+            if error.status in (401, 403):
+                hint = f"check the name; a private image needs: docker login {host}, or skopeo login {host}"
+                raise Error("unauthorized", f"{missing} {host} does not give it to you", hint) from None
+            if error.status == 404:
+                raise Error("not_found", f"{missing} {host} does not have it", "check the name and the tag") from None
+            raise Error("unavailable", f"{missing} {host} answers {error.status}", "try again later") from None
+        except _Refused as error:
+            hint = "if that is right, the administrator names it in registryRealms"
+            raise Error("unavailable", f"{missing} {host} sends us to {error}", hint) from None
+        except (http.client.HTTPException, ssl.SSLError, TimeoutError, socket.gaierror, ConnectionError) as error:
+            why = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+            what = f"{missing} its registry {host} cannot be reached: {why}"
+            raise Error("unavailable", what, "check the network") from None
+        except ValueError:
+            raise _invalid("the registry sends what cannot be read") from None
+
+    @contextlib.contextmanager
+    def _open(self, path: str, accept: str = "*/*", *, large: bool = False) -> Iterator[http.client.HTTPResponse]:
+        """The answer to a GET of something of this image, wherever the registry has it. large: as of `_get`."""
+        for attempt in (1, 2):
+            url, headers = f"{self.origin}/v2/{self.wanted.path}{path}", {"Accept": accept}
+            if used := self._authorization:
+                headers["Authorization"] = used
+            for _ in range(REDIRECTS):
+                with self._get(url, headers, large=large) as answer:
+                    if answer.status == 200:
+                        yield answer
+                        return
+                    if answer.status not in (301, 302, 303, 307, 308):
+                        break
+                    url = urllib.parse.urljoin(url, answer.headers.get("Location", ""))
+                    if not _same(url, self.origin):
+                        headers.pop("Authorization", None)
+            if answer.status != 401 or attempt == 2 or not self._authorize(answer, used):
+                raise _Status(answer.status)
+
+    def _authorize(self, answer: http.client.HTTPResponse, used: str) -> bool:
+        """Get what the registry demands; whether it is worth another try. used: what was not enough, or is no more."""
+        with self._lock:
+            if self._authorization != used:  # another thread has
+                return True
+            kind, _, rest = answer.headers.get("WWW-Authenticate", "").partition(" ")
+            basic = base64.b64encode(":".join(self.known).encode()).decode() if self.known else ""
+            if kind.lower() == "basic" and basic:
+                self._authorization = f"Basic {basic}"
+            elif kind.lower() == "bearer":
+                fields = dict(PARAMETER.findall(rest[:8192]))
+                realm = fields.get("realm", "")
+                query = urllib.parse.urlencode({k: v for k, v in fields.items() if k in ("service", "scope")})
+                trusted = basic and self._trusted(realm)
+                headers = {"Authorization": f"Basic {basic}"} if trusted else {}
+                with self._get(f"{realm}{'&' if '?' in realm else '?'}{query}", headers) as token:
+                    if token.status != 200:
+                        raise _Status(401 if token.status in (400, 401, 403) else token.status)
+                    found = _object(_bounded(token, TOKEN))
+                text = found.get("token") or found.get("access_token")
+                if not isinstance(text, str) or not re.fullmatch(r"[\x21-\x7e]+", text):
+                    raise _Status(401)
+                self._authorization = f"Bearer {text}"
+            return self._authorization != used
+
+    def _trusted(self, realm: str) -> bool:
+        """Whether a token service may see the user's password: one that could take it from the registry anyway."""
+        url, own = urllib.parse.urlsplit(realm), urllib.parse.urlsplit(self.origin)
+        host, mine = url.hostname or "", own.hostname or ""
+        if _same(realm, self.origin):
+            return True
+        if url.scheme != "https" or self.wanted.loopback:
+            return False
+        above = "." in host and mine.endswith(f".{host}") and not _address(mine)
+        return host == mine or above or (mine == HUB_HOST and host == HUB_REALM) or _port(url) == self.realm
+
+    @contextlib.contextmanager
+    def _get(self, url: str, headers: Mapping[str, str], *, large: bool = False) -> Iterator[http.client.HTTPResponse]:
+        """One request, without following anything. large: what comes may take longer than TIMEOUT."""
+        with contextlib.ExitStack() as ends:
+            connection = ends.enter_context(contextlib.closing(self._connection(url)))
+            sock = connection.sock  # which a response may take over
+            ends.callback(sock.close)
+            # A server that sends a byte now and then would be waited for without end.
+            timer = threading.Timer(TIMEOUT, _hang_up, [sock])
+            ends.callback(timer.cancel)
+            timer.daemon = True
+            timer.start()
+            parts = urllib.parse.urlsplit(url)
+            target = parts._replace(scheme="", netloc="", fragment="", path=parts.path or "/").geturl()
+            try:
+                connection.request("GET", target, headers={"User-Agent": "beaker-sessions", **headers})
+            except http.client.InvalidURL:
+                raise _Refused("an address that is none") from None
+            answer = ends.enter_context(connection.getresponse())
+            if large and answer.status == 200:
+                timer.cancel()  # each read has a time limit
+            yield answer
+
+    def _connection(self, url: str) -> http.client.HTTPConnection:
+        """Connect to where a URL leads, if we go there. Raises _Refused."""
+        try:
+            parts = urllib.parse.urlsplit(url)
+            host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+        except ValueError:
+            raise _Refused("an address that is none") from None
+        own = _same(url, self.origin)
+        if not host or not (own or parts.scheme == "https") or parts.username is not None:
+            raise _Refused(f"{host or 'nowhere'}, without https")
+        same = host == urllib.parse.urlsplit(self.origin).hostname and not self.wanted.loopback
+        free = own or same or _port(parts) == self.realm
+        proxy = "" if self.wanted.loopback else urllib.request.getproxies().get("https", "")
+        if proxy and not urllib.request.proxy_bypass(host):
+            if not free and _address(host):
+                raise _Refused(f"{host}, which is no name")
+            through = urllib.parse.urlsplit(proxy)
+            connection = http.client.HTTPSConnection(through.hostname or "", through.port, timeout=TIMEOUT)
+            connection.set_tunnel(host, port)
+            connection.connect()
+            return connection
+        found = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        if not free and not all(public(str(address)) for address in found):
+            raise _Refused(f"{host}, whose address is not public")
+        for number, address in enumerate(found, 1):
+            try:
+                sock = socket.create_connection((str(address), port), TIMEOUT)
+                break
+            except OSError as error:
+                if number == len(found):
+                    raise ConnectionError(error.errno, error.strerror) from error
+        if parts.scheme == "https":
+            try:
+                sock = _context(parts.netloc).wrap_socket(sock, server_hostname=host)
+            except (OSError, ValueError):
+                sock.close()
+                raise
+        connection_ = http.client.HTTPConnection(host, port, timeout=TIMEOUT)
+        connection_.sock = sock
+        return connection_
 
 
-def manifest(wanted: Reference, authfile: str) -> tuple[Reference, list[int]]:
-    """The image of this machine's kind behind a name, and the sizes of its layers in bytes.
-
-    Raises Error not_found, unauthorized or unavailable.
-    """
-    found = _inspect(wanted, authfile)
-    if "manifests" in found:
-        machine = ARCHITECTURES.get(platform.machine(), platform.machine())
-        entries = [
-            m
-            for m in found["manifests"]
-            if (p := m.get("platform") or {}).get("architecture") == machine and p.get("os") == "linux"
-        ]
-        if not entries:
-            raise Error("not_found", f"the image {wanted.name} is not made for Linux on {machine}", "use another image")
-        wanted = replace(wanted, tag="", digest=entries[0]["digest"])
-        found = _inspect(wanted, authfile)
-    return wanted, [layer.get("size") or 0 for layer in found.get("layers") or ()]
+def public(address: str) -> bool:
+    """Whether an address is of the internet: none of this machine, of a private network, of a link or of a cloud."""
+    parsed = _address(address.partition("%")[0])
+    if isinstance(parsed, ipaddress.IPv6Address):
+        inner = parsed.ipv4_mapped or parsed.sixtofour or (parsed.teredo or (None, None))[1]
+        if parsed in ipaddress.ip_network("64:ff9b::/96"):
+            inner = ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF)
+        if inner:
+            return public(str(inner))
+    return parsed is not None and parsed.is_global and not parsed.is_multicast and not parsed.is_reserved
 
 
-def failure(wanted: Reference) -> Error:
-    """Why an image cannot be fetched, as its registry says itself without a login."""
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        status = _status(wanted)
-    except (OSError, ValueError) as error:
-        what = f"its registry {wanted.host} cannot be reached: {getattr(error, 'reason', error)}"
-        return Error("unavailable", f"the image {wanted.name} is not on this machine, and {what}", "check the network")
-    tried = f"the image {wanted.name} is not on this machine, and {wanted.host}"
-    if status in (401, 403):
-        hint = f"check the name; a private image needs: docker login {wanted.host}, or skopeo login {wanted.host}"
-        return Error("unauthorized", f"{tried} does not give it to you", hint)
-    if status == 404:
-        return Error("not_found", f"{tried} does not have it", "check the name and the tag")
-    if status == 200:
-        return Error(
-            "unavailable", f"{tried} has it, but fetching it failed", "try again; the executor's log says more"
-        )
-    return Error("unavailable", f"{tried} answers {status}", "try again later")
+        return ipaddress.ip_address(text.strip("[]"))
+    except ValueError:
+        return None
 
 
-def _inspect(wanted: Reference, authfile: str) -> dict[str, Any]:
-    command = ["skopeo", "inspect", "--raw", f"--authfile={authfile}", *options(wanted), f"docker://{wanted.name}"]
+def _same(url: str, origin: str) -> bool:
+    one, other = urllib.parse.urlsplit(url), urllib.parse.urlsplit(origin)
+    default = {"https": 443, "http": 80}
+    return (one.scheme, one.hostname, one.port or default.get(one.scheme)) == (
+        other.scheme, other.hostname, other.port or default.get(other.scheme),
+    )  # fmt: skip
+
+
+def _port(parts: urllib.parse.SplitResult) -> str:
+    """The host, with its port unless that is https's."""
+    return f"{parts.hostname}:{parts.port}" if parts.port not in (None, 443) else str(parts.hostname)
+
+
+def _context(host: str) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    for directory in CERTIFICATES:
+        for file in Path(directory, host).glob("*.crt"):
+            context.load_verify_locations(file)
+    return context
+
+
+def _hang_up(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def _bounded(answer: http.client.HTTPResponse, limit: int) -> bytes:
+    data = answer.read(limit + 1)
+    if len(data) > limit:
+        raise _invalid(f"the registry sends more than {limit} bytes where that is too much")
+    return data
+
+
+def _object(raw: bytes) -> dict[str, Any]:
     try:
-        done = subprocess.run(command, capture_output=True, check=False, timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        raise failure(wanted) from None
-    if done.returncode != 0:
-        raise failure(wanted)
-    found = json.loads(done.stdout)
-    return found if isinstance(found, dict) else {}
+        found = json.loads(raw)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise _invalid("the registry sends what is no JSON object")
+    return found
 
 
-def _status(wanted: Reference) -> int:
-    """The status of a request for the manifest, after asking for a token if that is demanded."""
-    host = "registry-1.docker.io" if wanted.host == HUB else wanted.host
-    base = f"{'http' if wanted.loopback else 'https'}://{host}/v2/{wanted.path}/manifests/{wanted.digest or wanted.tag}"
-    headers = {"Accept": ", ".join(KINDS)}
-    status, challenge = _get(base, headers)
-    if status == 401 and challenge.lower().startswith("bearer "):
-        fields = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
-        if not fields.get("realm", "").startswith(("https://", "http://")):
-            return status
-        query = urllib.parse.urlencode({k: v for k, v in fields.items() if k in ("service", "scope")})
-        with urllib.request.urlopen(f"{fields['realm']}?{query}", timeout=TIMEOUT) as answer:
-            token = json.load(answer)
-        status, _ = _get(base, headers | {"Authorization": f"Bearer {token.get('token') or token.get('access_token')}"})
-    return status
+def _list(found: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    entries = found.get(name)
+    if not isinstance(entries, list) or len(entries) > LAYERS or not all(isinstance(e, dict) for e in entries):
+        raise _invalid(f"{name} of its manifest is no list of objects, or too long")
+    return entries
 
 
-def _get(url: str, headers: dict[str, str]) -> tuple[int, str]:
-    """The status, and what authentication is demanded."""
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as answer:
-            return answer.status, ""
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.headers.get("WWW-Authenticate", "")
+def _blob(entry: dict[str, Any]) -> Blob:
+    digest, size = entry.get("digest"), entry.get("size")
+    if not isinstance(digest, str) or not DIGEST.fullmatch(digest) or type(size) is not int or not 0 <= size < 1 << 50:
+        raise _invalid("its manifest names a part without a SHA-256 digest and a size")
+    return Blob(digest, size)
+
+
+def _invalid(why: str) -> Error:
+    return Error("invalid", f"the image cannot be taken: {why}", "use another image")

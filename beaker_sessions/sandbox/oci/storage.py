@@ -1,0 +1,103 @@
+"""The files of a containers-storage, as containers/storage keeps them for its overlay driver.
+
+Owns: reading its records, and removing what a program that was stopped left. Writing images is skopeo's. What is read
+here was written by whoever made an image: other shapes than expected are errors, never exceptions of Python's.
+
+Source: https://github.com/containers/storage, `images.go`, `layers.go` and `drivers/overlay`.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ...errors import Error
+from . import mounts
+
+
+class Storage:
+    """root: its directory, which need not be there yet."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def images(self) -> list[dict[str, Any]]:
+        return self._records("images")
+
+    def chain(self, image: dict[str, Any]) -> list[dict[str, Any]]:
+        """The layers of an image, topmost first."""
+        layers, found = {layer["id"]: layer for layer in self._records("layers")}, []
+        at = image.get("layer")
+        while at and at in layers and layers[at] not in found:
+            found.append(layers[at])
+            at = layers[at].get("parent")
+        return found
+
+    def path(self, layer: dict[str, Any]) -> str:
+        return str(self.root / "overlay" / layer["id"] / "diff")
+
+    def stored(self) -> int:
+        """Bytes of the layers of all images, each layer once."""
+        return sum(size(layer) for layer in self._needed().values())
+
+    def env(self, id: str) -> list[str]:
+        """The variables of an image, `NAME=value`. Raises Error invalid for an image whose configuration has none."""
+        # containers/storage names a file of an image after its key, in Base64 when that has other than letters.
+        key = base64.b64encode(id.encode()).decode()
+        try:
+            config = json.loads((self.root / "overlay-images" / id.removeprefix("sha256:") / f"={key}").read_text())
+            env = (config.get("config") or {}).get("Env") or []
+            if not isinstance(env, list) or not all(isinstance(pair, str) and "=" in pair for pair in env):
+                raise ValueError("its environment is none")
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise Error("invalid", f"the configuration of the image is not valid: {error}", "build it anew") from error
+        return env
+
+    def sweep(self) -> None:
+        """Remove layers that no image has. Nobody may add to the storage meanwhile; if another process does, nothing
+        is removed.
+        """
+        records = self.root / "overlay-layers"
+        with contextlib.suppress(FileNotFoundError), open(records / "layers.lock", "r+b") as lock:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return
+            needed = self._needed()
+            if any(layer["id"] not in needed for layer in self._records("layers")):
+                temporary = records / f".layers-{os.urandom(4).hex()}"
+                temporary.write_text(json.dumps(list(needed.values())))
+                temporary.chmod(0o600)
+                temporary.replace(records / "layers.json")
+            for directory in (self.root / "overlay").iterdir():
+                if directory.name not in ("l", *needed) and directory.is_dir():
+                    mounts.remove_tree(directory)
+            for link in (self.root / "overlay" / "l").iterdir():
+                if not link.exists():
+                    link.unlink()
+            for file in records.glob("*.tar-split.gz"):
+                if file.name.partition(".")[0] not in needed:
+                    file.unlink()
+            known = {image["id"] for image in self.images()}
+            for directory in (self.root / "overlay-images").iterdir():
+                if directory.is_dir() and directory.name not in known:
+                    mounts.remove_tree(directory)
+
+    def _needed(self) -> dict[str, dict[str, Any]]:
+        return {layer["id"]: layer for image in self.images() for layer in self.chain(image)}
+
+    def _records(self, kind: str) -> list[dict[str, Any]]:
+        with contextlib.suppress(FileNotFoundError):
+            records = json.loads((self.root / f"overlay-{kind}" / f"{kind}.json").read_text())
+            return records if isinstance(records, list) else []
+        return []
+
+
+def size(layer: dict[str, Any]) -> int:
+    """Bytes of a layer's own files."""
+    return layer.get("diff-size") or 0

@@ -1,0 +1,253 @@
+"""A registry that somebody chose: where it can send root, what it learns, and what of its answers comes back."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import http.server
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from beaker_sessions.errors import Error
+from beaker_sessions.sandbox.oci import registry
+from beaker_sessions.sandbox.oci.reference import parse
+from beaker_sessions.sandbox.oci.registry import Registry, public
+
+SECRET = "token-of-the-machine"
+CONFIG, LAYER = b"{}", b"layer" * 1000
+Answer = tuple[int, dict[str, str], bytes]
+
+
+def described(content: bytes) -> dict[str, Any]:
+    return {"digest": f"sha256:{hashlib.sha256(content).hexdigest()}", "size": len(content)}
+
+
+MANIFEST = json.dumps({"schemaVersion": 2, "config": described(CONFIG), "layers": [described(LAYER)]}).encode()
+
+
+class Server:
+    """Answers as a function of path and headers says, and remembers what it was asked."""
+
+    def __init__(self, answer: Callable[[str, dict[str, str]], Answer]) -> None:
+        self.asked: list[tuple[str, dict[str, str]]] = []
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                headers = dict(self.headers.items())
+                outer.asked.append((self.path, headers))
+                status, more, body = answer(self.path, headers)
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(body)), **more}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"127.0.0.1:{self.http.server_address[1]}"
+
+
+@contextmanager
+def serving(answer: Callable[[str, dict[str, str]], Answer]) -> Iterator[Server]:
+    server = Server(answer)
+    with server.http:
+        threading.Thread(target=server.http.serve_forever, daemon=True).start()
+        yield server
+        server.http.shutdown()
+
+
+@pytest.fixture
+def machine() -> Iterator[Server]:
+    """A service of the machine that only root reaches."""
+    with serving(lambda *_: (200, {}, json.dumps({"token": SECRET}).encode())) as server:
+        yield server
+
+
+def failing(server: Server, known: tuple[str, str] | None = None) -> Error:
+    with pytest.raises(Error) as error:
+        Registry(parse(f"{server.address}/a/b:1"), known).manifest()
+    assert SECRET not in f"{error.value.message} {error.value.hint}"
+    return error.value
+
+
+@pytest.mark.parametrize("realm", ["http://{}/token", "https://{}/token", "//{}/token", "http://user:x@{}/token"])
+def test_a_realm_is_no_service_of_the_machine(machine: Server, realm: str) -> None:
+    """Root fetched what it named, and sent the token in the answer to the registry."""
+    challenge = {"WWW-Authenticate": f'Bearer realm="{realm.format(machine.address)}",service="x"'}
+    with serving(lambda *_: (401, challenge, b"")) as evil:
+        failing(evil, ("ada", "correct horse"))
+        assert machine.asked == []
+        assert all(SECRET not in str(headers) for _, headers in evil.asked)
+        assert all("Authorization" not in headers for _, headers in evil.asked)
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_leads_to_no_service_of_the_machine(machine: Server, status: int) -> None:
+    for where in (f"http://{machine.address}/latest", "http://169.254.169.254/latest", "file:///etc/shadow", "gopher:"):
+        with serving(lambda *_, where=where: (status, {"Location": where}, b"")) as evil:
+            assert failing(evil).code in ("unavailable", "invalid")
+    assert machine.asked == []
+
+
+def test_what_a_blob_redirects_to_is_checked_too(machine: Server, tmp_path: Path) -> None:
+    def answer(path: str, _: dict[str, str]) -> Answer:
+        if "/blobs/" in path:
+            return 302, {"Location": f"http://{machine.address}/x"}, b""
+        return 200, {}, MANIFEST
+
+    with serving(answer) as evil:
+        source = Registry(parse(f"{evil.address}/a/b:1"))
+        with pytest.raises(Error):
+            source.fetch(source.manifest().blobs[1], tmp_path / "blob", lambda _: None)
+    assert machine.asked == []
+
+
+def test_a_token_service_on_the_registry_itself_gets_the_login(tmp_path: Path) -> None:
+    basic = "Basic " + base64.b64encode(b"ada:correct horse").decode()
+
+    def answer(path: str, headers: dict[str, str]) -> Answer:
+        if path.startswith("/token?"):
+            given = headers.get("Authorization") == basic and "scope=repository%3Aa%2Fb%3Apull" in path
+            return (200, {}, b'{"access_token": "granted"}') if given else (401, {}, b"")
+        if headers.get("Authorization") != "Bearer granted":
+            fields = f'realm="http://{headers["Host"]}/token",service="lab",scope="repository:a/b:pull"'
+            return 401, {"WWW-Authenticate": f"Bearer {fields}"}, b""
+        blobs = {described(content)["digest"]: content for content in (CONFIG, LAYER)}
+        return 200, {}, MANIFEST if "/manifests/" in path else blobs[path.rpartition("/")[2]]
+
+    with serving(answer) as server:
+        wanted = parse(f"{server.address}/a/b:1")
+        source = Registry(wanted, ("ada", "correct horse"))
+        came: list[int] = []
+        for blob in source.manifest().blobs:
+            source.fetch(blob, tmp_path / blob.file, came.append)
+            assert (tmp_path / blob.file).read_bytes() in (CONFIG, LAYER)
+        assert sum(came) == len(CONFIG) + len(LAYER)
+        with pytest.raises(Error) as error:
+            Registry(wanted, ("ada", "wrong")).manifest()
+        assert error.value.code == "unauthorized"
+
+
+@pytest.mark.parametrize(
+    ("host", "realm", "trusted"),
+    [
+        ("docker.io", "https://auth.docker.io/token", True), ("docker.io", "https://auth.docker.io.evil.com/", False),
+        ("docker.io", "http://auth.docker.io/token", False), ("ghcr.io", "https://ghcr.io/token", True),
+        ("registry.gitlab.com", "https://gitlab.com/jwt/auth", True), ("gitlab.com", "https://evil.gitlab.com/", False),
+        ("evil.com", "https://auth.docker.io/token", False), ("registry.com", "https://com/", False),
+        ("registry.lab", "https://sso.corp:8443/", False), ("named.lab", "https://sso.corp:8443/", True),
+        ("named.lab", "https://sso.corp/", False), ("named.lab", "http://sso.corp:8443/", False),
+        ("10.0.0.1", "https://0.0.1/", False), ("registry.lab", "https://registry.lab@evil.com/", False),
+    ],
+)  # fmt: skip
+def test_who_may_see_a_password(host: str, realm: str, trusted: bool) -> None:
+    source = Registry(parse(f"{host}/a/b:1"), ("ada", "x"), {"named.lab": "sso.corp:8443"})
+    assert source._trusted(realm) is trusted
+
+
+@pytest.mark.parametrize(
+    ("address", "yes"),
+    [
+        ("1.1.1.1", True), ("2606:4700::1111", True), ("127.0.0.1", False), ("10.1.2.3", False), ("0.0.0.0", False),
+        ("169.254.169.254", False), ("100.64.0.1", False), ("192.168.1.1", False), ("224.0.0.1", False),
+        ("::1", False), ("::", False), ("fe80::1%eth0", False), ("fd00:ec2::254", False), ("::ffff:127.0.0.1", False),
+        ("::ffff:1.1.1.1", True), ("64:ff9b::7f00:1", False), ("64:ff9b::a9fe:a9fe", False), ("2002:7f00:1::", False),
+        ("255.255.255.255", False), ("ff02::1", False), ("::127.0.0.1", False), ("198.18.0.1", False), ("x", False),
+    ],
+)  # fmt: skip
+def test_public_addresses(address: str, yes: bool) -> None:
+    assert public(address) is yes
+
+
+def test_a_name_that_leads_inside_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of several addresses is enough; and what was resolved is what is connected to."""
+    tried: list[Any] = []
+
+    def connect(address: Any, *_: Any) -> Any:
+        tried.append(address)
+        raise ConnectionRefusedError(111, "refused")
+
+    monkeypatch.setattr(registry.socket, "create_connection", connect)
+    names = {"inside.example": ["1.1.1.1", "10.0.0.1"], "outside.example": ["1.1.1.1"]}
+    monkeypatch.setattr(
+        registry.socket, "getaddrinfo", lambda host, port, **_: [(0, 0, 0, "", (a, port)) for a in names[host]]
+    )
+    source = Registry(parse("registry.lab/a/b:1"))
+    with pytest.raises(registry._Refused):
+        source._connection("https://inside.example/token")
+    assert tried == []
+    with pytest.raises(ConnectionError):
+        source._connection("https://outside.example/token")
+    assert tried == [("1.1.1.1", 443)]
+
+
+HOSTILE = {
+    "text": b"<html>", "list": b"[]", "deep": b"[" * 100_000, "long": b" " * (5 << 20), "nothing": b"{}",
+    "config": b'{"config": 3, "layers": []}', "layers": b'{"config": {}, "layers": {}}',
+    "size": json.dumps({"config": described(CONFIG), "layers": [described(LAYER) | {"size": -1}]}).encode(),
+    "bool": json.dumps({"config": described(CONFIG), "layers": [described(LAYER) | {"size": True}]}).encode(),
+    "path": json.dumps({"config": described(CONFIG), "layers": [{"digest": "sha256:../../etc", "size": 1}]}).encode(),
+    "many": json.dumps({"config": described(CONFIG), "layers": [described(LAYER)] * 1000}).encode(),
+    "index": b'{"manifests": [1, null, "x"]}', "platform": b'{"manifests": [{"platform": "linux"}]}',
+    "itself": b'{"manifests": [{"platform": {"architecture": "amd64", "os": "linux"}, "digest": "../x", "size": 1}]}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_manifest_is_an_error(name: str) -> None:
+    """An exception would have had the executor start the session again and again."""
+    with serving(lambda *_: (200, {}, HOSTILE[name])) as evil:
+        assert failing(evil).code in ("invalid", "not_found")
+
+
+@pytest.mark.parametrize("content", [LAYER + b"more", LAYER[:-1], b"x" * len(LAYER)])
+def test_a_blob_is_what_its_digest_says(tmp_path: Path, content: bytes) -> None:
+    def whole(path: str, _: dict[str, str]) -> Answer:
+        return 200, {}, MANIFEST if "/manifests/" in path else content
+
+    with serving(whole) as evil:
+        source = Registry(parse(f"{evil.address}/a/b:1"))
+        with pytest.raises(Error) as error:
+            source.fetch(source.manifest().blobs[1], tmp_path / "blob", lambda _: None)
+    assert error.value.code == "invalid"
+    assert not (tmp_path / "blob").exists()
+
+
+@pytest.mark.parametrize(
+    "challenge", ["Bearer", "Bearer realm=", 'Bearer realm="' + "x" * 9000, 'Basic realm="lab"', "Negotiate", '"' * 900]
+)
+def test_a_hostile_challenge_is_a_refusal(challenge: str) -> None:
+    with serving(lambda *_: (401, {"WWW-Authenticate": challenge}, b"")) as evil:
+        assert failing(evil).code in ("unauthorized", "unavailable")
+
+
+def test_a_registry_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "TIMEOUT", 0.5)
+    over = threading.Event()
+
+    class Drip(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            while not over.wait(0.1):
+                self.wfile.write(b" ")
+                self.wfile.flush()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Drip) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(Error):
+            Registry(parse(f"127.0.0.1:{server.server_address[1]}/a/b:1")).manifest()
+        over.set()
+        server.shutdown()
