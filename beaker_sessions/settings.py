@@ -47,6 +47,9 @@ class ExecutorSettings:
     host_networking: bool = field(default=False, metadata={"key": "hostNetworking"})
     session_disk: str = field(default="", metadata={"key": "sessionDisk"})
 
+    port_range: str = field(default="20000-29999", metadata={"key": "portRange"})  # from which the node picks
+    session_access: list[str] = field(default_factory=list, metadata={"key": "sessionAccess"})  # [ADDRESS:]PORT
+
     metrics: str = field(default="", metadata={"key": "metrics"})  # HOST:PORT, "" for no listener
 
     prefix: typing.ClassVar[str] = "BEAKER_EXECUTOR_"

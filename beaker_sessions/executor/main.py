@@ -15,7 +15,7 @@ from .. import __version__
 from ..errors import Error
 from ..sandbox import Sandboxes
 from ..settings import ExecutorSettings, load
-from . import doctor, exposition, inventory, plan
+from . import doctor, exposition, inventory, plan, ports
 from .access import Access
 from .disk import Disk
 from .door import Door
@@ -64,7 +64,8 @@ def _oci(settings: ExecutorSettings) -> Sandboxes:
 
     state = Path(settings.storage_path, "executor", "oci")
     docker, bridge = settings.docker_socket, settings.bridge
-    return OciSandboxes(state, settings.storage_path, settings.cdi_paths, docker=docker, bridge=bridge)
+    access = settings.session_access
+    return OciSandboxes(state, settings.storage_path, settings.cdi_paths, docker=docker, bridge=bridge, access=access)
 
 
 def _docker(settings: ExecutorSettings) -> Sandboxes:
@@ -101,7 +102,7 @@ def serve(settings: ExecutorSettings) -> None:
     ledger = Ledger(Path(settings.storage_path, "executor", "ledger.db"))
     driver, why = sandboxes(settings, (ledger.fact("driver") or "") if ledger.live() else "")
     ledger.fact("driver", driver.name)
-    sessions = Sessions(ledger, inventory.read(settings))
+    sessions = Sessions(ledger, inventory.read(settings), ports.of(settings))
     inside = Inside(Path(settings.socket).parent / "sessions", settings.address)
     lifecycle = Lifecycle(sessions, driver, settings, inside, owner=settings.storage_path)
     access = Access(ledger, settings.address, settings.accounts)
