@@ -57,6 +57,9 @@ class ExecutorSettings:
     image_space: str = field(default="", metadata={"key": "imageSpace"})
     registry_realms: dict[str, str] = field(default_factory=dict, metadata={"key": "registryRealms"})
 
+    port_range: str = field(default="20000-29999", metadata={"key": "portRange"})  # from which the node picks
+    session_access: list[str] = field(default_factory=list, metadata={"key": "sessionAccess"})  # [ADDRESS:]PORT
+
     metrics: str = field(default="", metadata={"key": "metrics"})  # HOST:PORT, "" for no listener
 
     prefix: typing.ClassVar[str] = "BEAKER_EXECUTOR_"

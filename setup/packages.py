@@ -15,6 +15,7 @@ SESSION = {
     "iproute2": ("ip",),
     "iptables": ("iptables",),
     "mmdebstrap": ("mmdebstrap",),
+    "nftables": ("nft",),
     "runc": ("runc", "crun"),
     "skopeo": ("skopeo",),
     "tini": ("/usr/bin/tini-static",),

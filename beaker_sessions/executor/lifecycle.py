@@ -24,7 +24,7 @@ from ..errors import Error
 from ..model import Claim, Identity, Request, Session, State
 from ..sandbox import LABEL_OWNER, Found, Mount, Progress, Sandboxes, Spec, Status
 from ..settings import ExecutorSettings
-from . import credentials, disk, inventory, plan
+from . import credentials, disk, forwarding, inventory, plan, ports
 from .homes import home
 from .inside import Inside
 from .rundir import TARGET
@@ -57,6 +57,7 @@ class Lifecycle:
         self._reconciling = threading.Lock()
         self._boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         restarted = (sessions.ledger.fact("boot") or self._boot) != self._boot
+        self._unpublished: set[str] = set()  # sessions with ports that are somebody else's by now
         self._cut_off = (
             {session.id for session in sessions.live()} if restarted else set()
         )  # by a restart of the machine
@@ -106,7 +107,7 @@ class Lifecycle:
             self._examine({id})
 
     def _make(self, id: str, session: Session, identity: Identity) -> None:
-        request, claim = session.request, session.claim or Claim()
+        request = session.request
         assert request.image  # `plan.defaults` has filled it in
         login = partial(credentials.find, identity)
         image = self.sandboxes.image(request.image, request.pull, lambda p: self._progress(id, p), login)
@@ -115,6 +116,8 @@ class Lifecycle:
         own = [Mount(str(rundir), TARGET, read_only=True)]
         own += [Mount(str(f), path, read_only=True) for f, (_, path) in zip(files, request.secret_mounts, strict=True)]
         with ExitStack() as pins:
+            claim, sockets = self._bind(id, session, pins)
+            session = replace(session, claim=claim)
             spec: Spec = plan.spec(
                 id, request, claim, identity, image, [*self._mounts(request, identity, pins), *own],
                 capacity=self.sessions.capacity, node=self.node(), owner=self.owner, job=wire.job(session),
@@ -124,6 +127,48 @@ class Lifecycle:
             self.sessions.passed(id, "made")
             size = self.sessions.offer(id, lambda: self.sandboxes.attach(id, replay=False))
             self.sandboxes.start(id, size if request.tty else None)
+            if sockets:
+                self._forward(id, sockets)
+
+    def _bind(self, id: str, session: Session, pins: ExitStack) -> tuple[Claim, ports.Sockets]:
+        """The sockets of its ports, and the claim with the ports as they are. Before anything is made."""
+        claim = session.claim or Claim()
+        if not claim.ports:
+            return claim, []
+        mapped, sockets = self.sessions.ports.take(id, session.request, claim, self.sessions.live())
+        for sock, _ in sockets:
+            pins.callback(sock.close)
+        if mapped != claim.ports:
+            claim = replace(claim, ports=mapped)
+            self.sessions.move(id, claim=claim)
+        return claim, sockets
+
+    def _forward(self, id: str, sockets: ports.Sockets) -> None:
+        init = self.sandboxes.init(id)
+        if init is not None:  # else it has ended already
+            try:
+                forwarding.start(id, init, sockets)
+            finally:
+                os.close(init)
+
+    def _forward_again(self, sessions: list[Session]) -> None:
+        """Start the forwarders that were killed, and those of sessions that a version without them made."""
+        running = forwarding.running() if sessions else {}
+        for session in sessions:
+            if session.id in running or not session.claim:
+                continue
+            try:
+                sockets = ports.bind(session.claim.ports)
+                try:
+                    self._forward(session.id, sockets)
+                finally:
+                    for sock, _ in sockets:
+                        sock.close()
+                self._unpublished.discard(session.id)
+            except Error as error:
+                if session.id not in self._unpublished:
+                    self._unpublished.add(session.id)
+                    log.warning("session %s: its ports are not published: %s", session.id, error)
 
     def _progress(self, id: str, progress: Progress) -> None:
         live = self.sessions.entry(id)
@@ -215,6 +260,9 @@ class Lifecycle:
         while True:
             try:
                 self.sandboxes.remove(id)
+                live = self.sessions.entry(id)
+                if live and live.session.claim and live.session.claim.ports:
+                    forwarding.end(id)
                 break
             except Error as error:
                 log.warning("session %s cannot be removed: %s", id, error)
@@ -272,6 +320,7 @@ class Lifecycle:
     def _reconcile(self) -> None:
         known = self.sessions.live()  # before the list: what ran then must be in it
         exists = {found.id: found for found in self.sandboxes.list()}
+        published = []
         for session in known:
             found = exists.pop(session.id, None)
             live = self.sessions.entry(session.id)
@@ -294,6 +343,9 @@ class Lifecycle:
                 live.since = _started(found.pid)
             elif session.state == State.EXITED:
                 self._spawn(session.id, self._clean_up)
+            if session.state == State.STARTED and session.claim and session.claim.ports:
+                published.append(session)
+        self._forward_again(published)
         for found in exists.values():
             self._adopt(found)
         self.inside.resume(lambda: [session.id for session in self.sessions.live()])

@@ -15,7 +15,7 @@ from .. import __version__
 from ..errors import Error
 from ..sandbox import Sandboxes
 from ..settings import ExecutorSettings, load
-from . import doctor, exposition, images, inventory, plan
+from . import doctor, exposition, images, inventory, plan, ports
 from .access import Access
 from .disk import Disk
 from .door import Door
@@ -66,7 +66,7 @@ def _oci(settings: ExecutorSettings) -> Sandboxes:
     return OciSandboxes(
         state, settings.storage_path, settings.cdi_paths, docker=settings.docker_socket, bridge=settings.bridge,
         images=Path(settings.image_path) if settings.image_path else None, limits=images.limits(settings),
-        realms=settings.registry_realms,
+        realms=settings.registry_realms, access=settings.session_access,
     )  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def serve(settings: ExecutorSettings) -> None:
     ledger = Ledger(Path(settings.storage_path, "executor", "ledger.db"))
     driver, why = sandboxes(settings, (ledger.fact("driver") or "") if ledger.live() else "")
     ledger.fact("driver", driver.name)
-    sessions = Sessions(ledger, inventory.read(settings))
+    sessions = Sessions(ledger, inventory.read(settings), ports.of(settings))
     inside = Inside(Path(settings.socket).parent / "sessions", server)
     lifecycle = Lifecycle(sessions, driver, settings, inside, owner=settings.storage_path)
     images.guard(lifecycle)

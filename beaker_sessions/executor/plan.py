@@ -131,7 +131,6 @@ def spec(
         tty=request.tty,
         stdin=request.stdin,
         host_network=request.host_network,
-        ports=claim.ports,
         disk=disk,
     )
 

@@ -20,9 +20,10 @@ from .. import ids
 from ..errors import Error
 from ..model import LIVE, Claim, Identity, Request, Resources, Session, State
 from ..sandbox import Progress, Terminal
-from . import claims, plan, ports
+from . import claims, plan
 from .inventory import Inventory
 from .ledger import Ledger, held
+from .ports import Ports
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +92,8 @@ class View:
 class Sessions:
     """on_start(id): resources are claimed, start it. on_exit(id): its main process ended, clean up."""
 
-    def __init__(self, ledger: Ledger, inventory: Inventory) -> None:
-        self.ledger, self.inventory = ledger, inventory
+    def __init__(self, ledger: Ledger, inventory: Inventory, ports: Ports | None = None) -> None:
+        self.ledger, self.inventory, self.ports = ledger, inventory, ports or Ports()
         self.capacity = inventory.capacity
         self._cordons: dict[str, str] = {}  # who keeps this node from starting anything new -> why
         self.on_start: Callable[[str], None] = lambda _id: None
@@ -207,7 +208,7 @@ class Sessions:
                     f"you have a session named {request.name!r} already",
                     "attach to it, or choose another name",
                 )
-            ports.check(request, self.live())
+            self.ports.check(request, self.live())
             now = datetime.now(UTC)
             session = Session(
                 id or ids.ulid(), account, self.ledger.fact("node") or "", request, created=now, revision=1
@@ -222,6 +223,7 @@ class Sessions:
                 del self._live[session.id]
                 for other, was in before.items():
                     self._live[other].session = was
+                self.ports.drop(before)
                 raise
             for ready in starting:
                 self.on_start(ready)
@@ -251,7 +253,8 @@ class Sessions:
         for index in claims.startable(amounts, self.free()):
             session, amount = waiting[index], amounts[index]
             gpus = claims.pick(amount.gpus, self.inventory.gpus, held(self.live()))
-            claim = Claim(gpus, amount.cpus, amount.memory, ports.pick(session.request, self.live()))
+            ports = self.ports.pick(session.id, session.request, self.live())
+            claim = Claim(gpus, amount.cpus, amount.memory, ports)
             self.move(session.id, State.SCHEDULED, claim=claim, scheduled=datetime.now(UTC))
             starting.append(session.id)
         return starting
@@ -265,6 +268,7 @@ class Sessions:
             live.session = self.ledger.move(old, wanted, actor)
             if live.session.state == State.FINALIZED:
                 del self._live[id]
+                self.ports.drop(self._live)
             if live.session.state in (State.EXITED, State.FINALIZED) or old.state == State.CREATED:
                 self._notify_queue()
             self._notify(live)

@@ -22,6 +22,7 @@ Login = Callable[[str], tuple[str, str] | None]
 LABEL = "beaker.session"  # every sandbox carries it, its value is the session's id
 # So that the executor of one state directory never touches the sandboxes of another.
 LABEL_OWNER = "beaker.executor"
+MARK = 0xBEA  # SO_MARK of the sockets of published ports: by it the firewall lets sessions reach them
 LOW_DISK = 10 << 30  # bytes of free disk below which images and sessions will soon be in trouble
 
 
@@ -76,9 +77,8 @@ class Spec:
     overrides over the image's; a value of None removes the image's variable. identity: the user it runs as, whose
     passwd and group entries must resolve in any image. cpu_weight: relative share, 1 to 10000, 100 is Docker's 1024
     shares. memory: hard limit in bytes, 0 for none. gpus: CDI names; exactly these devices are reachable.
-    oom_score_adj: added to the badness of every process inside. ports: TCP ports inside, each with the node's that
-    leads there. disk: bytes that it may write outside of its mounts, 0 for no limit; where a driver cannot enforce
-    that, it does not.
+    oom_score_adj: added to the badness of every process inside. disk: bytes that it may write outside of its mounts, 0
+    for no limit; where a driver cannot enforce that, it does not.
     """
 
     id: str
@@ -99,7 +99,6 @@ class Spec:
     tty: bool = True
     stdin: bool = True
     host_network: bool = False
-    ports: tuple[tuple[int, int], ...] = ()
     disk: int = 0
 
 
@@ -217,6 +216,12 @@ class Sandboxes(Protocol):
 
     def signal(self, id: str, signal: int) -> None:
         """Send a signal to the main process. Silent if it has ended."""
+
+    def init(self, id: str) -> int | None:
+        """A pidfd of its first process, which lives as long as the sandbox and is in its network namespace.
+
+        None when it does not run. Whoever called closes it.
+        """
 
     def stop(self, id: str, grace: float) -> None:
         """Ask the main process to end (SIGHUP with a terminal, else SIGTERM), kill everything after `grace` seconds."""

@@ -147,6 +147,10 @@ class FakeSandboxes:
     def signal(self, id: str, signal: int) -> None:
         self._process(id).end(128 + signal)
 
+    def init(self, id: str) -> int | None:
+        self._process(id)
+        return None
+
     def stop(self, id: str, grace: float) -> None:
         del grace
         self._process(id).end(129)

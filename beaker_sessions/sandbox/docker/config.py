@@ -60,7 +60,6 @@ def container(spec: Spec, files: Path, mounts: Sequence[Mount], edits: Edits | N
     ]
     host: dict[str, Any] = {
         "Init": True,
-        "PortBindings": {f"{own}/tcp": [{"HostPort": str(node)}] for own, node in spec.ports},
         "NetworkMode": "host" if spec.host_network else "bridge",
         "RestartPolicy": {"Name": "no"},
         "LogConfig": {"Type": "json-file", "Config": {"max-size": "8m", "max-file": "2"}},
@@ -94,7 +93,6 @@ def container(spec: Spec, files: Path, mounts: Sequence[Mount], edits: Edits | N
         "User": f"{identity.uid}:{identity.gid}",
         "Hostname": spec.hostname,
         "WorkingDir": "/",
-        "ExposedPorts": {f"{own}/tcp": {} for own, _ in spec.ports},
         "Env": _environment(variables(spec.image.env, spec.env, applied.env)),
         "Entrypoint": ENTRY,
         "Cmd": [

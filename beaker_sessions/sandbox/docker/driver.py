@@ -185,6 +185,19 @@ class DockerSandboxes:
             if error.code != "conflict":  # it does not run
                 raise
 
+    def init(self, id: str) -> int | None:
+        pid = self._inspect(id)["State"]["Pid"]
+        if not pid:
+            return None
+        try:
+            fd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return None
+        if self._inspect(id)["State"]["Pid"] == pid:  # else it had ended, and this may be another's
+            return fd
+        os.close(fd)
+        return None
+
     def stop(self, id: str, grace: float) -> None:
         seconds = math.ceil(grace)
         self.engine.call("POST", f"{_path(id)}/stop", {"t": seconds}, timeout=seconds + 60)

@@ -16,7 +16,14 @@ from ..docker.check import is_static
 from . import trial, userns
 from .cgroups import Cgroups
 
-PACKAGES = {"conmon": "conmon", "skopeo": "skopeo", "ip": "iproute2", "iptables": "iptables", "unshare": "util-linux"}
+PACKAGES = {
+    "conmon": "conmon",
+    "skopeo": "skopeo",
+    "ip": "iproute2",
+    "iptables": "iptables",
+    "nft": "nftables",
+    "unshare": "util-linux",
+}
 CONMON = (2, 1, 6)  # the oldest that this was written for
 ACTIONS = Path("/proc/sys/kernel/seccomp/actions_avail")
 APPARMOR = Path("/sys/module/apparmor/parameters/enabled")

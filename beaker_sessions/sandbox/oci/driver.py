@@ -52,7 +52,8 @@ class OciSandboxes:
     state: a directory of the driver's own, on a file system that overlays can be on. owner: labels its sandboxes.
     cdi_paths: directories of CDI specs. docker: the socket of a Docker Engine whose images may be used, "" for none.
     bridge: the network bridge of this executor's sessions. etc: the directory of `subuid` and `subgid`. images: where
-    images are, on any disk, by default below state; limits and realms: as of `Images`.
+    images are, on any disk, by default below state; limits and realms: as of `Images`. access: what sessions may reach
+    of this machine, see `sandbox.firewall`.
     """
 
     name = "oci"
@@ -60,7 +61,7 @@ class OciSandboxes:
 
     def __init__(
         self, state: Path, owner: str, cdi_paths: Iterable[str | os.PathLike[str]] = (), *,
-        docker: str = "", bridge: str = "beaker0", etc: Path = userns.ETC,
+        docker: str = "", bridge: str = "beaker0", etc: Path = userns.ETC, access: Iterable[str] = (),
         images: Path | None = None, limits: Limits | None = None, realms: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         self.state, self.owner, self.cdi_paths, self.etc = state, owner, list(cdi_paths), etc
@@ -73,7 +74,7 @@ class OciSandboxes:
         for name in ("sessions", "runtime", "inside", "trash"):
             (state / name).mkdir(mode=0o711, exist_ok=True)
         self.images = Images(images or state / "images", docker, limits, realms)
-        self.network = Network(RUN / bridge / "networks", bridge)
+        self.network = Network(RUN / bridge / "networks", bridge, access)
         self.runtime = conmon.Runtime(programs.find(programs.RUNTIMES), state / "runtime")
         programs.sealed(self.runtime.path)  # lest the first session wait for it
         self.quotas = layer.has_quotas(state)
@@ -105,11 +106,10 @@ class OciSandboxes:
             )
             network = None if spec.host_network else self.network.take()
             if network:
-                sandbox = replace(sandbox, network=network.name, ports=spec.ports)
+                sandbox = replace(sandbox, network=network.name)
             if self.quotas:
                 sandbox = replace(sandbox, project=layer.project({other.project for _, other in self._sandboxes()}))
             sandbox.save(directory)
-            self.network.publish(sandbox.network, spec.id, sandbox.ports)
             for part in layer.PARTS:
                 (directory / part).mkdir()
             if sandbox.project:
@@ -211,6 +211,9 @@ class OciSandboxes:
 
     def signal(self, id: str, signal: int) -> None:
         self._record(id).init.kill(signal)
+
+    def init(self, id: str) -> int | None:
+        return self._record(id).init.open()
 
     def stop(self, id: str, grace: float) -> None:
         sandbox = self._record(id)

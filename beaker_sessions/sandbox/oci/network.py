@@ -1,9 +1,9 @@
 """Network namespaces made ahead, each with an address on the sessions' own bridge and a way out.
 
-Owns: the bridge, the pairs of virtual interfaces, the rules of iptables that carry the bridge's name, and the files in
-one directory that keep the namespaces. Published ports are rules in a chain of the bridge's name, each with the
-sandbox's id as its comment. The sandbox's user namespace does not own them, so that root inside can change
-nothing about them; what it needs (low ports, ping) is set here.
+Owns: the bridge, the pairs of virtual interfaces, the firewall around the bridge (`sandbox.firewall`), the rules of
+iptables that carry the bridge's name, and the files in one directory that keep the namespaces. The sandbox's user
+namespace does not own them, so that root inside can change nothing about them; what it needs (low ports, ping) is set
+here.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import json
 import logging
 import os
 import random
-import shlex
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import TypeVar
 
 from ...errors import Error
-from . import mounts
+from .. import firewall
+from . import mounts, retired
 
 COUNT = 4  # namespaces kept ready
 SETTLE = 0.3  # seconds after one was taken until another is made: a session starts, and needs the CPUs just then
@@ -37,20 +37,25 @@ PREFIX = 22  # of a bridge's network: a thousand sessions
 SYSCTLS = {"ipv4/ip_unprivileged_port_start": "0", "ipv4/ping_group_range": "0 2147483647"}
 RESOLVERS = ("/run/systemd/resolve/resolv.conf", "/etc/resolv.conf")  # the first names no resolver on loopback
 
-NAT = ["iptables", "-w", "-t", "nat"]
+FILTER = ["iptables", "-w", "-t", "filter"]
+FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
 
 T = TypeVar("T")
-Ports = Sequence[Sequence[int]]  # pairs: of a sandbox, of this machine
 
 log = logging.getLogger(__name__)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Network:
-    """directory: of the namespaces' files. bridge: its name, at most 10 bytes, also the prefix of interfaces' names."""
+    """directory: of the namespaces' files. bridge: its name, at most 10 bytes, also the prefix of interfaces' names.
 
-    def __init__(self, directory: Path, bridge: str) -> None:
-        self.directory, self.bridge = directory, bridge
+    access: what sessions may reach of this machine, as `firewall.rules` takes it.
+    """
+
+    def __init__(self, directory: Path, bridge: str, access: Iterable[str] = ()) -> None:
+        self.directory, self.bridge, self.access = directory, bridge, list(access)
+        self._forwarded = directory.with_name("forwarded")
+        self._rules = ""  # in force
         self._network: ipaddress.IPv4Network | None = None
         self._lock = threading.Lock()
         self._filling = threading.Lock()
@@ -76,33 +81,13 @@ class Network:
             # Its interface goes now: another mount namespace of this machine may have a copy of the mount.
             threading.Thread(target=_run, args=[["ip", "link", "delete", f"{self.bridge}-{name}"]], daemon=True).start()
 
-    def publish(self, name: str, id: str, ports: Ports) -> None:
-        """Let ports of this machine lead to those of the sandbox `id` in the namespace `name`. Idempotent."""
-        if not ports:
-            return
-        for rule in self._leads(self._ensure(), name, id, ports):
-            if not _run([*NAT, "-C", *rule]):
-                _output([*NAT, "-A", *rule])
-
-    def withdraw(self, name: str, id: str, ports: Ports) -> None:
-        """The opposite of `publish`. Silent if it was not done."""
-        if ports and (network := self._address()):
-            for rule in self._leads(network, name, id, ports):
-                _run([*NAT, "-D", *rule])
-
-    def _leads(self, network: ipaddress.IPv4Network, name: str, id: str, ports: Ports) -> Iterator[list[str]]:
-        for own, port in ports:
-            yield [
-                self.bridge, "-p", "tcp", "-m", "tcp", "--dport", str(port), "-m", "comment", "--comment", id,
-                "-j", "DNAT", "--to-destination", f"{network[int(name)]}:{own}",
-            ]  # fmt: skip
-
-    def adopt(self, used: Container[str], ids: Container[str]) -> None:
-        """After a restart: the namespaces that are in use or ready stay, and the ports of these ids; the others go."""
-        rules = subprocess.run([*NAT, "-S", self.bridge], capture_output=True, text=True, check=False).stdout
-        for words in map(shlex.split, rules.splitlines()):
-            if words[0] == "-A" and words[words.index("--comment") + 1] not in ids:
-                _run([*NAT, "-D", *words[1:]])
+    def adopt(self, used: Container[str]) -> None:
+        """After a restart: the namespaces that are in use or ready stay, the others go."""
+        if self._address():  # there may be sessions
+            try:
+                self._ensure()
+            except Error as error:
+                log.error("%s", error.message)
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         ready = {path.stem for path in self._ready()}
         for path in self.directory.iterdir():
@@ -119,13 +104,13 @@ class Network:
         with self._filling:
             for path in self.directory.iterdir():
                 self.drop(path.name)
-            if network := self._address():
-                for table, rule in self._rules(network):
-                    while _run(["iptables", "-w", "-t", table, "-D", *rule]):
-                        pass
-                for action in ("-F", "-X"):
-                    _run([*NAT, action, self.bridge])
-                _run(["ip", "link", "delete", self.bridge])
+            for rule in self._lets():
+                while _run([*FILTER, "-D", *rule]):
+                    pass
+            retired.remove(self.bridge)
+            _run(["ip", "link", "delete", self.bridge])
+            firewall.remove(self.bridge)  # last: until then there is somebody to protect
+            self._forward_no_more()
 
     def resolvers(self) -> str:
         """The text of `/etc/resolv.conf` for a sandbox: this machine's, without resolvers that only it can reach."""
@@ -140,6 +125,7 @@ class Network:
             return
         try:
             time.sleep(after)
+            self._ensure(again=True)
             while not self._closed and len(self._ready()) < COUNT:
                 path = self._make()
                 path.with_suffix(READY).touch()
@@ -148,10 +134,13 @@ class Network:
         finally:
             self._filling.release()
 
-    def _ensure(self) -> ipaddress.IPv4Network:
-        """The bridge's network, with all that it needs."""
+    def _ensure(self, *, again: bool = False) -> ipaddress.IPv4Network:
+        """The bridge's network, with all that it needs, looked at once or again."""
         with self._lock:
-            self._network = self._network or self._bridge()
+            if self._network is None or again:
+                self._network = self._network or self._bridge()
+                self._protect(self._network)
+                _run(["ip", "link", "set", self.bridge, "up"])  # not before there is a firewall
             return self._network
 
     def _make(self) -> Path:
@@ -206,17 +195,10 @@ class Network:
                 raise Error("unavailable", "every network for sessions is in use on this machine", "ip route")
             _output(
                 ["ip", "-batch", "-"],
-                f"link add {self.bridge} type bridge\n"
-                f"address add {network[1]}/{network.prefixlen} dev {self.bridge}\n"
-                f"link set {self.bridge} up\n",
+                f"link add {self.bridge} type bridge\naddress add {network[1]}/{network.prefixlen} dev {self.bridge}\n",
             )
-        Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
-        _run([*NAT, "-N", self.bridge])
-        for table, rule in self._rules(network):
-            if not _run(["iptables", "-w", "-t", table, "-C", *rule]):
-                _output(["iptables", "-w", "-t", table, "-I", *rule])
-        # Programs of this machine reach published ports at 127.0.0.1 too; the rule in `raw` keeps sessions from it.
-        Path(f"/proc/sys/net/ipv4/conf/{self.bridge}/route_localnet").write_text("1")
+        retired.remove(self.bridge)
+        self._forward()
         return network
 
     def _address(self) -> ipaddress.IPv4Network | None:
@@ -226,29 +208,38 @@ class Network:
         address = next((a for link in links if link for a in link["addr_info"]), None)
         return ipaddress.IPv4Interface(f"{address['local']}/{address['prefixlen']}").network if address else None
 
-    def _rules(self, network: ipaddress.IPv4Network) -> list[tuple[str, list[str]]]:
-        """(table, chain and rule). Docker drops what it does not forward itself, hence ours come first."""
+    def _protect(self, network: ipaddress.IPv4Network) -> None:
+        """Have the firewall say what it should: it may have been set up anew, and resolvers may be others by now."""
+        resolvers = [line.split()[1] for line in self.resolvers().splitlines() if line.startswith("nameserver ")]
+        text = firewall.rules(self.bridge, str(network), resolvers, self.access)
+        if text != self._rules or not firewall.exists(self.bridge):
+            firewall.apply(text)
+            self._rules = text
+        for rule in self._lets():
+            if not _run([*FILTER, "-C", *rule]):
+                _output([*FILTER, "-I", *rule])
+
+    def _lets(self) -> list[list[str]]:
+        """Rules of iptables: Docker drops there what it does not forward itself."""
         mark = ["-m", "comment", "--comment", self.bridge]
-        led = ["-o", self.bridge, "-m", "conntrack", "--ctstate", "DNAT", *mark]
-        local = ["-m", "addrtype", "--dst-type", "LOCAL", *mark]
+        back = ["-m", "conntrack", "--ctstate", "RELATED,ESTABLISHED"]
         return [
-            ("raw", ["PREROUTING", "-i", self.bridge, "-d", "127.0.0.0/8", *mark, "-j", "DROP"]),
-            ("nat", ["PREROUTING", *local, "-j", self.bridge]),
-            ("nat", ["OUTPUT", *local, "-j", self.bridge]),
-            # The way back must lead through this machine: from its own loopback, and from one session to another. The
-            # latter fails where br_netfilter filters bridges: it turns such packets round on the bridge itself, and
-            # `isolated` drops them there.
-            ("nat", ["POSTROUTING", "-s", str(network), *led, "-j", "MASQUERADE"]),
-            ("nat", ["POSTROUTING", "-s", "127.0.0.0/8", *led, "-j", "MASQUERADE"]),
-            ("filter", ["FORWARD", *led, "-j", "ACCEPT"]),
-            ("nat", ["POSTROUTING", "-s", str(network), "!", "-o", self.bridge, *mark, "-j", "MASQUERADE"]),
-            ("filter", ["FORWARD", "-i", self.bridge, "!", "-o", self.bridge, *mark, "-j", "ACCEPT"]),
-            (
-                "filter",
-                ["FORWARD", "-o", self.bridge, "-m", "conntrack", "--ctstate", "RELATED,ESTABLISHED", *mark,
-                 "-j", "ACCEPT"],
-            ),
-        ]  # fmt: skip
+            ["FORWARD", "-i", self.bridge, "!", "-o", self.bridge, *mark, "-j", "ACCEPT"],
+            ["FORWARD", "-o", self.bridge, *back, *mark, "-j", "ACCEPT"],
+        ]
+
+    def _forward(self) -> None:
+        """Have this machine forward packets, and note it if it did not, for `close`."""
+        if FORWARD.read_text().strip() == "0":
+            self._forwarded.touch()
+            FORWARD.write_text("1")
+
+    def _forward_no_more(self) -> None:
+        """Unless somebody else came to count on it: who has a bridge, does."""
+        if self._forwarded.exists():
+            if not list(Path("/sys/class/net").glob("*/bridge")):
+                FORWARD.write_text("0")
+            self._forwarded.unlink()
 
 
 def _loopback(line: str) -> bool:

@@ -24,8 +24,7 @@ LOST = "conmon, which held the streams of this session, was killed, and the sess
 class Record:
     """boot: of the machine when it was made. runtime: its program, which alone can `exec` in it.
 
-    network: the name of its namespace, "" for this machine's own. ports: TCP ports of its own and this machine's that
-    lead there. project: of its layer's quota, 0 for none.
+    network: the name of its namespace, "" for this machine's own. project: of its layer's quota, 0 for none.
 
     conmon and init: once they run; before that the sandbox is being made, or was when its executor was killed.
     """
@@ -35,7 +34,6 @@ class Record:
     tty: bool
     cgroup: str
     network: str = ""
-    ports: tuple[tuple[int, int], ...] = ()
     boot: str = ""
     project: int = 0
     runtime: str = ""
@@ -75,6 +73,7 @@ def load(directory: Path) -> Record | None:
         return None
     same = data["boot"] == boot()
     processes = {name: Process(data[name]["pid"], data[name]["started"] if same else 0) for name in ("conmon", "init")}
+    data.pop("ports", None)  # of an earlier version's
     return Record(**data | processes)
 
 

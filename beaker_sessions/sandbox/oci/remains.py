@@ -59,7 +59,6 @@ class Remains:
             self.kill(sandbox, directory)
             self.cgroups.remove(sandbox.cgroup)
             if sandbox.network:
-                self.network.withdraw(sandbox.network, id, sandbox.ports)
                 self.network.drop(sandbox.network)
             if sandbox.project:
                 layer.lift(self.state, sandbox.project)
@@ -78,7 +77,6 @@ class Remains:
                 continue
             sandbox.conmon.kill(signal.SIGCONT)  # in case its executor was killed while it was stopped
             known.add(sandbox.id)
-            self.network.publish(sandbox.network, sandbox.id, sandbox.ports)  # a firewall may have been set up anew
             used.add(sandbox.network)
         for name in self.cgroups.children(self.cgroup) - known:
             self.kill(Record(name, {}, False, f"{self.cgroup}/{name}"), self.state / "sessions" / name)
@@ -91,7 +89,7 @@ class Remains:
                 mounts.unmount(root)
             else:
                 self._unmount(root.name)
-        self.network.adopt(used, known)
+        self.network.adopt(used)
         self.network.warm()
         self._empty()
 

@@ -1,0 +1,86 @@
+"""The forwarders of published ports: started, found and ended. Each is a process that outlives the executor.
+
+Owns: how they are started and known again. Nothing is written down: a forwarder is a process with the session's id
+among its arguments that runs as the forwarders' user, which nobody can imitate. It ends with the session's first
+process by itself, so that nothing has to be removed, whoever died when.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import Error
+from . import forwarder
+
+NAME = b"/forwarder.py"  # wherever an earlier version was installed
+START = 10.0  # seconds
+GONE = 5.0  # seconds in which one that was killed must end
+
+
+def start(id: str, init: int, sockets: Sequence[tuple[socket.socket, int]]) -> None:
+    """Serve these bound sockets, each with the port inside. init: a pidfd of the session's first process.
+
+    Raises Error internal when the forwarder does not start although the session goes on.
+    """
+    command = [sys.executable, "-I", "-S", forwarder.__file__, id, str(init)]
+    command += [f"{sock.fileno()}:{port}" for sock, port in sockets]
+    fds = [init, *(sock.fileno() for sock, _ in sockets)]
+    try:
+        done = subprocess.run(
+            command, pass_fds=fds, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            cwd="/", timeout=START, check=False,
+        )  # fmt: skip
+        said = done.stderr.decode(errors="replace").strip()
+    except subprocess.TimeoutExpired:
+        said = f"nothing within {START:g} s"
+    else:
+        if done.returncode == 0:
+            return
+    if not ended(init):
+        raise Error("internal", f"the ports of session {id} cannot be published: {said}")
+
+
+def ended(init: int) -> bool:
+    """Whether the process of a pidfd has ended."""
+    poll = select.poll()
+    poll.register(init, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def running() -> dict[str, int]:
+    """The forwarders of this machine, whichever executor started them: pids by session ids."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                if words[1:3] != [b"-I", b"-S"] or not words[3].endswith(NAME):
+                    continue
+                # Another's command may look the same; only root can become this user.
+                status = (entry / "status").read_text()
+                uids = next(line for line in status.splitlines() if line.startswith("Uid:")).split()[1:]
+                if set(uids) == {str(forwarder.NOBODY)}:
+                    found[words[4].decode()] = int(entry.name)
+    return found
+
+
+def end(id: str) -> None:
+    """Wait for the end of a session's forwarder; the session has ended. Raises Error unavailable when it does not."""
+    now = time.monotonic()
+    patience, deadline = now + forwarder.DRAIN + 0.5, now + GONE
+    while pid := running().get(id):
+        if time.monotonic() > patience:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if time.monotonic() > deadline:
+            raise Error("unavailable", f"the forwarder of session {id}, process {pid}, does not end")
+        time.sleep(0.005)

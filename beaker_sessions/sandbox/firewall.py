@@ -1,0 +1,101 @@
+"""The firewall around the sessions' bridge: one table of nftables, named after the bridge.
+
+Owns: the rules, as text that is computed from their arguments, and the table that is replaced by it in one step. Says
+who may speak with sessions, never anything about other packets. Published ports need no rule: forwarders' sockets
+carry a mark, which the kernel itself looks up, so that no rule can outlive the session it was made for.
+
+Sources: nft(8); https://wiki.nftables.org.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import subprocess
+from collections.abc import Iterable
+
+from ..errors import Error
+from . import MARK
+
+NAME = re.compile(r"[A-Za-z0-9_-]{1,15}")  # of an interface
+HIGHEST = 65535
+
+
+def rules(bridge: str, network: str, resolvers: Iterable[str], access: Iterable[str]) -> str:
+    """The commands of nft that make the table, whether or not there is one.
+
+    network: the sessions' own, as `10.0.0.0/22`. resolvers: addresses of DNS servers, of this machine or not. access:
+    TCP ports of this machine that sessions may reach, as `PORT` or `ADDRESS:PORT`. Raises Error invalid for another.
+    """
+    if not NAME.fullmatch(bridge):
+        raise Error("invalid", f"bridge: {bridge!r} cannot be the name of an interface", "correct the settings")
+    allowed = "\n".join(f"        {rule} accept" for rule in map(_access, access))
+    names = ", ".join(sorted({address for address in resolvers if _is_ipv4(address)}))
+    dns = f"ip daddr {{ {names} }} meta l4proto {{ tcp, udp }} th dport 53 accept" if names else ""
+    # -10: before those of others, whose `accept` is not the last word; a `drop` or `reject` of ours is.
+    return f"""table inet {bridge} {{}}
+delete table inet {bridge}
+table inet {bridge} {{
+    chain input {{
+        type filter hook input priority -10; policy accept;
+        iifname != "{bridge}" accept
+        ct state established,related accept
+        meta l4proto tcp socket mark {MARK} accept
+        {dns}
+{allowed}
+        reject
+    }}
+    chain forward {{
+        type filter hook forward priority -10; policy accept;
+        oifname "{bridge}" ct state established,related accept
+        oifname "{bridge}" drop
+        iifname != "{bridge}" accept
+        {dns}
+        meta nfproto ipv6 reject
+        ip daddr 169.254.0.0/16 reject
+    }}
+    chain output {{
+        type filter hook output priority -10; policy accept;
+        oifname != "{bridge}" accept
+        ct state established,related accept
+        meta skuid != 0 reject
+    }}
+    chain postrouting {{
+        type nat hook postrouting priority srcnat; policy accept;
+        ip saddr {network} oifname != "{bridge}" masquerade
+    }}
+}}
+"""
+
+
+def apply(text: str, prefix: Iterable[str] = ()) -> None:
+    """Put the rules in force, all at once. prefix: of the command, to run it elsewhere. Raises Error unavailable."""
+    done = subprocess.run([*prefix, "nft", "-f", "-"], input=text, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        why = " ".join(done.stderr.split())
+        raise Error("unavailable", f"the firewall of sessions cannot be set up: {why}", "apt-get install nftables")
+
+
+def exists(bridge: str, prefix: Iterable[str] = ()) -> bool:
+    command = [*prefix, "nft", "list", "table", "inet", bridge]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def remove(bridge: str, prefix: Iterable[str] = ()) -> None:
+    """Silent when there is none."""
+    subprocess.run([*prefix, "nft", "delete", "table", "inet", bridge], capture_output=True, check=False)
+
+
+def _access(item: str) -> str:
+    address, _, port = item.rpartition(":")
+    if not port.isdecimal() or not 0 < int(port) <= HIGHEST or (address and not _is_ipv4(address)):
+        raise Error("invalid", f"sessionAccess: {item!r} is neither PORT nor ADDRESS:PORT", "correct the settings")
+    return f"{f'ip daddr {address} ' if address else ''}tcp dport {int(port)}"
+
+
+def _is_ipv4(text: str) -> bool:
+    try:
+        ipaddress.IPv4Address(text)
+    except ValueError:
+        return False
+    return True

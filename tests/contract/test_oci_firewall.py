@@ -1,0 +1,209 @@
+"""Who may speak with a session of the oci driver, and with whom it may speak: tried from every side."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from beaker_sessions.executor import forwarding, ports
+from beaker_sessions.model import Claim, Request
+from beaker_sessions.sandbox import firewall
+from beaker_sessions.sandbox.oci.network import Network
+from tests.stack import wait_for
+
+from .conftest import Inside, Maker, OciLab
+
+# What becomes of a call: `open`, the error's name, or `silence`.
+CALLER = """
+import errno, socket, sys
+try:
+    socket.create_connection((sys.argv[1], int(sys.argv[2])), 3)
+    print("open")
+except TimeoutError:
+    print("silence")
+except OSError as error:
+    print(errno.errorcode[error.errno])
+"""
+SERVER = "import socket, time; s = socket.create_server(('', 8000)); time.sleep(1000)"
+ADDRESS = "import socket; s = socket.socket(2, 2); s.connect(('192.0.2.1', 9)); print(s.getsockname()[0])"
+STRANGER = 1600  # a uid of this machine, without an account
+
+
+@pytest.fixture
+def make(oci_lab: OciLab) -> Iterator[Maker]:
+    maker = Maker(oci_lab)
+    yield maker
+    maker.close()
+
+
+@pytest.fixture
+def inside(make: Maker, tmp_path: Path) -> Inside:
+    return Inside(make, tmp_path / "home")
+
+
+@pytest.fixture
+def other(make: Maker, tmp_path: Path) -> Inside:
+    return Inside(make, tmp_path / "other")
+
+
+def calling(inside: Inside, address: str, port: int) -> str:
+    return inside.run("python3", "-c", CALLER, address, str(port))[1].strip()
+
+
+def user_calling(address: str, port: int, uid: int = STRANGER, prefix: tuple[str, ...] = ()) -> str:
+    user = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"] if uid else []
+    command = [*prefix, *user, "/usr/bin/python3", "-c", CALLER, address, str(port)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
+
+
+def serve(inside: Inside) -> str:
+    """Have a session serve its port 8000: its own address."""
+    inside.run("sh", "-c", f'python3 -c "{SERVER}" >/dev/null 2>&1 &')
+    address = inside.run("python3", "-c", ADDRESS)[1].strip()
+    wait_for("the server", lambda: user_calling(address, 8000, uid=0) == "open")
+    return address
+
+
+def gateway(lab: OciLab) -> str:
+    network = lab.sandboxes.network._address()
+    assert network
+    return str(network[1])
+
+
+def publish(inside: Inside) -> int:
+    """Publish a session's port 8000, as the executor does."""
+    choice = ports.Ports()
+    request = Request("image", ports=((8000, 0),))
+    mapped, sockets = choice.take(inside.spec.id, request, Claim(ports=choice.pick(inside.spec.id, request, [])), [])
+    init = inside.make.lab.sandboxes.init(inside.spec.id)
+    assert init is not None
+    forwarding.start(inside.spec.id, init, sockets)
+    os.close(init)
+    for sock, _ in sockets:
+        sock.close()
+    return mapped[0][1]
+
+
+def test_services_of_the_machine_are_closed_to_sessions(inside: Inside, oci_lab: OciLab) -> None:
+    """Those that listen on every address, at whatever address of the machine; and its datagrams."""
+    machine = gateway(oci_lab)
+    with socket.create_server(("", 0)) as service, socket.socket(type=socket.SOCK_DGRAM) as datagrams:
+        port = service.getsockname()[1]
+        others = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=True).stdout.split()
+        for address in {machine, *(one for one in others if "." in one)}:
+            assert calling(inside, address, port) == "ECONNREFUSED", address
+        datagrams.bind(("", 0))
+        where = (machine, datagrams.getsockname()[1])
+        inside.run("python3", "-c", f"import socket; socket.socket(2, 2).sendto(b'hello', {where})")
+        datagrams.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            datagrams.recv(100)
+
+
+def test_nor_are_they_open_by_ipv6(inside: Inside, oci_lab: OciLab) -> None:
+    shown = subprocess.run(["ip", "-6", "-o", "address", "show", "dev", oci_lab.bridge], capture_output=True, text=True)
+    if not shown.stdout:
+        pytest.skip("needs IPv6")
+    with socket.create_server(("::", 0), family=socket.AF_INET6) as service:
+        link_local = shown.stdout.split()[3].split("/")[0]
+        assert calling(inside, f"{link_local}%eth0", service.getsockname()[1]) != "open"
+
+
+def test_what_the_settings_name_is_open(inside: Inside, oci_lab: OciLab) -> None:
+    network: Network = oci_lab.sandboxes.network
+    with socket.create_server(("", 0)) as service:
+        port = service.getsockname()[1]
+        network.access = [f"{gateway(oci_lab)}:{port}"]
+        try:
+            network._ensure(again=True)
+            assert calling(inside, gateway(oci_lab), port) == "open"
+        finally:
+            network.access = []
+            network._ensure(again=True)
+        assert calling(inside, gateway(oci_lab), port) == "ECONNREFUSED"
+
+
+def test_metadata_services_are_closed(inside: Inside) -> None:
+    """Whose address the machine has here: a way to it there is."""
+    for address in ("169.254.169.254", "fd00:ec2::254"):
+        kind = ["-6"] if ":" in address else []
+        subprocess.run(["ip", *kind, "address", "add", address, "dev", "lo"], check=True)
+        try:
+            family = socket.AF_INET6 if kind else socket.AF_INET
+            with socket.create_server((address, 0), family=family) as service:
+                assert calling(inside, address, service.getsockname()[1]) in ("ECONNREFUSED", "ENETUNREACH")
+        finally:
+            subprocess.run(["ip", *kind, "address", "delete", address, "dev", "lo"], check=True)
+
+
+def test_unpublished_ports_are_open_to_root_alone(inside: Inside, other: Inside, oci_lab: OciLab) -> None:
+    address = serve(inside)
+    assert user_calling(address, 8000, uid=0) == "open"
+    assert user_calling(address, 8000) == "ECONNREFUSED"
+    assert calling(other, address, 8000) != "open"
+    # A container of somebody else's, on a bridge of its own, or another machine with a route to us.
+    name = f"x{oci_lab.owner}"
+    with subprocess.Popen(["unshare", "--net", "sleep", "1000"]) as stranger:
+        there = ("nsenter", f"--net=/proc/{stranger.pid}/ns/net")
+        try:
+            wait_for("it", lambda: os.readlink(f"/proc/{stranger.pid}/ns/net") != os.readlink("/proc/self/ns/net"))
+            add = ["ip", "link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", str(stranger.pid)]
+            subprocess.run(add, check=True)
+            subprocess.run(["ip", "address", "add", "10.98.0.1/24", "dev", name], check=True)
+            subprocess.run(["ip", "link", "set", name, "up"], check=True)
+            for words in ("address add 10.98.0.2/24 dev eth0", "link set eth0 up", "route add default via 10.98.0.1"):
+                subprocess.run([*there, "ip", *words.split()], check=True)
+            with socket.create_server(("10.98.0.1", 0)) as reached:
+                assert user_calling("10.98.0.1", reached.getsockname()[1], uid=0, prefix=there) == "open"
+            assert user_calling(address, 8000, uid=0, prefix=there) == "silence"
+        finally:
+            stranger.kill()
+            subprocess.run(["ip", "link", "delete", name], check=False)
+
+
+def test_published_ports_are_open_to_all_and_only_while_they_are_published(
+    inside: Inside, other: Inside, oci_lab: OciLab
+) -> None:
+    serve(inside)
+    port = publish(inside)
+    machine = gateway(oci_lab)
+    assert user_calling("127.0.0.1", port) == "open"
+    assert calling(other, machine, port) == "open"
+    assert calling(inside, machine, port) == "open", "its own, too"
+    inside.make.lab.sandboxes.remove(inside.spec.id)
+    wait_for("the forwarder's end", lambda: inside.spec.id not in forwarding.running())
+    with socket.create_server(("", port)):  # whoever has the port next is no published port
+        assert calling(other, machine, port) == "ECONNREFUSED"
+
+
+def test_a_firewall_that_was_flushed_is_there_again(inside: Inside, oci_lab: OciLab) -> None:
+    firewall.remove(oci_lab.bridge)
+    with socket.create_server(("", 0)) as service:
+        assert calling(inside, gateway(oci_lab), service.getsockname()[1]) == "open", "the test tests nothing"
+        oci_lab.again()
+        assert calling(inside, gateway(oci_lab), service.getsockname()[1]) == "ECONNREFUSED"
+
+
+def test_rules_of_an_earlier_version_go(inside: Inside, oci_lab: OciLab) -> None:
+    bridge, nat = oci_lab.bridge, ["iptables", "-w", "-t", "nat"]
+    mark = ["-m", "comment", "--comment", bridge]
+    led = ["-p", "tcp", "-m", "tcp", "--dport", "8420", "-m", "comment", "--comment", inside.spec.id]
+    for rule in (
+        [*nat, "-N", bridge],
+        [*nat, "-A", bridge, *led, "-j", "DNAT", "--to-destination", "10.213.0.2:80"],
+        [*nat, "-I", "OUTPUT", "-m", "addrtype", "--dst-type", "LOCAL", *mark, "-j", bridge],
+        ["iptables", "-w", "-t", "raw", "-I", "PREROUTING", "-i", bridge, "-d", "127.0.0.0/8", *mark, "-j", "DROP"],
+    ):
+        subprocess.run(rule, check=True)
+    localnet = Path(f"/proc/sys/net/ipv4/conf/{bridge}/route_localnet")
+    localnet.write_text("1")
+    oci_lab.again()
+    for table in ("nat", "raw"):
+        listed = subprocess.run(["iptables", "-w", "-t", table, "-S"], capture_output=True, text=True, check=True)
+        assert bridge not in listed.stdout
+    assert localnet.read_text().strip() == "0"
