@@ -18,7 +18,7 @@ import subprocess
 import tarfile
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -167,25 +167,25 @@ class Images:
             chain.append(str(self.storage / "overlay" / at / "diff"))
             size += layers[at].get("diff-size") or 0
             at = layers[at].get("parent")
-        with self._mounted(chain) as root:
-            passwd, group, shadow = (_text(root, f"/etc/{name}") for name in ACCOUNTS)
-            shell = next((path for path in SHELLS if _exists(root, path)), "/bin/sh")
+        passwd, group, shadow, shell = self._look(chain)
         env = (config.get("config") or {}).get("Env") or []
         return Description(id, chain, env, size, shell, passwd, group, shadow)
 
-    @contextlib.contextmanager
-    def _mounted(self, layers: list[str]) -> Iterator[int]:
-        """A descriptor of the image's root directory."""
+    def _look(self, layers: list[str]) -> tuple[str | None, str | None, str | None, str]:
+        """An image's account files, None for each that it has not, and its best shell."""
         with tempfile.TemporaryDirectory(dir=self.root, prefix="mount-") as name:
             base = Path(name)
             for part in ("upper", "work", "root"):
                 (base / part).mkdir()
-            mounts.overlay(base / "root", [Path(layer) for layer in layers], base)
-            try:
+
+            def look() -> tuple[str | None, str | None, str | None, str]:
+                mounts.overlay(base / "root", [Path(layer) for layer in layers], base)
                 with mounts.opened(os.open(base / "root", os.O_PATH | os.O_CLOEXEC)) as root:
-                    yield root
-            finally:
-                mounts.unmount(base / "root")
+                    shell = next((path for path in SHELLS if _exists(root, path)), "/bin/sh")
+                    passwd, group, shadow = (_text(root, f"/etc/{name}") for name in ACCOUNTS)
+                    return passwd, group, shadow, shell
+
+            return mounts.private(look)
 
     def _fetch(self, wanted: Reference, pull: Pull, progress: Callable[[Progress], None], login: Login) -> str:
         if pull is not Pull.ALWAYS and (docker := self._in_docker(wanted)):
