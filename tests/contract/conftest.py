@@ -58,13 +58,15 @@ class DockerLab:
         if name not in self.known:
             if name == "debian" and not self.debian:
                 pytest.skip(images.missing_for_debian())
-            tar = self.debian.read_bytes() if name == "debian" and self.debian else BUILDERS[name]()
-            query: dict[str, Any] = {"fromSrc": "-", "repo": name, "tag": self.tag}
-            if name == "greedy":
-                query["changes"] = "ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=all GREEDY=yes"
-            self.engine.call("POST", "/images/create", query, tar, timeout=SECONDS)
-            self.known[name] = self.sandboxes.image(f"{name}:{self.tag}", Pull.NEVER, print)
+            self.build(name, self.debian.read_bytes() if name == "debian" and self.debian else BUILDERS[name]())
         return self.known[name]
+
+    def build(self, name: str, tar: bytes) -> None:
+        query: dict[str, Any] = {"fromSrc": "-", "repo": name, "tag": self.tag}
+        if name == "greedy":
+            query["changes"] = "ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=all GREEDY=yes"
+        self.engine.call("POST", "/images/create", query, tar, timeout=SECONDS)
+        self.known[name] = self.sandboxes.image(f"{name}:{self.tag}", Pull.NEVER, print)
 
     def close(self) -> None:
         for image in self.known.values():
@@ -90,14 +92,16 @@ class OciLab:
         if name not in self.known:
             if name == "debian" and not self.debian:
                 pytest.skip(images.missing_for_debian())
-            tar = self.debian.read_bytes() if name == "debian" and self.debian else BUILDERS[name]()
-            env = ("NVIDIA_VISIBLE_DEVICES=all", "NVIDIA_DRIVER_CAPABILITIES=all", "GREEDY=yes")
-            archive = self.archives / f"{name}.tar"
-            images.oci_archive(tar, archive, env if name == "greedy" else ())
-            self.sandboxes.images.load(archive, f"{name}:test")
-            archive.unlink()
-            self.known[name] = self.sandboxes.image(f"{name}:test", Pull.NEVER, print)
+            self.build(name, self.debian.read_bytes() if name == "debian" and self.debian else BUILDERS[name]())
         return self.known[name]
+
+    def build(self, name: str, tar: bytes) -> None:
+        env = ("NVIDIA_VISIBLE_DEVICES=all", "NVIDIA_DRIVER_CAPABILITIES=all", "GREEDY=yes")
+        archive = self.archives / f"{name}.tar"
+        images.oci_archive(tar, archive, env if name == "greedy" else ())
+        self.sandboxes.images.load(archive, f"{name}:test")
+        archive.unlink()
+        self.known[name] = self.sandboxes.image(f"{name}:test", Pull.NEVER, print)
 
     def close(self) -> None:
         for found in self.sandboxes.list():

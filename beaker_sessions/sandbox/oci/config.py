@@ -1,7 +1,8 @@
 """From a `Spec` to an OCI runtime configuration. Pure: no input or output, no policy.
 
-Shapes: https://github.com/opencontainers/runtime-spec, `config.md` and `config-linux.md`. Bind mounts of the caller's
-directories are not in it: the driver makes them in the root file system beforehand, from pinned descriptors.
+Shapes: https://github.com/opencontainers/runtime-spec, `config.md` and `config-linux.md`. Of bind mounts only those
+in `/dev` are in it. The others are in the root file system beforehand, where no mount point is made through a link of the
+image that leads into another mount.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from ...errors import Error
 from ...model import Identity
 from .. import Spec
-from ..cdi import Edits
+from ..cdi import CdiMount, Edits
 from ..environment import variables
 from .mounts import IdMap
 from .seccomp import profile
@@ -184,7 +185,17 @@ def _edits(edits: Edits) -> list[dict[str, Any]]:
             "options": list(dict.fromkeys(["rbind", *mount.options])),
         }
         for mount in edits.mounts
+        if _in_dev(mount)
     ]
+
+
+def beforehand(edits: Edits) -> list[CdiMount]:
+    """The mounts of edits that the root file system has before the runtime comes, which mounts /dev."""
+    return [mount for mount in edits.mounts if not _in_dev(mount)]
+
+
+def _in_dev(mount: CdiMount) -> bool:
+    return mount.container_path.startswith("/dev/")
 
 
 def _hooks(edits: Edits) -> dict[str, list[dict[str, Any]]]:

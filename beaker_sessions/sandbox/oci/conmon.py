@@ -27,6 +27,7 @@ from .processes import Process, readable
 LOG_SIZE = 1 << 30  # bytes of a log after which conmon forgets it, should no executor be there to trim it before
 PACKET = 32 << 10  # the longest packet that conmon takes
 BUSY = 0.3  # seconds that a line for a conmon which does not read waits for the one before
+ENTER = (programs.BUSYBOX, "nsenter")  # static, so that it costs half a millisecond
 START = 30.0  # seconds in which a runtime must have made a container
 
 
@@ -39,18 +40,19 @@ class Runtime:
 
 
 def create(
-    runtime: Runtime, id: str, directory: Path, namespace: Path | None, *, tty: bool, stdin: bool
+    runtime: Runtime, id: str, directory: Path, root: int, namespace: Path | None, *, tty: bool, stdin: bool
 ) -> tuple[int, int]:
     """Make the container of the bundle in a directory: the pids of conmon and of the container's init.
 
-    Raises Error internal with what the runtime said.
+    root: a descriptor of the mount namespace that has its root file system. Only the runtime is in it: conmon, which
+    stays, would keep all that is mounted there. Raises Error internal with what the runtime said.
     """
     arguments = ["--log-path", f"k8s-file:{directory}/log", "--log-size-max", str(LOG_SIZE), "--no-sync-log"]
     # With a terminal, who leaves may come back; a pipe that was closed is at its end.
     arguments += ["--terminal", "--stdin", "--leave-stdin-open"] if tty else ["--stdin"] if stdin else []
     with _pipe() as (reader, writer), _short(directory) as short:
         pipes = {"_OCI_SYNCPIPE": writer}
-        network.inside(namespace, lambda: _run(runtime, id, directory, short, arguments, pipes))
+        network.inside(namespace, lambda: _run(runtime, id, directory, short, arguments, pipes, root))
         writer.close()
         init = _answer(reader, f"{Path(runtime.path).name} create")
     return int((directory / "conmon.pid").read_text()), init
@@ -201,17 +203,23 @@ def set_size(terminal: int, size: tuple[int, int]) -> None:
 
 
 def _run(
-    runtime: Runtime, id: str, directory: Path, short: str, arguments: Sequence[str], pipes: Mapping[str, io.FileIO]
-) -> None:
-    """Run conmon until it has gone to the background. short: of the directory, for sockets made in it."""
+    runtime: Runtime, id: str, directory: Path, short: str, arguments: Sequence[str], pipes: Mapping[str, io.FileIO],
+    root: int = -1,
+) -> None:  # fmt: skip
+    """Run conmon until it has gone to the background.
+
+    short: of the directory, for sockets made in it. root: the mount namespace that its runtime shall be in.
+    """
     try:
         program = programs.sealed(runtime.path)
     except FileNotFoundError as error:
         mend = "install it again: beaker executor doctor"
         raise Error("unavailable", f"{runtime.path} is not there any more", mend) from error
+    program, *before = [program] if root < 0 else [*ENTER, f"-m/proc/{os.getpid()}/fd/{root}", program]
     command = [
         "conmon", "--api-version", "1", "--cid", id, "--cuuid", id, "--name", id, "--bundle", str(directory),
-        "--runtime", program, "--runtime-arg", f"--root={runtime.root}", "--full-attach",
+        "--runtime", program, *(f"--runtime-arg={word}" for word in before), f"--runtime-arg=--root={runtime.root}",
+        "--full-attach",
         "--persist-dir", str(directory), "--conmon-pidfile", f"{directory}/conmon.pid",
         "--container-pidfile", f"{directory}/init.pid", "--log-level", "error", *arguments,
     ]  # fmt: skip

@@ -10,7 +10,8 @@ was interrupted at any point is found and removed by the next instance.
     STATE/inside/        what every sandbox sees as /.beaker
     STATE/trash/         what is being removed
     RUN/BRIDGE/networks/ network namespaces
-    RUN/BRIDGE/roots/    root file systems, mounted for the moment in which a container is made
+    RUN/BRIDGE/roots/    where a root file system is mounted while its container is made, each in a mount namespace
+                         of its own; for everybody else it is empty
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from .remains import GONE, Remains
 from .watch import Watch
 
 RUN = Path("/run/beaker/oci")  # every id may pass through it, which the state need not allow
+PARTS = ("sessions", "runtime", "inside", "trash")
 READY = 1.0  # seconds in which a sandbox's init must listen to signals
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -68,11 +70,13 @@ class OciSandboxes:
         self.cgroups = cgroups.detect()
         self.cgroup = "/beaker-" + re.sub(r"[^a-z0-9]+", "-", owner.lower()).strip("-")
         self.roots = RUN / bridge / "roots"
-        for path in (RUN.parent, RUN, RUN / bridge, self.roots, state):
+        for path in (RUN.parent, RUN, RUN / bridge):
             path.mkdir(parents=True, exist_ok=True)
             path.chmod(path.stat().st_mode | 0o111)
-        for name in ("sessions", "runtime", "inside", "trash"):
-            (state / name).mkdir(mode=0o711, exist_ok=True)
+        for path in (self.roots, state, *(state / name for name in PARTS)):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.chmod(0o700)  # earlier versions let everybody pass
+        (state / "inside").chmod(0o755)  # every sandbox has it as it is
         self.images = Images(images or state / "images", docker, limits, realms)
         self.network = Network(RUN / bridge / "networks", bridge, access)
         self.runtime = conmon.Runtime(programs.find(programs.RUNTIMES), state / "runtime")
@@ -96,7 +100,7 @@ class OciSandboxes:
         uids, gids = userns.maps(spec.identity, userns.subordinate(spec.identity, self.etc), edits.gids)
         directory = self._directory(spec.id)
         try:
-            directory.mkdir(mode=0o711)
+            directory.mkdir(mode=0o700)
         except FileExistsError as error:
             raise Error("conflict", f"the sandbox {spec.id} exists already") from error
         try:
@@ -114,23 +118,22 @@ class OciSandboxes:
                 (directory / part).mkdir()
             if sandbox.project:
                 layer.assign(directory, sandbox.project, spec.disk)
-            root = self.roots / spec.id
-            try:
-                rootfs.make(
-                    spec, root, directory, image, uids, gids, self._namespace(uids, gids),
-                    inside=self.state / "inside", resolvers=self.network.resolvers(),
-                )  # fmt: skip
-                host = config.Host(
-                    root, sandbox.cgroup, uids, gids, self.cgroups.unified, self.cgroups.swap,
-                    resource.getrlimit(resource.RLIMIT_NOFILE)[1],
-                )  # fmt: skip
-                (directory / "config.json").write_text(json.dumps(config.config(spec, host, edits, nodes)))
-                holder, init = conmon.create(self.runtime, spec.id, directory, network, tty=spec.tty, stdin=spec.stdin)
-                if not spec.tty:
-                    user = spec.identity
-                    conmon.give(holder, userns.outside(uids, user.uid), userns.outside(gids, user.gid))
-            finally:
-                mounts.unmount(root)  # the empty directory stays: runc goes there to `exec`
+            host = config.Host(
+                self.roots, sandbox.cgroup, uids, gids, self.cgroups.unified, self.cgroups.swap,
+                resource.getrlimit(resource.RLIMIT_NOFILE)[1],
+            )  # fmt: skip
+            (directory / "config.json").write_text(json.dumps(config.config(spec, host, edits, nodes)))
+            root = rootfs.make(
+                spec, self.roots, directory, image, uids, gids, self._namespace(uids, gids),
+                inside=self.state / "inside", resolvers=self.network.resolvers(), devices=config.beforehand(edits),
+            )  # fmt: skip
+            with mounts.opened(root):
+                holder, init = conmon.create(
+                    self.runtime, spec.id, directory, root, network, tty=spec.tty, stdin=spec.stdin
+                )
+            if not spec.tty:
+                user = spec.identity
+                conmon.give(holder, userns.outside(uids, user.uid), userns.outside(gids, user.gid))
             replace(sandbox, conmon=Process.of(holder), init=Process.of(init)).save(directory)
             self._tell(spec.id)
         except BaseException as error:

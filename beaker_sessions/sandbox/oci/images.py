@@ -81,7 +81,8 @@ class Images:
     ) -> None:
         self.root, self.docker, self.realms = root, docker, realms or {}
         self.needed: Callable[[], set[str]] | None = None
-        root.mkdir(mode=0o711, parents=True, exist_ok=True)
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        root.chmod(0o700)  # earlier versions let everybody pass
         (root / "images").mkdir(mode=0o700, exist_ok=True)
         self.storage = Storage(root / "storage")
         self.room = Room(root, limits or Limits(), self.storage.stored)
@@ -225,24 +226,24 @@ class Images:
             raise Error("not_found", f"the image {id} is not on this machine", "pull it again")
         env, layers = self.storage.env(id), self.storage.chain(image)
         chain = [self.storage.path(layer) for layer in layers]
-        with self._mounted(chain) as root:
-            passwd, group, shadow = (_text(root, f"/etc/{name}") for name in ACCOUNTS)
-            shell = next((path for path in SHELLS if _exists(root, path)), "/bin/sh")
+        passwd, group, shadow, shell = self._look(chain)
         return Description(id, chain, env, sum(map(size, layers)), shell, passwd, group, shadow)
 
-    @contextlib.contextmanager
-    def _mounted(self, layers: list[str]) -> Iterator[int]:
-        """A descriptor of the image's root directory."""
+    def _look(self, layers: list[str]) -> tuple[str | None, str | None, str | None, str]:
+        """An image's account files, None for each that it has not, and its best shell."""
         with tempfile.TemporaryDirectory(dir=self.root, prefix="mount-") as name:
             base = Path(name)
             for part in ("upper", "work", "root"):
                 (base / part).mkdir()
-            mounts.overlay(base / "root", [Path(layer) for layer in layers], base)
-            try:
+
+            def look() -> tuple[str | None, str | None, str | None, str]:
+                mounts.overlay(base / "root", [Path(layer) for layer in layers], base)
                 with mounts.opened(os.open(base / "root", os.O_PATH | os.O_CLOEXEC)) as root:
-                    yield root
-            finally:
-                mounts.unmount(base / "root")
+                    shell = next((path for path in SHELLS if _exists(root, path)), "/bin/sh")
+                    passwd, group, shadow = (_text(root, f"/etc/{name}") for name in ACCOUNTS)
+                    return passwd, group, shadow, shell
+
+            return mounts.private(look)
 
     def _fetch(self, wanted: Reference, pull: Pull, progress: Callable[[Progress], None], login: Login) -> None:
         if pull is not Pull.ALWAYS and (docker := self._in_docker(wanted)):

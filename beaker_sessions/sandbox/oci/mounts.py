@@ -13,8 +13,11 @@ import os
 import shutil
 import struct
 import subprocess
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
+from typing import TypeVar
 
 IdMap = Sequence[tuple[int, int, int]]  # (inside, outside, count), as in user_namespaces(7)
 
@@ -24,9 +27,12 @@ AT_FDCWD, AT_EMPTY_PATH, AT_RECURSIVE = -100, 0x1000, 0x8000
 OPEN_TREE_CLONE = 1
 MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = 0x04, 0x40
 ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV, ATTR_NOEXEC, ATTR_IDMAP = 0x1, 0x2, 0x4, 0x8, 0x100000
-MS_NOSUID, MS_NODEV, MS_BIND, MS_PRIVATE, MS_SLAVE = 2, 4, 4096, 1 << 18, 1 << 19
+MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE, MS_SLAVE = 2, 4, 4096, 16384, 1 << 18, 1 << 19
+CLONE_NEWNS = 0x20000
 MNT_DETACH = 2
 RESOLVE_NO_MAGICLINKS, RESOLVE_IN_ROOT = 0x02, 0x10
+
+T = TypeVar("T")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -63,6 +69,34 @@ def mounted(below: Path) -> list[Path]:
         if path == prefix or path.startswith(prefix + b"/"):
             found.append(Path(os.fsdecode(path)))
     return found[::-1]
+
+
+def private(call: Callable[[], T]) -> T:
+    """Call in a mount namespace of its own, which goes with all that was mounted in it once nobody holds it.
+
+    It is a slave of this machine's: what is unmounted there goes here too, and nothing that is mounted here is seen
+    there. Descriptors of directories that were opened outside are of the other namespace, where nothing can be mounted
+    from here, and from where nothing can be cloned here; detached copies can be attached in either.
+    """
+    future: Future[T] = Future()
+
+    def run() -> None:  # a thread can change its namespace alone, and is of no use afterwards
+        try:
+            _check(_libc.unshare(CLONE_NEWNS))
+            mount("none", Path("/"), None, MS_SLAVE | MS_REC)
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    thread = threading.Thread(target=run, name="mounts")
+    thread.start()
+    thread.join()
+    return future.result()
+
+
+def namespace() -> int:
+    """A descriptor of the calling thread's mount namespace."""
+    return os.open("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def remove_tree(path: Path) -> None:

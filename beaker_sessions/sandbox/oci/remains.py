@@ -62,7 +62,7 @@ class Remains:
                 self.network.drop(sandbox.network)
             if sandbox.project:
                 layer.lift(self.state, sandbox.project)
-        self._unmount(id)
+        self._forget(id)
         mounts.remove_tree(self.state / "runtime" / id)
         directory.rename(self.state / "trash" / secrets.token_hex(8))
         threading.Thread(target=self._empty, name="trash", daemon=True).start()
@@ -85,10 +85,9 @@ class Remains:
             if path.name not in known:
                 mounts.remove_tree(path)
         for root in self.roots.iterdir():
-            if root.name in known:
-                mounts.unmount(root)
-            else:
-                self._unmount(root.name)
+            mounts.unmount(root)
+            if root.name not in known:
+                self._forget(root.name)
         self.network.adopt(used)
         self.network.warm()
         self._empty()
@@ -101,11 +100,10 @@ class Remains:
             mounts.unmount(path)
             path.rmdir()
 
-    def _unmount(self, id: str) -> None:
-        root = self.roots / id
-        mounts.unmount(root)
+    def _forget(self, id: str) -> None:
+        """The root of a sandbox of an earlier version (0.x), whose runtime goes to this directory to `exec`."""
         with contextlib.suppress(FileNotFoundError):
-            root.rmdir()
+            (self.roots / id).rmdir()
 
     def _empty(self) -> None:
         for path in (self.state / "trash").iterdir():

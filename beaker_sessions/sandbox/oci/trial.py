@@ -6,6 +6,7 @@ Owns nothing that is left afterwards. Needs neither images nor conmon nor a netw
 from __future__ import annotations
 
 import json
+import os
 import resource
 import secrets
 import shutil
@@ -16,9 +17,8 @@ from pathlib import Path
 from ...errors import Error
 from ...model import Identity
 from .. import Image, Spec, cdi
-from . import config, mounts, rootfs, userns
+from . import config, conmon, mounts, rootfs, userns
 from .cgroups import Cgroups
-from .conmon import complaint
 from .images import Description
 from .layer import PARTS
 
@@ -37,23 +37,26 @@ def run(runtime: str, busybox: str, cgroups: Cgroups, state: Path) -> None:
     uids = gids = userns.id_map(userns.FIRST, [])
     spec = Spec(id, {}, Image(id, id), identity, memory=64 << 20, pids=64, tty=False, host_network=True)
     base, top = Path(tempfile.mkdtemp(dir=state)), Path(tempfile.mkdtemp(dir="/run"))
-    top.chmod(0o711)  # the ids inside are nobody's here and must come through, which the state need not allow
-    root = top / "root"
     try:
         for part in ("layer", "inside", "runtime", *PARTS):
             (base / part).mkdir()
         shutil.copy(busybox, base / "inside/busybox")
         image = Description(id, [str(base / "layer")], [], 0, "", None, None, None)
-        with mounts.opened(mounts.user_namespace(uids, gids)) as namespace:
-            rootfs.make(spec, root, base, image, uids, gids, namespace, inside=base / "inside", resolvers="")
         host = config.Host(
-            root, f"/beaker-{id}", uids, gids, cgroups.unified, cgroups.swap,
+            top, f"/beaker-{id}", uids, gids, cgroups.unified, cgroups.swap,
             resource.getrlimit(resource.RLIMIT_NOFILE)[1],
         )  # fmt: skip
         bundle = config.config(spec, host, cdi.Edits(), ())
         bundle["process"]["args"] = [f"{config.INSIDE}/busybox", "echo", SAYS]
         (base / "config.json").write_text(json.dumps(bundle))
-        _run([runtime, f"--root={base}/runtime"], base, id)
+        with (
+            mounts.opened(mounts.user_namespace(uids, gids)) as namespace,
+            mounts.opened(
+                rootfs.make(spec, top, base, image, uids, gids, namespace, inside=base / "inside", resolvers="")
+            ) as root,
+        ):
+            enter = [*conmon.ENTER, f"-m/proc/{os.getpid()}/fd/{root}"]
+            _run([*enter, runtime, f"--root={base}/runtime"], base, id)
     finally:
         mounts.remove_tree(top)
         mounts.remove_tree(base)
@@ -72,4 +75,4 @@ def _run(runtime: list[str], bundle: Path, id: str) -> None:
         subprocess.run([*runtime, "delete", "--force", id], capture_output=True, check=False)
         raise Error("unavailable", f"it did not end in {SECONDS:.0f} s") from error
     if done.returncode or SAYS not in done.stdout:
-        raise Error("unavailable", complaint(done.stderr))
+        raise Error("unavailable", conmon.complaint(done.stderr))
