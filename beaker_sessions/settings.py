@@ -27,6 +27,9 @@ class ExecutorSettings:
 
     accounts: Unix name -> account name where they differ. gpus: CDI names to offer, None for all that are found.
     session_disk: what a session may write outside of home and mounts, as `200GiB`; "" for no limit.
+    limit_…: what one account may have here at once, 0 for no limit; see `admission.Limits`. subordinate_ids: where new
+    accounts get their range of subordinate ids. trust_without_server: how long after the server last knew a token it
+    starts new sessions while the server is away.
     """
 
     storage_path: str = field(default="/var/lib/beaker", metadata={"key": "storagePath"})
@@ -46,6 +49,12 @@ class ExecutorSettings:
     default_image: str = field(default="beaker-sessions/base", metadata={"key": "defaultImage"})
     host_networking: bool = field(default=False, metadata={"key": "hostNetworking"})
     session_disk: str = field(default="", metadata={"key": "sessionDisk"})
+    limit_sessions: int = field(default=100, metadata={"key": "limits.sessions"})
+    limit_waiting: int = field(default=50, metadata={"key": "limits.waiting"})
+    limit_unreserved: int = field(default=50, metadata={"key": "limits.unreserved"})
+    limit_pulls: int = field(default=4, metadata={"key": "limits.pulls"})
+    subordinate_ids: str = field(default="2000224256-2147352575", metadata={"key": "subordinateIds"})
+    trust_without_server: str = field(default="15m", metadata={"key": "trustWithoutServer"})
 
     metrics: str = field(default="", metadata={"key": "metrics"})  # HOST:PORT, "" for no listener
 

@@ -15,8 +15,8 @@ from .. import __version__
 from ..errors import Error
 from ..sandbox import Sandboxes
 from ..settings import ExecutorSettings, load
-from . import doctor, exposition, inventory, plan
-from .access import Access
+from . import admission, doctor, exposition, inventory, plan
+from .access import Access, trusted
 from .disk import Disk
 from .door import Door
 from .inside import Inside
@@ -60,11 +60,12 @@ def sandboxes(settings: ExecutorSettings, used: str = "") -> tuple[Sandboxes, st
 
 
 def _oci(settings: ExecutorSettings) -> Sandboxes:
+    from ..sandbox.oci import userns
     from ..sandbox.oci.driver import OciSandboxes
 
     state = Path(settings.storage_path, "executor", "oci")
-    docker, bridge = settings.docker_socket, settings.bridge
-    return OciSandboxes(state, settings.storage_path, settings.cdi_paths, docker=docker, bridge=bridge)
+    docker, bridge, ids = settings.docker_socket, settings.bridge, userns.interval(settings.subordinate_ids)
+    return OciSandboxes(state, settings.storage_path, settings.cdi_paths, docker=docker, bridge=bridge, ids=ids)
 
 
 def _docker(settings: ExecutorSettings) -> Sandboxes:
@@ -94,6 +95,7 @@ def main() -> int:
 def serve(settings: ExecutorSettings) -> None:
     """Run until SIGTERM or SIGINT. Raises Error when it cannot begin."""
     plan.check_places(settings.mount_paths)
+    limits, creates = admission.Limits.of(settings), trusted(settings)
     stop = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, stop)  # before any thread: they inherit it
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -101,10 +103,10 @@ def serve(settings: ExecutorSettings) -> None:
     ledger = Ledger(Path(settings.storage_path, "executor", "ledger.db"))
     driver, why = sandboxes(settings, (ledger.fact("driver") or "") if ledger.live() else "")
     ledger.fact("driver", driver.name)
-    sessions = Sessions(ledger, inventory.read(settings))
+    sessions = Sessions(ledger, inventory.read(settings), limits)
     inside = Inside(Path(settings.socket).parent / "sessions", settings.address)
     lifecycle = Lifecycle(sessions, driver, settings, inside, owner=settings.storage_path)
-    access = Access(ledger, settings.address, settings.accounts)
+    access = Access(ledger, settings.address, settings.accounts, creates)
     disk = Disk(sessions, driver, settings)
     metrics = Metrics(sessions, driver, settings.storage_path, disk.use)
     reporter = Reporter(lifecycle, access, settings, metrics)
