@@ -235,6 +235,8 @@ def directory(stack: Stack, tmp_path: Path) -> Iterator[User]:
     finally:
         stack.executor.kill()
         stack.executor.command, stack.executor.env = before
+        for ready in Path("/run/beaker/oci", stack.bridge, "networks").glob("*.ready"):
+            ready.unlink()  # mounted in its namespace alone, which has gone
         stack.start_executor()
 
 
