@@ -15,6 +15,7 @@ CODES = {
     "not_found": (404, 66),
     "conflict": (409, 73),
     "storage_full": (507, 74),
+    "limit": (429, 75),  # somebody has as much as one may have
     "internal": (500, 70),
     "unavailable": (503, 69),
 }

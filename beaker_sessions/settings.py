@@ -32,6 +32,9 @@ class ExecutorSettings:
     images are, "" for below storage_path. image_size: what one may take unpacked, "" for no limit; image_space: what
     all together may, "" for 80 % of their file system. registry_realms: registry -> host of its token service or its
     blobs, where that has no public address.
+    limit_…: what one account may have here at once, 0 for no limit; see `admission.Limits`. subordinate_ids: where new
+    accounts get their range of subordinate ids. trust_without_server: how long after the server last knew a token it
+    starts new sessions while the server is away.
     """
 
     storage_path: str = field(default="/var/lib/beaker", metadata={"key": "storagePath"})
@@ -59,6 +62,12 @@ class ExecutorSettings:
 
     port_range: str = field(default="20000-29999", metadata={"key": "portRange"})  # from which the node picks
     session_access: list[str] = field(default_factory=list, metadata={"key": "sessionAccess"})  # [ADDRESS:]PORT
+    limit_sessions: int = field(default=100, metadata={"key": "limits.sessions"})
+    limit_waiting: int = field(default=50, metadata={"key": "limits.waiting"})
+    limit_unreserved: int = field(default=50, metadata={"key": "limits.unreserved"})
+    limit_pulls: int = field(default=4, metadata={"key": "limits.pulls"})
+    subordinate_ids: str = field(default="2000224256-2147352575", metadata={"key": "subordinateIds"})
+    trust_without_server: str = field(default="15m", metadata={"key": "trustWithoutServer"})
 
     metrics: str = field(default="", metadata={"key": "metrics"})  # HOST:PORT, "" for no listener
 

@@ -1,7 +1,8 @@
 """`~/.beaker/config.yml`: the user's address, token and defaults, with the environment above it.
 
-Owns reading and writing that file. Its grammar is the flat part of YAML, `key: value` a line; other lines belong to
-keys that are not ours and are kept as they are. The file holds a token: mode 0600, replaced atomically.
+Owns reading and writing that file, under sudo that of who called it, with no more than their rights. Its grammar is the
+flat part of YAML, `key: value` a line; other lines belong to keys that are not ours and are kept as they are. The file
+holds a token: mode 0600, replaced atomically.
 """
 
 from __future__ import annotations
@@ -11,6 +12,10 @@ import stat
 
 from ..errors import Error
 from . import output
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pwd import struct_passwd
 
 KEYS = {
     "agent_address": "address of the server",
@@ -29,10 +34,13 @@ ADDRESS = "http://127.0.0.1:8420"
 
 
 class Config:
-    """The configuration as read from `path`, which is None when there is no home directory to look in."""
+    """The configuration as read from `path`, which is None when there is no home directory to look in.
 
-    def __init__(self, path: str | None, lines: list[str]) -> None:
-        self.path, self.lines = path, lines
+    owner: the Unix user whose it is and with whose rights it is written, "" for oneself.
+    """
+
+    def __init__(self, path: str | None, lines: list[str], owner: str = "") -> None:
+        self.path, self.lines, self.owner = path, lines, owner
         self.values: dict[str, str] = {}
         for number, text in enumerate(lines, 1):
             key, colon, rest = text.partition(":")
@@ -69,7 +77,8 @@ class Config:
         if value is not None:
             place = next((at for at, text in enumerate(self.lines) if text.partition(":")[0] == key), len(lines))
             lines.insert(place, f"{key}: {_format(value)}")
-        _write(self._where(), "".join(text + "\n" for text in lines))
+        with _Rights(self.owner):
+            _write(self._where(), "".join(text + "\n" for text in lines))
         self.lines = lines
         self.values.pop(key, None)
         if value is not None:
@@ -81,15 +90,57 @@ class Config:
         return os.path.realpath(self.path)  # a link stays a link
 
 
+def sudo_user() -> str:
+    """Who called sudo, "" without it: sessions and token are theirs, and not root's."""
+    name = os.environ.get("SUDO_USER", "") if os.geteuid() == 0 else ""
+    return "" if name == "root" else name
+
+
+class _Rights:
+    """With the rights of a Unix user, "" for one's own: their path leads root nowhere that they may not go."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        if self.name:
+            user = _user(self.name)
+            self.groups, self.gid = os.getgroups(), os.getegid()
+            os.setgroups(os.getgrouplist(self.name, user.pw_gid))
+            os.setegid(user.pw_gid)
+            os.seteuid(user.pw_uid)
+
+    def __exit__(self, *_: object) -> None:
+        if self.name:
+            os.seteuid(0)
+            os.setegid(self.gid)
+            os.setgroups(self.groups)
+
+
+def _user(name: str) -> struct_passwd:
+    import pwd  # not needed by anybody but root
+
+    try:
+        return pwd.getpwnam(name)
+    except KeyError:
+        raise Error("invalid", f"SUDO_USER: {name!r} is no user of this machine", "unset SUDO_USER") from None
+
+
 def load() -> Config:
     """The user's configuration; a file that is missing is an empty one. Raises Error invalid for one that is broken."""
+    owner = "" if os.environ.get("BEAKER_CONFIG") else sudo_user()
+    if owner:
+        with _Rights(owner):
+            return _load(os.path.join(_user(owner).pw_dir, ".beaker/config.yml"), owner)
     path = os.path.expanduser(os.environ.get("BEAKER_CONFIG") or "~/.beaker/config.yml")
-    if path.startswith("~"):
-        return Config(None, [])
+    return Config(None, []) if path.startswith("~") else _load(path, "")
+
+
+def _load(path: str, owner: str) -> Config:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
-        return Config(path, [])
+        return Config(path, [], owner)
     except OSError as error:
         raise Error(
             "invalid", f"cannot read {path}: {error.strerror}", "mend its permissions, or set BEAKER_CONFIG"
@@ -99,7 +150,7 @@ def load() -> Config:
         raise Error("invalid", f"cannot read {path}: it is a directory", "remove it, or set BEAKER_CONFIG")
     with open(fd, encoding="utf-8", errors="surrogateescape") as file:
         try:
-            config = Config(path, file.read().splitlines())
+            config = Config(path, file.read().splitlines(), owner)
         except OSError as error:
             raise Error("invalid", f"cannot read {path}: {error.strerror}", "it must be a file") from None
         mode = os.fstat(fd).st_mode

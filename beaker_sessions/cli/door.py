@@ -21,7 +21,7 @@ from _socket import (
 )
 
 from ..errors import Error
-from . import codec
+from . import codec, config
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -151,8 +151,9 @@ def _agent() -> socket | None:
 
 
 def request(op: str, token: str, **fields: Any) -> dict[str, Any]:
-    """The first frame of a connection."""
-    return {"v": 1, "op": op, "token": token, **fields}
+    """The first frame of a connection. Root says for whom it asks, where that is somebody else."""
+    user = config.sudo_user()
+    return {"v": 1, "op": op, "token": token, **({"user": user} if user else {}), **fields}
 
 
 def ask(op: str, token: str, timeout: float = ANSWER, **fields: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -22,14 +22,21 @@ from datetime import UTC, datetime, timedelta
 from .. import ids
 from ..client import Client
 from ..errors import Error
+from ..grammar import parse_duration
+from ..settings import ExecutorSettings
 from ..transport import Endpoint
+from . import admission
 from .ledger import Ledger
 
 SO_PEERPIDFD = 77  # asm-generic/socket.h
 PATIENCE = 3.0  # seconds that the server is given to answer
 AWAY = 10.0  # seconds that a server which did not answer is left alone, so that nobody here waits for it each time
 FRESH = 4.0  # seconds that the server's word on a token is good for: a revoked one is refused within 5 s
-LATELY = timedelta(days=7)  # how long an account seen by the server may start sessions while the server is away
+# How long after the server last knew a token it works while the server is away: to attach, exec, stop and list. What
+# starts sessions is trusted for less, by the settings.
+LATELY = timedelta(days=7)
+NOTED = timedelta(minutes=1)  # between two notes in the ledger that the server knew a token
+EVICTED = 60.0  # seconds in which an answer that was under way when a token ended is not believed; none takes so long
 
 
 @dataclass(frozen=True)
@@ -80,18 +87,27 @@ def _namespace(pid: str, name: str) -> str:
 
 
 class Access:
-    """Turns tokens into accounts by asking the server, with a short memory, and a long one for when it is away."""
+    """Turns tokens into accounts by asking the server, with a short memory, and a long one for when it is away.
 
-    def __init__(self, ledger: Ledger, server: Endpoint, accounts: Mapping[str, str]) -> None:
-        self._ledger, self._server, self._accounts = ledger, server, accounts
-        self._known: dict[str, tuple[float, dict]] = {}
+
+    creates: how long after the server last knew a token it may start sessions while the server is away.
+    """
+
+    def __init__(
+        self, ledger: Ledger, server: Endpoint, accounts: Mapping[str, str], creates: timedelta = timedelta(minutes=15)
+    ) -> None:
+        self._ledger, self._server, self._accounts, self.creates = ledger, server, accounts, creates
+        self._known: dict[str, tuple[float, dict]] = {}  # by hash; when it was asked, of CLOCK_BOOTTIME
+        self._noted: dict[str, float] = {}  # by hash: when the ledger was told last
+        self._evicted: dict[str, float] = {}  # by hash: when a token was found to have ended
         self._away_until = 0.0
         self._lock = threading.Lock()
 
-    def account(self, token: str) -> dict:
-        """The account (REST JSON) of a token.
+    def account(self, token: str, within: timedelta = LATELY) -> dict:
+        """The account (REST JSON, with the token's `scope`) of a token.
 
-        Raises Error unauthorized for a wrong, revoked or expired one, unavailable when nobody can say.
+        within: how long ago the server may have known it, when it is away now. Raises Error unauthorized for a wrong,
+        revoked or expired one, unavailable when nobody can say.
         """
         if not ids.looks_like_token(token):
             raise Error(
@@ -101,38 +117,79 @@ class Access:
             )
         digest = ids.hash_token(token)
         with self._lock:
-            checked, account = self._known.get(digest, (0.0, {}))
-        if account and time.monotonic() - checked < FRESH:
+            checked, account = self._known.get(digest, (-FRESH, {}))
+        if account and _now() - checked < FRESH:
             return account
-        remembered = self._ledger.vouched(digest)
-        if remembered and datetime.now(UTC) - remembered[1] > LATELY:
-            remembered = None
-        if remembered and time.monotonic() < self._away_until:
-            return remembered[0]
+        remembered = self._remembered(digest, within)
+        if remembered and _now() < self._away_until:
+            return remembered
+        asked = _now()
         try:
             with closing(Client(self._server, token, PATIENCE)) as client:
                 account = client.whoami()
         except Error as error:
             if error.code in ("unauthorized", "forbidden"):
-                with self._lock:
-                    self._known.pop(digest, None)
-                self._ledger.refuse(digest)
+                self.revoke([digest])
                 raise
-            if error.code != "unavailable" or not remembered:
+            if error.code != "unavailable":
                 raise
-            self._away_until = time.monotonic() + AWAY
-            return remembered[0]
-        with self._lock:
-            known_before = digest in self._known
-            self._known[digest] = (time.monotonic(), account)
-        if not known_before:
-            self._ledger.vouch(digest, account)
+            self._away_until = _now() + AWAY
+            # Again: it may have been revoked while the server did not answer.
+            if not (remembered := self._remembered(digest, within)):
+                raise self._unknown(digest, error) from error
+            return remembered
+        if not self._vouch(digest, account, asked):
+            return self.account(token, within)
         return account
 
-    def check(self, token: str, unix_name: str) -> dict:
-        """The token's account, which must be the one of this Unix user (the same name, or as the settings map it)."""
-        account = self.account(token)
-        expected = self._accounts.get(unix_name, unix_name)
+    def revoke(self, hashes: Iterable[str]) -> None:
+        """Forget tokens that have ended, by their hashes. No answer that was under way brings them back."""
+        for digest in hashes:
+            with self._lock:
+                self._known.pop(digest, None)
+                self._noted.pop(digest, None)
+                self._evicted = {old: at for old, at in self._evicted.items() if _now() - at < EVICTED}
+                self._evicted[digest] = _now()
+                self._ledger.refuse(digest)
+
+    def _vouch(self, digest: str, account: dict, asked: float) -> bool:
+        """Remember what the server answered to a question of that time; False when the token has ended since."""
+        with self._lock:
+            if self._evicted.get(digest, -1.0) >= asked:
+                return False
+            self._known[digest] = (asked, account)
+            if asked - self._noted.get(digest, float("-inf")) >= NOTED.total_seconds():
+                self._ledger.vouch(digest, account)
+                self._noted[digest] = asked
+            return True
+
+    def _remembered(self, digest: str, within: timedelta) -> dict | None:
+        """The account of a token that the server knew so lately. Of this executor's own questions the age is exact."""
+        with self._lock:
+            checked, account = self._known.get(digest, (0.0, {}))
+        if account:
+            return account if _now() - checked <= within.total_seconds() else None
+        known = self._ledger.vouched(digest)
+        return known[0] if known and datetime.now(UTC) - known[1] <= within else None
+
+    def _unknown(self, digest: str, error: Error) -> Error:
+        """Why a token that the server knew too long ago, or never, does not do now."""
+        if not self._remembered(digest, LATELY):
+            return error
+        minutes = f"{self.creates.total_seconds() / 60:g} minutes"
+        return Error(
+            "unavailable",
+            f"{error.message}, and it has not known your token for {minutes}, so no new session starts",
+            "what runs goes on: attach, exec and stop work; the administrator is to start the server",
+        )
+
+    def check(self, token: str, unix_name: str, *, creates: bool = False) -> dict:
+        """The token's account, which must be the one of this Unix user (the same name, or as the settings map it).
+
+        creates: it is to start a session, for which the server must have known it lately.
+        """
+        account = self.account(token, self.creates if creates else LATELY)
+        expected = admission.account_of(unix_name, self._accounts)
         if account["name"] != expected:
             raise Error(
                 "forbidden",
@@ -151,6 +208,15 @@ class Access:
                     return b""
                 raise
 
-    def unix_name(self, account: str) -> str:
-        """The Unix user whose sessions this account starts here."""
-        return next((unix for unix, name in self._accounts.items() if name == account), account)
+
+def trusted(settings: ExecutorSettings) -> timedelta:
+    """`Access.creates` of the settings. Raises Error invalid."""
+    try:
+        return timedelta(seconds=parse_duration(settings.trust_without_server))
+    except ValueError as error:
+        raise Error("invalid", f"trustWithoutServer: {error}", "correct the settings") from error
+
+
+def _now() -> float:
+    """Seconds that no change of the wall clock moves, and that go on while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -21,7 +21,7 @@ from .. import ids, wire
 from ..errors import Error
 from ..model import Identity, Session, State
 from ..sandbox import Finding
-from . import homes, images, inventory, plan
+from . import admission, images
 from .access import Access, Peer, peer
 from .caller import PATIENCE, Caller
 from .following import Following
@@ -109,12 +109,13 @@ class Door:
                 "invalid", f"the executor does not know {operation!r} of version {request.get('v')!r}", "update beaker"
             )
         if operation in ("doctor", "images") and who.uid == 0:
-            handler(self, caller, request, {"role": "admin"}, None)
+            handler(self, caller, request, admission.ROOT, None)
             return
-        identity = inventory.unix_user(who.uid, self.lifecycle.settings.session_home)
+        name, identity = admission.caller(who.uid, request.get("user"), self.lifecycle.settings.session_home)
         token = request.get("token")
         caller.token = token if isinstance(token, str) else ""
-        account = self.access.check(caller.token, identity.name)
+        account = self.access.check(caller.token, name, creates=operation == "create")
+        admission.allow(str(operation), account)
         if not self.lifecycle.ready.wait(PATIENCE):
             raise Error("unavailable", "the container engine of this node does not answer", "beaker executor doctor")
         handler(self, caller, request, account, identity)
@@ -128,27 +129,18 @@ class Door:
             stdin=request.get("stdin", False),
             size=request.get("size"),
         )
-        settings, node = self.lifecycle.settings, self.lifecycle.node()
-        place = (request.get("session") or {}).get("node")
-        if place and place not in (node["id"], node["hostname"]):
-            raise Error("invalid", f"--node {place}: this is {node['hostname']}", f"connect to it: ssh {place}")
-        cluster = (request.get("session") or {}).get("cluster")
-        if cluster and cluster != settings.cluster:
-            raise Error("invalid", f"--cluster {cluster}: this node is in {settings.cluster}", "beaker cluster nodes")
-        if wanted.host_network and not settings.host_networking:
-            raise Error(
-                "forbidden", "--host-networking is not allowed on this node", "ask the administrator, or leave it out"
-            )
-        wanted = plan.defaults(wanted, self.sessions.capacity, settings.default_image)
-        warning = "" if wanted.bare else homes.look(identity, make=bool(settings.session_home))
+        place, capacity = request.get("session") or {}, self.sessions.capacity
+        admitted = admission.admit(
+            wanted, identity, self.lifecycle.settings, capacity, self.lifecycle.node(),
+            node=place.get("node"), cluster=place.get("cluster"), ranges=self.lifecycle.ranges(),
+        )  # fmt: skip
         key = request.get("key")
         if key is not None and not (isinstance(key, str) and 0 < len(key) <= 200):
             raise Error("invalid", f"key: {key!r} is not an idempotency key", "send up to 200 characters")
-        plan.check_mounts(wanted, identity, settings.mount_paths)
         id, inside = ids.ulid(), self.lifecycle.inside
         inside.introduce(id, caller.token)
         try:
-            session = self.sessions.create(account["name"], identity, wanted, key, id=id)
+            session = self.sessions.create(account["name"], identity, admitted.request, key, id=id)
         except BaseException:
             inside.forget(id)
             raise
@@ -156,7 +148,7 @@ class Door:
             inside.forget(id)
         self._admit(session.id, caller)
         created = {"event": "created", "job": self._job(self.sessions.view(session.id))}
-        caller.send(created | ({"warning": warning} if warning else {}))
+        caller.send(created | ({"warning": admitted.warning} if admitted.warning else {}))
         detach = bool(request.get("detach"))
         self.following.session(caller, session.id, terminal=not detach, size=wanted.size, brief=detach)
 
@@ -186,7 +178,7 @@ class Door:
         self.following.rejoined(caller, session, str(request.get("handle")))
 
     def _stop(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> None:
-        session = self._own(request, account, admin=True)
+        session = self._own(request, account)
         with self.sessions.follow(session.id, False, None) as news:
             self.lifecycle.stop(session.id, account["name"])
             while self.sessions.view(session.id).session.state != State.FINALIZED:
@@ -209,7 +201,7 @@ class Door:
         caller.send({"end": True})
 
     def _get(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> None:
-        session = self._own(request, account, admin=True)
+        session = self._own(request, account)
         caller.send({"job": self._job(self.sessions.view(session.id))})
 
     def _logs(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> None:
@@ -237,9 +229,7 @@ class Door:
             caller.send({"finding": finding.__dict__})
         caller.send({"end": True})
 
-    def _images(self, caller: Caller, request: dict, account: dict, _identity: Identity | None) -> None:
-        if account.get("role") != "admin":
-            raise Error("forbidden", "images of a node are its administrators' business", "sudo beaker executor images")
+    def _images(self, caller: Caller, request: dict, _account: dict, _identity: Identity | None) -> None:
         images.answer(caller, request, self.lifecycle)
 
     def _admit(self, id: str, caller: Caller) -> None:
@@ -261,14 +251,13 @@ class Door:
             return [{"job": self._job(view)}, {"end": True}]
         return [{"job": self._job(view)}] if operation == "get" else None
 
-    def _own(self, request: dict, account: dict, admin: bool = False) -> Session:
-        """The session that a request means. An administrator may mean another's, but never enter its terminal."""
+    def _own(self, request: dict, account: dict) -> Session:
+        """The session that a request means, if it is one that this account may do it to."""
         reference = request.get("id")
         if reference is not None and not isinstance(reference, str):
             raise Error("invalid", f"id: {reference!r} is not a session", "give an id or a name")
         session = self.sessions.resolve(reference, account["name"])
-        if session.account != account["name"] and not (admin and account.get("role") == "admin"):
-            raise Error("forbidden", f"session {session.id} belongs to {session.account}", "only its owner may do that")
+        admission.allow(request["op"], account, session.account)
         return session
 
     def _job(self, view: View) -> dict[str, Any]:

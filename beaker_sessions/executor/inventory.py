@@ -90,7 +90,7 @@ def _memory_total() -> int:
 
 
 def unix_user(uid: int, session_home: str = "") -> Identity:
-    """The account-database entry of `uid`, with every group it is a member of.
+    """The account-database entry of `uid`, with every group it is a member of but root's, which no session has.
 
     session_home: the parent directory of roaming homes, which then take the place of the user's own.
     Raises Error not_found for a uid without an entry.
@@ -101,6 +101,8 @@ def unix_user(uid: int, session_home: str = "") -> Identity:
         raise Error("not_found", f"no Unix user has the uid {uid}", "ask the administrator for a login") from None
     groups = {}
     for gid in os.getgrouplist(user.pw_name, user.pw_gid):
+        if gid == 0:
+            continue
         try:
             groups[gid] = grp.getgrgid(gid).gr_name
         except KeyError:

@@ -22,9 +22,9 @@ from pathlib import Path
 from .. import wire
 from ..errors import Error
 from ..model import Claim, Identity, Request, Session, State
-from ..sandbox import LABEL_OWNER, Found, Mount, Progress, Sandboxes, Spec, Status
+from ..sandbox import LABEL_OWNER, Found, Mount, Progress, Sandboxes, Spec, Status, subordinate
 from ..settings import ExecutorSettings
-from . import credentials, disk, forwarding, inventory, plan, ports
+from . import admission, credentials, disk, forwarding, inventory, plan, ports
 from .homes import home
 from .inside import Inside
 from .rundir import TARGET
@@ -109,6 +109,7 @@ class Lifecycle:
     def _make(self, id: str, session: Session, identity: Identity) -> None:
         request = session.request
         assert request.image  # `plan.defaults` has filled it in
+        admission.check_person(identity, self.ranges())  # ranges may have come since it was admitted
         login = partial(credentials.find, identity)
         image = self.sandboxes.image(request.image, request.pull, lambda p: self._progress(id, p), login)
         self.sessions.passed(id, "image_ready")
@@ -178,6 +179,10 @@ class Lifecycle:
 
     def node(self) -> Mapping[str, str]:
         return {"id": self.sessions.ledger.fact("node") or "", "hostname": self.sessions.inventory.hostname}
+
+    def ranges(self) -> subordinate.Ranges:
+        """Everybody's subordinate ids, where the sessions of this node have some of them."""
+        return subordinate.everybody() if self.sandboxes.root else subordinate.NONE
 
     def _mounts(self, request: Request, identity: Identity, pins: ExitStack) -> list[Mount]:
         if request.bare:

@@ -15,8 +15,8 @@ from .. import __version__
 from ..errors import Error
 from ..sandbox import Sandboxes
 from ..settings import ExecutorSettings, load
-from . import doctor, exposition, images, inventory, plan, ports
-from .access import Access
+from . import admission, doctor, exposition, images, inventory, plan, ports
+from .access import Access, trusted
 from .disk import Disk
 from .door import Door
 from .inside import Inside
@@ -60,13 +60,14 @@ def sandboxes(settings: ExecutorSettings, used: str = "") -> tuple[Sandboxes, st
 
 
 def _oci(settings: ExecutorSettings) -> Sandboxes:
+    from ..sandbox.oci import userns
     from ..sandbox.oci.driver import OciSandboxes
 
     state = Path(settings.storage_path, "executor", "oci")
     return OciSandboxes(
         state, settings.storage_path, settings.cdi_paths, docker=settings.docker_socket, bridge=settings.bridge,
         images=Path(settings.image_path) if settings.image_path else None, limits=images.limits(settings),
-        realms=settings.registry_realms, access=settings.session_access,
+        realms=settings.registry_realms, access=settings.session_access, ids=userns.interval(settings.subordinate_ids),
     )  # fmt: skip
 
 
@@ -99,6 +100,7 @@ def serve(settings: ExecutorSettings) -> None:
     """Run until SIGTERM or SIGINT. Raises Error when it cannot begin."""
     plan.check_places(settings.mount_paths)
     server = settings.endpoint
+    limits, creates = admission.Limits.of(settings), trusted(settings)
     stop = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, stop)  # before any thread: they inherit it
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -106,11 +108,11 @@ def serve(settings: ExecutorSettings) -> None:
     ledger = Ledger(Path(settings.storage_path, "executor", "ledger.db"))
     driver, why = sandboxes(settings, (ledger.fact("driver") or "") if ledger.live() else "")
     ledger.fact("driver", driver.name)
-    sessions = Sessions(ledger, inventory.read(settings), ports.of(settings))
+    sessions = Sessions(ledger, inventory.read(settings), limits, ports.of(settings))
     inside = Inside(Path(settings.socket).parent / "sessions", server)
     lifecycle = Lifecycle(sessions, driver, settings, inside, owner=settings.storage_path)
     images.guard(lifecycle)
-    access = Access(ledger, server, settings.accounts)
+    access = Access(ledger, server, settings.accounts, creates)
     disk = Disk(sessions, driver, settings)
     metrics = Metrics(sessions, driver, settings.storage_path, disk.use)
     reporter = Reporter(lifecycle, access, settings, metrics)

@@ -19,11 +19,10 @@ from typing import Any
 from .. import __version__, ids, wire
 from ..client import Client
 from ..errors import Error
-from ..model import Identity, Session, State
+from ..model import Identity, Request, Session, State
 from ..settings import ExecutorSettings
-from . import inventory, plan
+from . import admission
 from .access import Access
-from .homes import home
 from .lifecycle import Lifecycle
 from .metrics import Metrics
 
@@ -35,6 +34,7 @@ REASON = 1000  # characters of what the node says about itself
 SHOWN = 64 << 10  # bytes of the output of a session that runs
 SETTLE = 0.3  # seconds after a change: a session's start is many, and the machine has better to do just then
 BACK_OFF = 15.0  # seconds, at most, between attempts to reach a server that is away
+NOBODY = Identity("nobody", 65534, 65534, "/")  # whom a session is of that was refused before it was known whose it is
 
 
 class Reporter:
@@ -192,32 +192,44 @@ class Reporter:
 
     def _take(self, job: dict[str, Any]) -> None:
         """Queue a session that was created at the server. One that cannot run here ends at once, saying why."""
-        session = wire.session(job)
+        try:
+            session = wire.session(job)
+        except Error as error:
+            session = _unreadable(job)
+            log.error("the server hands on session %s, which cannot be read: %s", session.id, error)
+            if not self.ledger.get(session.id):
+                self.sessions.adopt(_refused(session, error), NOBODY)
+            return
         if self.ledger.get(session.id):
             return  # taken already; its report is on the way
-        inside = self.lifecycle.inside
+        inside, identity = self.lifecycle.inside, NOBODY
         inside.keep_token(session.id, str(job.get("token") or ""))
-        name = self.access.unix_name(session.account)
-        identity = Identity(name, 65534, 65534, "/")
         try:
-            uid = inventory.unix_name(name)
-            if uid is None:
-                raise Error("not_found", f"the account {session.account!r} has no Unix user on this node")
-            identity = inventory.unix_user(uid, self.settings.session_home)
-            if session.request.host_network and not self.settings.host_networking:
-                raise Error("forbidden", "host networking is not allowed on this node")
-            wanted = plan.defaults(session.request, self.sessions.capacity, self.settings.default_image)
-            if not wanted.bare:
-                os.close(home(identity, make=bool(self.settings.session_home)))
-            plan.check_mounts(wanted, identity, self.settings.mount_paths)
-            self.sessions.create(session.account, identity, wanted, None, id=session.id)
+            identity = admission.person(session.account, self.settings.accounts, self.settings.session_home)
+            admitted = admission.admit(
+                session.request, identity, self.settings, self.sessions.capacity, self.lifecycle.node(),
+                node=session.node, cluster=job.get("cluster"), ranges=self.lifecycle.ranges(),
+            )  # fmt: skip
+            self.sessions.create(session.account, identity, admitted.request, None, id=session.id)
         except Error as error:
             inside.close(session.id)
             if error.code == "unavailable":
                 return  # not now; the server hands it on again
             self.sessions.adopt(_refused(session, error), identity)
+            return
+        self.sessions.notice(session.id, admitted.warning)
+
+
+def _unreadable(job: dict[str, Any]) -> Session:
+    """As much of it as its end needs to be told. Raises Error invalid when not even that is there."""
+    id, author = job.get("id"), job.get("author")
+    account = author.get("name") if isinstance(author, dict) else None
+    if not isinstance(id, str) or not ids.is_ulid(id) or not isinstance(account, str):
+        raise Error("invalid", "the server hands on something that is no session", "is it of another version?")
+    return Session(id, account, "", Request(), created=datetime.now(UTC), revision=1)
 
 
 def _refused(session: Session, why: Error) -> Session:
     now, revision = datetime.now(UTC), session.revision + 1
-    return replace(session, state=State.FINALIZED, finalized=now, message=str(why), error=why.code, revision=revision)
+    message = f"{why.message}; {why.hint}" if why.hint else why.message
+    return replace(session, state=State.FINALIZED, finalized=now, message=message, error=why.code, revision=revision)

@@ -20,7 +20,7 @@ from .. import ids
 from ..errors import Error
 from ..model import LIVE, Claim, Identity, Request, Resources, Session, State
 from ..sandbox import Progress, Terminal
-from . import claims, plan
+from . import admission, claims, plan
 from .inventory import Inventory
 from .ledger import Ledger, held
 from .ports import Ports
@@ -74,6 +74,11 @@ class Live:
     passed: dict[str, datetime] = field(default_factory=dict)
     subscribers: set[Subscription] = field(default_factory=set)
 
+    def pulls(self) -> bool:
+        """Whether its image is on the way."""
+        ready = self.session.image_ready or "image_ready" in self.passed
+        return self.session.state == State.SCHEDULED and self.progress is not None and not ready
+
 
 @dataclass(frozen=True)
 class View:
@@ -92,8 +97,11 @@ class View:
 class Sessions:
     """on_start(id): resources are claimed, start it. on_exit(id): its main process ended, clean up."""
 
-    def __init__(self, ledger: Ledger, inventory: Inventory, ports: Ports | None = None) -> None:
-        self.ledger, self.inventory, self.ports = ledger, inventory, ports or Ports()
+    def __init__(
+        self, ledger: Ledger, inventory: Inventory, limits: admission.Limits = admission.Limits(),  # noqa: B008
+        ports: Ports | None = None,
+    ) -> None:  # fmt: skip
+        self.ledger, self.inventory, self.limits, self.ports = ledger, inventory, limits, ports or Ports()
         self.capacity = inventory.capacity
         self._cordons: dict[str, str] = {}  # who keeps this node from starting anything new -> why
         self.on_start: Callable[[str], None] = lambda _id: None
@@ -172,6 +180,9 @@ class Sessions:
                 raise Error("conflict", f"you have {len(matches)} sessions that match: {listed}", "name one by its id")
             return matches[0]
 
+    def _of(self, account: str) -> list[Session]:
+        return [session for session in self.live() if session.account == account]
+
     def _final(self, id: str) -> tuple[Session, Identity]:
         known = self.ledger.get(id)
         if known is None:
@@ -186,7 +197,8 @@ class Sessions:
         """A new session in the queue, or the one that was made with this key before. Durable when it returns.
 
         id: given when the server took the create. Raises Error invalid when the node could never satisfy the request,
-        conflict for a key that was used for another request, or a name or port in use, unavailable on a cordoned node.
+        conflict for a key that was used for another request, or a name or port in use, unavailable on a cordoned node,
+        limit when the account has as much as one may.
         """
         fingerprint = hashlib.sha256(repr(replace(request, size=(0, 0))).encode("utf-8", "surrogatepass")).hexdigest()
         with self._lock:
@@ -209,6 +221,7 @@ class Sessions:
                     "attach to it, or choose another name",
                 )
             self.ports.check(request, self.live())
+            admission.within(self.limits, request, self._of(account))
             now = datetime.now(UTC)
             session = Session(
                 id or ids.ulid(), account, self.ledger.fact("node") or "", request, created=now, revision=1
@@ -361,8 +374,13 @@ class Sessions:
                 subscription.close()
 
     def progress(self, id: str, progress: Progress) -> None:
+        """How far a session's image is. Raises Error limit, at the first word of one too many for its account."""
         with self._lock:
             if live := self._live.get(id):
+                if live.progress is None:
+                    pulling = [one.session for one in self._live.values() if one.pulls()]
+                    own = [session for session in pulling if session.account == live.session.account]
+                    admission.may_pull(self.limits, own)
                 live.progress = progress
                 self._notify(live)
 

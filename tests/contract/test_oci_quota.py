@@ -43,8 +43,8 @@ def make(tmp_path: Path) -> Iterator[Maker]:
 
 
 def test_a_sandbox_writes_no_more_than_it_may_and_others_do(make: Maker) -> None:
-    fill = ("sh", "-c", "head -c 40000000 /dev/zero >/file; echo $?; cat")
-    full, other = make.spec(*fill, identity=ROOT, disk=LIMIT), make.spec(*fill, identity=ROOT)
+    fill = ("sh", "-c", "head -c 40000000 /dev/zero >/tmp/file; echo $?; cat")
+    full, other = make.spec(*fill, disk=LIMIT), make.spec(*fill)
     assert b"0\n" not in make.start(full).read(b"\n")
     assert make.start(other).read(b"\n") == b"0\n"
     assert 0.9 * LIMIT < (make.lab.sandboxes.disk(full.id) or 0) <= LIMIT

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def environ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("BEAKER_TOKEN", "BEAKER_ADDR", "BEAKER_CONFIG", "BEAKER_DEBUG"):
+    for name in ("BEAKER_TOKEN", "BEAKER_ADDR", "BEAKER_CONFIG", "BEAKER_DEBUG", "SUDO_USER"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("BEAKER_SOCKET", str(tmp_path / "door"))

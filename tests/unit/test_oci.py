@@ -35,8 +35,15 @@ def test_map_is_one_to_one_and_one_s_own_ids_are_themselves(own: list[int]) -> N
     assert {id for id in outside if not START <= id < START + userns.SIZE} <= set(own)
 
 
-def test_root_of_the_machine_is_root_inside() -> None:
-    assert userns.id_map(START, [0])[0] == (0, 0, 1)
+def test_root_of_the_machine_is_nobody_inside() -> None:
+    for identity in (Identity("root", 0, 0, "/root"), Identity("eve", 1501, 0, "/", {0: "root"})):
+        with pytest.raises(Error) as error:
+            userns.maps(identity, START)
+        assert error.value.code == "forbidden"
+    member = Identity("eve", 1501, 1501, "/", {0: "root", 27: "sudo", 1501: "eve"})
+    for map in userns.maps(member, START, [0, 44]):
+        assert userns.outside(map, 0) == START
+    assert userns.outside(userns.maps(member, START, [0, 44])[1], 44) == 44
 
 
 def test_ranges_are_allotted_once_and_never_twice(tmp_path: Path) -> None:
@@ -71,10 +78,14 @@ def test_range_that_is_not_one_s_own_is_refused(tmp_path: Path) -> None:
 
 def test_range_with_a_real_account_is_refused(tmp_path: Path) -> None:
     for name in ("subuid", "subgid"):
-        (tmp_path / name).write_text("ada:0:65536\n")
+        (tmp_path / name).write_text("zoe:0:65536\nben:70000:65536\n")
     with pytest.raises(Error) as error:
-        userns.subordinate(ADA, tmp_path)
+        userns.subordinate(Identity("zoe", 66000, 66000, "/"), tmp_path)
     assert error.value.code == "conflict"
+    for own in (Identity("ada", 1500, 66000, "/"), Identity("eve", 66000, 66000, "/", {70001: "lab"})):
+        with pytest.raises(Error) as error:
+            userns.subordinate(own, tmp_path)
+        assert error.value.code == "forbidden"
 
 
 def test_range_with_one_s_own_group_is_not_chosen(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def container(spec: Spec, files: Path, mounts: Sequence[Mount], edits: Edits | N
             'install Docker Engine 25 or newer and set "features": {"cdi": true} in /etc/docker/daemon.json',
         )
     identity = spec.identity
-    gids = sorted({*identity.groups, *applied.gids} - {identity.gid})
+    gids = sorted({*identity.groups, *applied.gids} - {identity.gid, 0})  # root's group is the machine's
     binds = [
         Mount(str(files / "inside"), INSIDE, read_only=True),
         Mount(str(files / "passwd"), "/etc/passwd", read_only=True),

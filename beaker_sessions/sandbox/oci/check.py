@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...errors import Error
-from .. import Finding, runtimes
+from .. import Finding, runtimes, subordinate
 from ..docker.check import is_static
-from . import trial, userns
+from . import taken, trial, userns
 from .cgroups import Cgroups
 
 PACKAGES = {
@@ -29,8 +29,16 @@ ACTIONS = Path("/proc/sys/kernel/seccomp/actions_avail")
 APPARMOR = Path("/sys/module/apparmor/parameters/enabled")
 
 
-def check(state: Path, scratch: Path, runtime: str, cgroups: Cgroups, init: str, busybox: str) -> list[Finding]:
-    """scratch: a directory for what is tried, on the file system of state.
+def check(
+    state: Path,
+    scratch: Path,
+    runtime: str,
+    cgroups: Cgroups,
+    init: str,
+    busybox: str,
+    ids: tuple[int, int] = (userns.FIRST, userns.LAST),
+) -> list[Finding]:
+    """scratch: a directory for what is tried, on the file system of state. ids: from which accounts get ranges.
 
     Any error among the findings means that no session can run.
     """
@@ -42,7 +50,7 @@ def check(state: Path, scratch: Path, runtime: str, cgroups: Cgroups, init: str,
         *_cgroups(cgroups),
         _trial(state, scratch, runtime, cgroups, busybox),
         *([runtimes.finding(Path(runtime).name, _version(runtime))] if Path(runtime).exists() else []),
-        *_subordinate(),
+        *_subordinate(ids),
         _forwarding(),
     ]
 
@@ -106,18 +114,22 @@ def _cgroups(cgroups: Cgroups) -> Iterator[Finding]:
         yield Finding("ok", f"cgroups {cgroups.name}: CPU, memory, swap and pids are limited")
 
 
-def _subordinate() -> Iterator[Finding]:
+def _subordinate(ids: tuple[int, int]) -> Iterator[Finding]:
     """Whether each account's range is its own, in both files. No error: all accounts but those can have sessions."""
     accounts = {entry.pw_uid: entry.pw_name for entry in pwd.getpwall()}
     bad = False
     for file in ("/etc/subuid", "/etc/subgid"):
-        for what in userns.overlaps(userns.ranges(Path(file)), accounts):
+        for what in userns.overlaps(subordinate.ranges(Path(file)), accounts):
             bad = True
             yield Finding("warning", f"{file}: {what}, so that they get no session", f"edit {file}")
+    have = {one for file in ("subuid", "subgid") for one in subordinate.ranges(subordinate.ETC / file)}
+    for what, mend in taken.problems(subordinate.ETC, ids, sorted(have)):
+        bad = True
+        yield Finding("warning", what, mend)
     if not bad:
-        names = {name for name, _, _ in userns.ranges(Path("/etc/subuid"))}
-        have = "1 account has" if len(names) == 1 else f"{len(names)} accounts have"
-        yield Finding("ok", f"{have} subordinate ids of their own; others get them when they come")
+        names = {name for name, _, _ in subordinate.ranges(Path("/etc/subuid"))}
+        count = "1 account has" if len(names) == 1 else f"{len(names)} accounts have"
+        yield Finding("ok", f"{count} subordinate ids of their own; others get them when they come")
 
 
 def _forwarding() -> Finding:

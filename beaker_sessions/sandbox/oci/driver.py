@@ -31,9 +31,25 @@ from pathlib import Path
 
 from ...errors import Error
 from ...model import Identity, Pull
-from .. import LABEL, LABEL_OWNER, Finding, Found, Framing, Image, Limits, Login, Progress, Spec, Status, Terminal, cdi
+from .. import (
+    LABEL,
+    LABEL_OWNER,
+    Finding,
+    Found,
+    Framing,
+    Image,
+    Limits,
+    Login,
+    Progress,
+    Spec,
+    Status,
+    Terminal,
+    cdi,
+    subordinate,
+)
 from . import cgroups, config, conmon, layer, logs, mounts, programs, record, rootfs, userns
 from .check import check
+from .idmaps import IdMaps
 from .images import Images
 from .mounts import IdMap
 from .network import Network
@@ -55,7 +71,8 @@ class OciSandboxes:
     cdi_paths: directories of CDI specs. docker: the socket of a Docker Engine whose images may be used, "" for none.
     bridge: the network bridge of this executor's sessions. etc: the directory of `subuid` and `subgid`. images: where
     images are, on any disk, by default below state; limits and realms: as of `Images`. access: what sessions may reach
-    of this machine, see `sandbox.firewall`.
+    of this machine, see `sandbox.firewall`. ids: the first id of those from which new ranges are taken, and the one
+    after the last.
     """
 
     name = "oci"
@@ -63,10 +80,12 @@ class OciSandboxes:
 
     def __init__(
         self, state: Path, owner: str, cdi_paths: Iterable[str | os.PathLike[str]] = (), *,
-        docker: str = "", bridge: str = "beaker0", etc: Path = userns.ETC, access: Iterable[str] = (),
+        docker: str = "", bridge: str = "beaker0", etc: Path = subordinate.ETC, access: Iterable[str] = (),
         images: Path | None = None, limits: Limits | None = None, realms: Mapping[str, str] | None = None,
+        ids: tuple[int, int] = (userns.FIRST, userns.LAST),
     ) -> None:  # fmt: skip
         self.state, self.owner, self.cdi_paths, self.etc = state, owner, list(cdi_paths), etc
+        self.ids, self.maps = ids, IdMaps()
         self.cgroups = cgroups.detect()
         self.cgroup = "/beaker-" + re.sub(r"[^a-z0-9]+", "-", owner.lower()).strip("-")
         self.roots = RUN / bridge / "roots"
@@ -87,6 +106,9 @@ class OciSandboxes:
         programs.install(state / "inside")
         self.remains = Remains(state, self.roots, self.cgroups, self.cgroup, self.network)
         self.remains.adopt()
+        for directory, sandbox in self._sandboxes():
+            with contextlib.suppress(FileNotFoundError):  # removed just now
+                self.maps.add(sandbox.id, *_maps(directory))
 
     def image(
         self, reference: str, pull: Pull, progress: Callable[[Progress], None], login: Login = lambda _: None
@@ -97,13 +119,16 @@ class OciSandboxes:
         image = self.images.describe(spec.image.id)
         edits = cdi.load(self.cdi_paths).edits(spec.gpus) if spec.gpus else cdi.Edits()
         nodes = [_node(node) for node in edits.nodes]
-        uids, gids = userns.maps(spec.identity, userns.subordinate(spec.identity, self.etc), edits.gids)
+        uids, gids = userns.maps(
+            spec.identity, userns.subordinate(spec.identity, self.etc, *self.ids), edits.gids
+        )  # fmt: skip
         directory = self._directory(spec.id)
         try:
             directory.mkdir(mode=0o700)
         except FileExistsError as error:
             raise Error("conflict", f"the sandbox {spec.id} exists already") from error
         try:
+            self.maps.take(spec.id, uids, gids)
             labels = {**spec.labels, LABEL: spec.id, LABEL_OWNER: self.owner}
             sandbox = Record(
                 spec.id, labels, spec.tty, f"{self.cgroup}/{spec.id}", boot=record.boot(), runtime=self.runtime.path
@@ -138,6 +163,7 @@ class OciSandboxes:
             self._tell(spec.id)
         except BaseException as error:
             self.remains.remove(spec.id)
+            self.maps.drop(spec.id)
             if isinstance(error, OSError):
                 code = "storage_full" if error.errno in FULL else "internal"
                 raise Error(code, f"the sandbox {spec.id} could not be made: {error}") from error
@@ -180,10 +206,7 @@ class OciSandboxes:
         if self._found(directory, sandbox).status is not Status.RUNNING:
             raise Error("conflict", f"{id} does not run")
         container = json.loads((directory / "config.json").read_text())
-        uids, gids = (
-            [(m["containerID"], m["hostID"], m["size"]) for m in container["linux"][kind]]
-            for kind in ("uidMappings", "gidMappings")
-        )
+        uids, gids = _maps(directory)
         groups = {gid for gid in identity.groups if userns.mapped(gids, gid)}
         handle = secrets.token_hex(8)
         own = directory / "exec" / handle
@@ -231,6 +254,7 @@ class OciSandboxes:
     def remove(self, id: str) -> None:
         self._directory(id)
         self.remains.remove(id)
+        self.maps.drop(id)
 
     def watch(self) -> Iterator[str]:
         watch = Watch(self._sandboxes)
@@ -255,7 +279,9 @@ class OciSandboxes:
 
     def check(self) -> list[Finding]:
         init = programs.find(programs.INITS)
-        return check(self.state, self.state / "trash", self.runtime.path, self.cgroups, init, programs.BUSYBOX)
+        return check(
+            self.state, self.state / "trash", self.runtime.path, self.cgroups, init, programs.BUSYBOX, self.ids
+        )
 
     def close(self) -> None:
         """Give back what is kept ready for the next sandboxes: for tests, and when the executor is uninstalled."""
@@ -318,6 +344,16 @@ class OciSandboxes:
 
     def list(self) -> list[Found]:  # last: its name hides the type from what follows
         return [self._found(directory, sandbox) for directory, sandbox in self._sandboxes()]
+
+
+def _maps(directory: Path) -> tuple[IdMap, IdMap]:
+    """The id maps that a sandbox was made with."""
+    linux = json.loads((directory / "config.json").read_text())["linux"]
+    uids, gids = (
+        [(one["containerID"], one["hostID"], one["size"]) for one in linux[kind]]
+        for kind in ("uidMappings", "gidMappings")
+    )
+    return uids, gids
 
 
 def _node(node: cdi.DeviceNode) -> config.Node:

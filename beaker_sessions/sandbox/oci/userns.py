@@ -5,6 +5,9 @@ that `useradd` and `usermod` may run at the same time. The maps are pure functio
 
 The caller's own ids are the same inside and outside, so that files in a home have their right owner on both sides;
 every other id, root first, is one of the account's own range, which means nobody on this machine.
+
+Directory services (LDAP, SSSD) do not list their users, so who has which id cannot be known beforehand. Therefore new
+ranges lie where directories give out no ids, and nobody gets a sandbox whose own ids lie in anybody's range.
 """
 
 from __future__ import annotations
@@ -19,14 +22,29 @@ from pathlib import Path
 
 from ...errors import Error
 from ...model import Identity
+from ..subordinate import ETC, Range, check_own, everybody, ranges
 from .mounts import IdMap
 
-ETC = Path("/etc")
 SIZE = 65536
-# The ids that systemd's documentation (UIDS-GIDS.md) sets aside for containers; multiples of SIZE.
-FIRST, LAST = 0x80000, 0x6FFF0000
+# Above what SSSD and FreeIPA give to people by default (sssd-ldap(5), ldap_idmap_range_max: 2000200000) and below the
+# "foreign" ids of systemd (UIDS-GIDS.md), which calls this unused; multiples of SIZE. 2245 accounts.
+FIRST, LAST = 30521 * SIZE, 0x7FFE0000
+MOST = 1 << 31  # above it, some file systems and programs take ids for negative
 LINES = 120  # what the kernel takes in one write of a page, with some room
 PATIENCE = 10.0  # seconds to wait for the lock
+
+
+def interval(text: str) -> tuple[int, int]:
+    """`FIRST-LAST` as the first id and the one after the last. Raises Error invalid where no range fits in."""
+    first, _, last = text.partition("-")
+    try:
+        result = int(first), int(last) + 1
+    except ValueError:
+        result = (0, 0)
+    if not SIZE <= result[0] <= result[1] - SIZE <= MOST - SIZE:
+        example = f"for example {FIRST}-{LAST - 1}"
+        raise Error("invalid", f"subordinateIds: {text!r} is not FIRST-LAST with {SIZE} ids or more", example)
+    return result
 
 
 def id_map(start: int, own: Iterable[int]) -> IdMap:
@@ -63,22 +81,31 @@ def outside(map: IdMap, id: int) -> int:
 
 
 def maps(identity: Identity, start: int, gids: Iterable[int] = ()) -> tuple[IdMap, IdMap]:
-    """The uid and gid maps of a caller's sandbox; gids: further groups that are the same on both sides."""
-    return id_map(start, [identity.uid]), id_map(start, [identity.gid, *sorted(identity.groups), *gids])
+    """The uid and gid maps of a caller's sandbox; gids: further groups that are the same on both sides.
+
+    Root's are never: the group root is left out. Raises Error forbidden for root, or a user whose own group it is.
+    """
+    if 0 in (identity.uid, identity.gid):
+        raise Error("forbidden", f"{identity.name} is root, who is never the same in a sandbox", "use another user")
+    groups = [gid for gid in (*sorted(identity.groups), *gids) if gid != 0]
+    return id_map(start, [identity.uid]), id_map(start, [identity.gid, *groups])
 
 
-def subordinate(identity: Identity, directory: Path = ETC) -> int:
-    """The first id of the account's own range of SIZE, in both files, allotted when there is none.
+def subordinate(identity: Identity, directory: Path = ETC, first: int = FIRST, last: int = LAST) -> int:
+    """The first id of the account's own range of SIZE, in both files, allotted from `first` on when there is none.
 
-    Raises Error conflict when its range overlaps another account's or holds a real account.
+    Raises Error conflict when its range overlaps another account's or holds a real account, forbidden when an id of
+    the account lies in anybody's.
     """
     for attempt in (1, 2):
-        uids, gids = ranges(directory / "subuid"), ranges(directory / "subgid")
+        known = everybody(directory)
+        check_own(identity, known)
+        uids, gids = list(known.uids), list(known.gids)
         names = {identity.name, str(identity.uid)}
         start = next((s for name, s, n in uids if name in names and n >= SIZE and _covered(gids, names, s)), None)
         if start is not None:
-            for name, first, count in [*uids, *gids]:
-                if name not in names and first < start + SIZE and start < first + count:
+            for name, other, count in [*uids, *gids]:
+                if name not in names and other < start + SIZE and start < other + count:
                     raise Error(
                         "conflict",
                         f"the subordinate ids {start}… of {identity.name} overlap those of {name}",
@@ -92,11 +119,11 @@ def subordinate(identity: Identity, directory: Path = ETC) -> int:
                 )
             return start
         if attempt == 1:
-            _allot(identity, directory)
+            _allot(identity, directory, first, last)
     raise Error("internal", f"no subordinate ids for {identity.name} in {directory}/subuid after allotting them")
 
 
-def _covered(ranges: list[tuple[str, int, int]], names: set[str], start: int) -> bool:
+def _covered(ranges: list[Range], names: set[str], start: int) -> bool:
     return any(name in names and s <= start and start + SIZE <= s + n for name, s, n in ranges)
 
 
@@ -107,17 +134,7 @@ def _account(identity: Identity, start: int) -> str:
     return next((name for id, name in real if start <= id < start + SIZE), "")
 
 
-def ranges(path: Path) -> list[tuple[str, int, int]]:
-    """The (name or uid, first id, count) of such a file."""
-    try:
-        lines = path.read_text("utf-8", "surrogateescape").splitlines()
-    except FileNotFoundError:
-        return []
-    fields = [line.split(":") for line in lines if not line.startswith("#")]
-    return [(f[0], int(f[1]), int(f[2])) for f in fields if len(f) == 3 and f[1].isdigit() and f[2].isdigit()]
-
-
-def overlaps(found: Iterable[tuple[str, int, int]], accounts: Mapping[int, str]) -> Iterator[str]:
+def overlaps(found: Iterable[Range], accounts: Mapping[int, str]) -> Iterator[str]:
     """What is wrong with the ranges of a file: those of two accounts that overlap, and those that hold a real one.
 
     accounts: names by uid.
@@ -132,13 +149,14 @@ def overlaps(found: Iterable[tuple[str, int, int]], accounts: Mapping[int, str])
                 yield f"the range of {name} holds the account {account}"
 
 
-def _allot(identity: Identity, directory: Path) -> None:
+def _allot(identity: Identity, directory: Path, lowest: int, last: int) -> None:
     """Add the first range that is free in both files. Raises Error unavailable when there is none, or no lock."""
     files = (directory / "subuid", directory / "subgid")
     with _locked(files[0]), _locked(files[1]):
         taken = [(s, n) for file in files for _, s, n in ranges(file)]
         taken += [(id, 1) for id in (identity.uid, *identity.groups, *(entry.pw_uid for entry in pwd.getpwall()))]
-        free = (s for s in range(FIRST, LAST, SIZE) if all(s + SIZE <= first or first + n <= s for first, n in taken))
+        starts = range(lowest, last - SIZE + 1, SIZE)
+        free = (s for s in starts if all(s + SIZE <= first or first + n <= s for first, n in taken))
         start = next(free, None)
         if start is None:
             raise Error("unavailable", "no subordinate ids are left", f"free some in {files[0]} and {files[1]}")

@@ -1,0 +1,66 @@
+"""The system user as whom root's own sessions run, so that no image ever acts as root of the machine.
+
+Owns that user and its home. It has no password and no shell outside, and cannot log in.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pwd
+import shutil
+import subprocess
+import threading
+
+from ..errors import Error
+from ..model import Identity
+from . import inventory
+
+NAME = "beaker-root"
+HOME = "/var/lib/beaker-root"
+NOTE = f"root's session runs as the system user {NAME}, at home in its own directory"
+
+log = logging.getLogger(__name__)
+_making = threading.Lock()
+
+
+def identity(session_home: str) -> Identity:
+    """The user, made when it is missing. Raises Error unavailable."""
+    with _making:
+        try:
+            entry = pwd.getpwnam(NAME)
+        except KeyError:
+            _make()
+            entry = pwd.getpwnam(NAME)
+        if not session_home:
+            _make_home(entry)
+    if entry.pw_uid == 0 or entry.pw_gid == 0:
+        raise Error("forbidden", f"the user {NAME} of this machine is root", f"remove it: userdel {NAME}")
+    return inventory.unix_user(entry.pw_uid, session_home)
+
+
+def _make() -> None:
+    search = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+    program = shutil.which("useradd", path=search)
+    words = ["--system", "--user-group", "--no-create-home", "--home-dir", HOME, "--shell", "/usr/sbin/nologin"]
+    command = [program or "useradd", *words, "--comment", "sessions of root", NAME]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30)
+        problem = done.stderr.strip() if done.returncode else ""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        problem = str(error)
+    if problem:
+        log.error("the system user %s cannot be made: %s", NAME, problem)
+        raise Error("unavailable", f"the system user {NAME} of root's sessions cannot be made: {problem}", "make it")
+    log.info("made the system user %s, as whom root's sessions run", NAME)
+
+
+def _make_home(entry: pwd.struct_passwd) -> None:
+    """Its parent is root's, so nobody can put a link there."""
+    try:
+        os.mkdir(entry.pw_dir, 0o700)
+        os.chown(entry.pw_dir, entry.pw_uid, entry.pw_gid)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise Error("unavailable", f"the home {entry.pw_dir} of {NAME} cannot be made: {error.strerror}") from error
