@@ -23,6 +23,7 @@ LABEL = "beaker.session"  # every sandbox carries it, its value is the session's
 # So that the executor of one state directory never touches the sandboxes of another.
 LABEL_OWNER = "beaker.executor"
 LOW_DISK = 10 << 30  # bytes of free disk below which images and sessions will soon be in trouble
+PIDS = 4096  # processes and threads of a session, unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Spec:
     cpu_weight: int = 100
     memory: int = 0
     shared_memory: int = 64 << 20
-    pids: int = 4096
+    pids: int = PIDS
     oom_score_adj: int = 0
     tty: bool = True
     stdin: bool = True

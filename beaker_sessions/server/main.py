@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from .. import __version__, ids
+from .. import __version__, ids, trust
 from ..errors import Error
 from ..model import Scope
 from ..settings import ServerSettings, load
@@ -26,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     names = ("storage_path", "host", "port", "database", "key")
     try:
+        trust.check("the server")
         settings = load(ServerSettings, options.config, flags={name: getattr(options, name, None) for name in names})
         login = provider(settings)
         service = _service(settings)
