@@ -171,7 +171,8 @@ def _locked(base: Path) -> Iterator[None]:
         shared = now.st_mode & 0o022 and not (path != base and now.st_mode & stat.S_ISVTX)
         if not stat.S_ISDIR(now.st_mode) or now.st_uid != 0 or shared:
             raise Failed(f"{path} is not a directory that root alone writes: chown root {path}; chmod go-w {path}")
-    with open(base / ".lock", "w") as lock:
+    # Root's alone to open: who can read it can hold it.
+    with open(os.open(base / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -86,13 +85,13 @@ def test_each_change_is_another_version_and_what_is_in_use_stays(
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
         door.bind(str(place / "door"))
         door.listen()
-        door.settimeout(60)
-        environment = {**os.environ, "BEAKER_SOCKET": str(place / "door"), "BEAKER_USER_TOKEN": "x"}
-        command = [place / "opt/current/bin/beaker", "session", "list"]
+        door.settimeout(20)
+        environment = {**os.environ, "BEAKER_SOCKET": str(place / "door")}
+        command = [place / "opt/current/bin/beaker", "executor", "doctor"]
         user = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         waiting, _ = door.accept()  # it waits for an answer, which does not come
         try:
-            (checkout / "beaker_sessions/cli/main.py").open("a").write("# changed\n")
+            (checkout / "beaker_sessions/cli/extra.py").touch()
             monkeypatch.setattr(installed, "_make_environment", None)  # nothing is fetched again
             second = install()
             assert second != first
@@ -100,9 +99,9 @@ def test_each_change_is_another_version_and_what_is_in_use_stays(
             installed.clean_up(place / "opt")
             assert first.exists(), "somebody runs it"
         finally:
-            waiting.close()
-            user.send_signal(signal.SIGKILL)
+            user.kill()
             user.wait()
+            waiting.close()
     installed.clean_up(place / "opt")
     assert sorted(path.name for path in (place / "opt").iterdir()) == [".lock", second.name, "current"]
     assert "cannot read the settings" in executor(second / "bin"), "it needs nothing of the one before"
@@ -183,7 +182,7 @@ def test_ways_that_others_can_turn(place: Path) -> None:
     (open_ / "link").symlink_to(place / "elsewhere/file")
     (place / "elsewhere").mkdir()
     os.chown(place / "elsewhere", ADA, ADA)
-    assert list(trust.of([str(open_)], [])) == [f"{place / 'elsewhere'} belongs to uid {ADA}"]
+    assert set(trust.of([str(open_)], [])) == {f"{place / 'elsewhere'} belongs to uid {ADA}"}
     (place / "loop").symlink_to(place / "loop")
     assert "loop of links" in next(trust.of([], [str(place / "loop")]))
 
