@@ -7,12 +7,26 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from . import account, cuda, driver, engine, environment, everyone, host, image, packages, removal, services, testing
+from . import (
+    account,
+    cuda,
+    driver,
+    engine,
+    environment,
+    everyone,
+    host,
+    image,
+    installed,
+    packages,
+    removal,
+    services,
+    testing,
+)
 from .steps import Failed, Step, as_user, do, run
 
 SESSION = [
     packages.step("system packages", packages.SESSION),
-    environment.step(),
+    installed.step,
     services.settings,
     driver.step,
     engine.step,
@@ -22,23 +36,20 @@ SESSION = [
     everyone.step,
     image.step(),  # the executor takes it into its storage
 ]
-TESTS = [packages.step("system packages for tests", packages.TESTS), environment.step(dev=True)]
+TESTS = [packages.step("system packages for tests", packages.TESTS), environment.step()]
 
 
 def session(*arguments: str) -> None:
     """Everything that is missing, then `beaker session create ARGUMENTS` in place of this process, as the caller."""
     run(SESSION)
     caller = host.caller()
-    program = str(host.VENV / "bin/beaker")
+    program = str(installed.CURRENT / "bin/beaker")
     environment = {key: value for key, value in host.home_environment(caller).items() if not key.startswith("MAKE")}
     if os.geteuid() != caller.pw_uid:
         os.initgroups(caller.pw_name, caller.pw_gid)
         os.setgid(caller.pw_gid)
         os.setuid(caller.pw_uid)
-    try:
-        os.execve(program, [program, "session", "create", *arguments], environment)
-    except PermissionError:
-        raise Failed(f"{caller.pw_name} may not run {program}: have the checkout where it can be read") from None
+    os.execve(program, [program, "session", "create", *arguments], environment)
 
 
 def step(name: str) -> None:
@@ -54,7 +65,7 @@ def build(base: str, name: str) -> None:
     """An image by the default image's recipe on another base, under a name of its own; `cuda`: what fits the driver."""
     _as_root()
     base = cuda.base() if base == "cuda" else base
-    run([SESSION[0], engine.needed, image.step_on(base, name)] if base else SESSION)
+    run([*SESSION[:2], engine.needed, image.step_on(base, name)] if base else SESSION)
 
 
 def lock() -> None:

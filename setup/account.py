@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from . import daemon, host, services
+from . import daemon, host, installed, services
 from .steps import Failed, Report, Step, as_user, command
 
 EXECUTOR_TOKEN = host.ETC / "executor.token"
@@ -39,7 +39,7 @@ def _make(report: Report) -> str:
         )
     with tempfile.TemporaryDirectory() as directory:  # root's, mode 0700
         file = Path(directory, "token")
-        program = [str(host.VENV / "bin/beaker-server"), "init", "--account", caller.pw_name]
+        program = [str(installed.CURRENT / "bin/beaker-server"), "init", "--account", caller.pw_name]
         program += ["--token-file", str(file), "--executor-token-file", str(EXECUTOR_TOKEN)]
         command(program, report, env=daemon.environment())
         EXECUTOR_TOKEN.chmod(0o600)
@@ -60,7 +60,7 @@ def _as_caller(program: str, *arguments: str, stdin: str = "") -> str:
         "-B",
         "-I",
         "-c",
-        f"import sys; sys.path.insert(0, {str(host.ROOT)!r}); {program}",
+        f"import sys; sys.path.insert(0, {str(installed.PACKAGE)!r}); {program}",
         *arguments,
     ]
     user = as_user(caller.pw_uid, argv) if os.geteuid() != caller.pw_uid else {"args": argv}

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from . import daemon, host, recipe
+from . import daemon, host, installed, recipe
 from .sources import sources
 from .steps import Failed, Report, command
 
@@ -58,8 +58,8 @@ def make(report: Report) -> str:
             report("writing the archive")
             write(directory / "image.tar", layers, key)
             report("loading")
-            program = [str(host.VENV / "bin/beaker"), "executor", "images", "load", str(directory / "image.tar")]
-            command([*program, recipe.NAME], report, env=daemon.environment())
+            program = [str(installed.CURRENT / "bin/beaker"), "executor", "images", "load"]
+            command([*program, str(directory / "image.tar"), recipe.NAME], report, env=daemon.environment())
             size = sum(one.stat().st_size for one in layers) / 1e6
         host.write(_STAMP, key)
         return f"{recipe.NAME}, {size:.0f} MB{listener.left_out()}"

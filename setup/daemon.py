@@ -5,11 +5,14 @@ A pid alone may be another process's by now; with the time at which it started i
 
 from __future__ import annotations
 
+import contextlib
+import grp
 import os
 import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 from . import host
 from .steps import Failed
@@ -21,15 +24,14 @@ def environment() -> dict[str, str]:
         "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "HOME": "/root",
         "LANG": "C.UTF-8",
-        "PYTHONDONTWRITEBYTECODE": "1",  # they would be root's files, in the checkout of its owner
+        "PYTHONDONTWRITEBYTECODE": "1",  # what root runs is compiled when it is installed
         **{key: value for key, value in os.environ.items() if key in host.PROXIES},
     }
 
 
 def start(name: str, argv: list[str]) -> int:
     """Start a program in a session of its own, its output appended to its log: the pid."""
-    host.LOGS.mkdir(parents=True, exist_ok=True)
-    with open(log(name), "ab") as output:
+    with _opened(log(name)) as output:
         process = subprocess.Popen(
             argv,
             stdin=subprocess.DEVNULL,
@@ -81,6 +83,16 @@ def tail(name: str, lines: int = 15) -> list[str]:
         return log(name).read_text(errors="replace").splitlines()[-lines:]
     except OSError:
         return []
+
+
+def _opened(path: Path) -> BinaryIO:
+    """To append to a log, which nobody may read but root and the group adm, where there is one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640), "ab")  # noqa: SIM115
+    os.fchmod(file.fileno(), 0o640)  # one of an older version was for everybody
+    with contextlib.suppress(KeyError, PermissionError):
+        os.fchown(file.fileno(), -1, grp.getgrnam("adm").gr_gid)
+    return file
 
 
 def _file(name: str) -> Path:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import subprocess
 
-from . import daemon, host, services
-from .steps import Failed, Report, Step
+from . import daemon, host, installed, services
+from .steps import Failed, Report, Step, do
 
 _STAMP = host.STATE / "setup/driver"
 _MODULE = "beaker_sessions.sandbox.oci.command"
@@ -45,9 +45,9 @@ def remove() -> bool:
 
 
 def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
-    argv = [str(host.VENV / "bin/python"), "-P", "-m", _MODULE, *arguments]
-    if not os.path.exists(argv[0]):
-        raise Failed(f"{argv[0]} is missing: make session")
+    if not installed.PYTHON.exists():  # what is there is of a version that root ran from a checkout
+        do(installed.step)
+    argv = [str(installed.PYTHON), "-P", "-m", _MODULE, *arguments]
     return subprocess.run(argv, capture_output=True, text=True, cwd="/", env=daemon.environment())
 
 

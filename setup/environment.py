@@ -1,4 +1,7 @@
-"""The Python environment `.venv`: what the lock file says, this checkout's package, and the launchers."""
+"""The Python environment `.venv`, for developing: what the lock file says, this checkout's package, and the launchers.
+
+Root runs nothing of it, but tests of a checkout of its own; what `make session` installs is `installed.py`'s.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,8 @@ from .steps import Report, Step, command
 _LAUNCHERS = {"beaker-server": "beaker_sessions.server.main", "beaker-executor": "beaker_sessions.executor.main"}
 
 
-def step(dev: bool = False) -> Step:
-    name = "Python environment for tests" if dev else "Python environment"
-    lock = host.ROOT / ("requirements-dev.txt" if dev else "requirements.txt")
+def step() -> Step:
+    lock = host.ROOT / "requirements-dev.txt"
     stamp = host.VENV / f".{lock.stem}"
 
     def missing() -> bool:
@@ -30,7 +32,7 @@ def step(dev: bool = False) -> Step:
         host.write(stamp, _key(lock))
         return "installed"
 
-    return Step(name, missing, do, as_owner=True)
+    return Step("Python environment for tests", missing, do, as_owner=True)
 
 
 def launcher(directory: str, interpreter: str) -> str:
@@ -38,22 +40,22 @@ def launcher(directory: str, interpreter: str) -> str:
 
     It can be, because the command line needs the standard library alone. directory: the parent of `beaker_sessions`.
     The interpreter is the system's, not the environment's link to it: its path is short and has no spaces, whatever the
-    checkout's, and a first line `#!` allows neither.
+    checkout's, and a first line `#!` allows neither. The directory is held open, which shows that it is in use.
     """
     return (
         f"#!{interpreter} -IS\n"
-        "import sys\n"
+        "import os, sys\n"
+        f"os.open({directory!r}, os.O_RDONLY)\n"
         f"sys.path.insert(0, {directory!r})\n"
         "from beaker_sessions.cli.main import main\n"
         "sys.exit(main())\n"
     )
 
 
-def _program(module: str) -> str:
-    """A script for the environment's interpreter at any path: to sh its second line is an exec, to Python a string."""
-    python = shlex.quote(str(host.VENV / "bin/python"))
+def program(python: Path, module: str) -> str:
+    """A script for an environment's interpreter at any path: to sh its second line is an exec, to Python a string."""
     return f"""#!/bin/sh
-'''exec' {python} -P "$0" "$@"
+'''exec' {shlex.quote(str(python))} -P "$0" "$@"
 ' '''
 import sys
 from {module} import main
@@ -97,6 +99,6 @@ def _install_package(report: Report) -> None:
     host.write(packages / "beaker_sessions.pth", f"{host.ROOT}\n")
     host.write(host.VENV / "bin/beaker", launcher(str(host.ROOT), sys.executable), 0o755)
     for name, module in _LAUNCHERS.items():
-        host.write(host.VENV / "bin" / name, _program(module), 0o755)
+        host.write(host.VENV / "bin" / name, program(host.VENV / "bin/python", module), 0o755)
     report("compiling")
     command([sys.executable, "-m", "compileall", "-q", str(host.ROOT / "beaker_sessions")], report)

@@ -1,61 +1,49 @@
-"""The `beaker` command for everybody on this machine: a copy that needs neither the checkout nor its environment.
+"""The `beaker` command for everybody on this machine: a link to what is installed.
 
-Owns PROGRAM and DIRECTORY, where they are its own; a `beaker` that somebody else put there stays.
+Owns PROGRAM, where it is ours; a `beaker` that somebody else put there stays.
 """
 
 from __future__ import annotations
 
-import compileall
+import os
 import shutil
 from pathlib import Path
 
-from . import host, recipe
+from . import installed
 from .steps import Report, Step
 
-PROGRAM, DIRECTORY = Path("/usr/local/bin/beaker"), Path("/usr/local/lib/beaker")
-PYTHON = DIRECTORY / "python"  # a link to the executor's, for doctor when no executor answers
-
-
-def files() -> dict[Path, bytes]:
-    """What is to be there. The same as in the default image."""
-    found = {name.removeprefix("beaker/"): content for name, content in recipe.files("command") if "/" in name}
-    return {PROGRAM if name == "launcher" else DIRECTORY / name: content for name, content in found.items()}
+PROGRAM = Path("/usr/local/bin/beaker")
+_TARGET = installed.CURRENT / "bin/beaker"
+_FORMER = Path("/usr/local/lib/beaker")  # where it was when PROGRAM was a file
 
 
 def foreign() -> bool:
     """Whether there is a `beaker` that is not ours."""
-    try:
-        return str(DIRECTORY).encode() not in PROGRAM.read_bytes()
-    except FileNotFoundError:
-        return False
+    if PROGRAM.is_symlink():
+        return not Path(os.readlink(PROGRAM)).is_relative_to(installed.BASE)
+    return PROGRAM.exists() and str(_FORMER).encode() not in PROGRAM.read_bytes()
 
 
 def remove() -> list[Path]:
     """Remove it: what was there."""
-    if foreign() or not PROGRAM.exists():
+    if foreign():
         return []
-    PROGRAM.unlink()
-    shutil.rmtree(DIRECTORY, ignore_errors=True)
-    return [PROGRAM, DIRECTORY]
+    found = [path for path in (PROGRAM, _FORMER) if os.path.lexists(path)]
+    PROGRAM.unlink(missing_ok=True)
+    shutil.rmtree(_FORMER, ignore_errors=True)
+    return found
 
 
 def _missing() -> bool:
-    linked = PYTHON.is_symlink() and PYTHON.readlink() == host.VENV / "bin/python"
-    same = all(path.exists() and path.read_bytes() == text for path, text in files().items())
-    return not foreign() and not (linked and same)
+    return not foreign() and not (PROGRAM.is_symlink() and os.readlink(PROGRAM) == str(_TARGET))
 
 
 def _install(_report: Report) -> str:
-    wanted = files()
-    for path, content in wanted.items():
-        if path != PROGRAM:
-            host.write(path, content.decode())
-    for path in set(DIRECTORY.rglob("*.py")) - wanted.keys():  # of an older version
-        path.unlink()
-    PYTHON.unlink(missing_ok=True)
-    PYTHON.symlink_to(host.VENV / "bin/python")
-    compileall.compile_dir(DIRECTORY, quiet=2)
-    host.write(PROGRAM, wanted[PROGRAM].decode(), 0o755)  # last: it works from its first moment
+    """What the former command consists of stays until `make clean`: somebody may be using it."""
+    new = PROGRAM.with_name(f".beaker.{os.getpid()}")
+    PROGRAM.parent.mkdir(parents=True, exist_ok=True)
+    new.symlink_to(_TARGET)
+    new.replace(PROGRAM)
     return f"{PROGRAM}"
 
 

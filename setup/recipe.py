@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import host
+from . import host, installed
 from .environment import launcher
 from .steps import Failed, Report, command
 
@@ -81,7 +81,7 @@ def programs(report: Report) -> dict[str, bytes]:
     """Those that are copied into the image as they are: name and content; empty where PyPI cannot be reached."""
     report("downloading uv")
     with tempfile.TemporaryDirectory() as name:
-        pip = [str(host.VENV / "bin/python"), "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
+        pip = [str(installed.PYTHON), "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
         options = ["--only-binary=:all:", "--require-hashes", "--progress-bar=off", "--dest", name]
         try:
             command([*pip, *options, "--requirement", str(DIRECTORY / "tools/uv.txt")], report)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from . import driver, engine, everyone, host, services
+from . import driver, engine, everyone, host, installed, services
 
 
 def down() -> None:
@@ -35,9 +35,10 @@ def clean() -> None:
         _remove(file)
     for directory in (host.RUN / "sessions").glob("*/"):  # file systems in memory: their sessions are gone
         subprocess.run(["umount", "--lazy", directory], stderr=subprocess.DEVNULL)
-    for path in (host.RUN / "setup", host.RUN / "sessions", services.DOOR, host.STATE, host.LOGS, host.VENV):
+    for path in (host.RUN / "setup", host.RUN / "sessions", services.DOOR, host.STATE, host.LOGS, installed.BASE):
         _remove(path)
-    _remove(host.ROOT / "build")
+    for path in (host.VENV, host.ROOT / "build"):
+        _remove(path)
     for path in everyone.remove():
         _say(f"removed {path}")
     for directory in (host.RUN / "oci", host.RUN, host.ETC):  # of other executors there may be something left

@@ -18,57 +18,13 @@ from pathlib import Path
 from beaker_sessions.errors import Error
 from beaker_sessions.transport import Endpoint
 
-from . import daemon, host
+from . import daemon, host, installed
 from .steps import Failed, Report, Step, command, wait
 
 DOOR = host.RUN / "executor.sock"
 SETTINGS = host.ETC / "config.yml"
 EXAMPLE = Path(__file__).with_name("config.yml")
 UNITS = Path("/etc/systemd/system")
-
-_UNIT = """[Unit]
-Description={description}
-After=network-online.target docker.service
-Wants=network-online.target
-
-[Service]
-ExecStart={command}
-Restart=always
-RestartSec=1
-# What the executor has started are sessions, or parts of them.
-KillMode=process
-Environment=LANG=C.UTF-8 PYTHONDONTWRITEBYTECODE=1
-LimitNOFILE=1048576
-OOMScoreAdjust=-900
-RuntimeDirectory=beaker
-RuntimeDirectoryMode=0755
-RuntimeDirectoryPreserve=yes
-{options}
-[Install]
-WantedBy=multi-user.target
-"""
-# Nothing that gives the executor a mount namespace of its own: its mounts are the sessions', and it serves whoever is
-# in its namespaces. Its children are sessions too, so no filters of system calls either.
-_EXECUTOR = "Delegate=yes\n"
-# The server needs its database and the network, nothing else.
-_SERVER = """UMask=0077
-NoNewPrivileges=yes
-ProtectSystem=strict
-ReadWritePaths=/var/lib/beaker
-ProtectHome=read-only
-PrivateDevices=yes
-ProtectClock=yes
-ProtectKernelModules=yes
-ProtectKernelTunables=yes
-ProtectKernelLogs=yes
-ProtectControlGroups=yes
-ProtectHostname=yes
-RestrictNamespaces=yes
-RestrictRealtime=yes
-RestrictSUIDSGID=yes
-LockPersonality=yes
-RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
-"""
 
 
 @dataclass(frozen=True)
@@ -77,7 +33,6 @@ class Service:
     description: str
     arguments: tuple[str, ...]
     answers: Callable[[], bool]
-    options: str
 
     @property
     def unit(self) -> Path:
@@ -87,39 +42,42 @@ class Service:
         return Step(self.description, lambda: not self.answers() or self.stale(), self.start)
 
     def stale(self) -> bool:
-        """Whether the program, its libraries or its settings are newer than the running process."""
-        sources = [SETTINGS, host.VENV / ".requirements", *(host.ROOT / "beaker_sessions").rglob("*.py")]
+        """Whether it was started from another version than is installed, with other settings, or as another unit."""
         try:
-            return max(path.stat().st_mtime for path in sources if path.exists()) > self._stamp.stat().st_mtime
+            started = self._stamp.stat().st_mtime
+            if self._stamp.read_text() != installed.current():
+                return True
+            if SETTINGS.exists() and SETTINGS.stat().st_mtime > started:
+                return True
+            return host.SYSTEMD and self.unit.read_text() != self.unit_text()
         except FileNotFoundError:
             return True
 
     def start(self, report: Report) -> str:
-        program = [str(host.VENV / "bin" / self.name), *self.arguments]
         host.STATE.mkdir(parents=True, exist_ok=True)
-        host.write(self._stamp, "")
+        host.write(self._stamp, installed.current())
         if host.SYSTEMD:
             report("starting")
-            host.write(self.unit, self.unit_text(program))
+            host.write(self.unit, self.unit_text())
             command(["systemctl", "daemon-reload"], report)
             command(["systemctl", "enable", "--quiet", self.unit.name], report)
             command(["systemctl", "restart", self.unit.name], report)
             wait(f"{self.unit.name} (see journalctl -u {self.name})", self.answers, lambda: True)
+            installed.clean_up()
             return f"started {self.unit.name}"
         again = daemon.stop(self.name)
-        process = daemon.start(self.name, program)
+        process = daemon.start(self.name, [str(installed.CURRENT / "bin" / self.name), *self.arguments])
         try:
             wait(self.name, self.answers, lambda: daemon.alive(process))
         except Failed as error:
             raise Failed(f"{error}; its log is {daemon.log(self.name)}", daemon.tail(self.name)) from None
+        installed.clean_up()
         return f"{'restarted' if again else 'started'}, log {daemon.log(self.name)}"
 
-    def unit_text(self, program: list[str]) -> str:
+    def unit_text(self, programs: Path = installed.CURRENT / "bin") -> str:
         """Its unit file (systemd.service(5)). Double quotes keep any path one word; `$` means nothing there."""
-        quoted = " ".join(f'"{word}"'.replace("%", "%%") for word in program)
-        return _UNIT.format(
-            description=f"Beaker Sessions: the {self.description}", command=quoted, options=self.options
-        )
+        text = (host.ROOT / "setup/units" / self.unit.name).read_text()
+        return text.replace("@BIN@", str(programs).replace("%", "%%"))
 
     def stop(self, report: Report) -> bool:
         """Stop it, and let it not start with the machine: whether it ran."""
@@ -176,8 +134,8 @@ def _executor_answers() -> bool:
         return False
 
 
-SERVER = Service("beaker-server", "server", ("serve",), _server_answers, _SERVER)
-EXECUTOR = Service("beaker-executor", "executor", (), _executor_answers, _EXECUTOR)
+SERVER = Service("beaker-server", "server", ("serve",), _server_answers)
+EXECUTOR = Service("beaker-executor", "executor", (), _executor_answers)
 
 
 def _configure(_report: Report) -> str:

@@ -3,12 +3,14 @@
 # alone, and one OCI runtime. For what a machine without them cannot show; `make test` does not run it.
 #
 #     tests/guest.sh [runc|crun] [pytest's arguments]
+#     tests/guest.sh units            the units of set-up instead, and how closed they are: tests/units.sh
 #
 # Needs root, `make check` before (for .venv), and the packages qemu-system-x86, mmdebstrap and e2fsprogs. ACCEL=tcg is for
 # machines without KVM, and takes ten times as long. All of it is in build/guest, and gone with it.
 set -eu
-runtime=${1:-runc}
+what=${1:-runc} runtime=${1:-runc}
 [ $# = 0 ] || shift
+[ "$what" != units ] || runtime=runc
 root=$(cd "$(dirname "$0")/.." && pwd)
 work=$root/build/guest
 packages=systemd-sysv,dbus,udev,linux-image-amd64,apparmor,ca-certificates,procps,iproute2,iptables,sudo
@@ -33,7 +35,7 @@ TTYPath=/dev/ttyS0
 Delegate=yes
 Environment=PYTHONDONTWRITEBYTECODE=1
 ExecStart=/bin/sh -c 'mount -t 9p -o ro,trans=virtio,version=9p2000.L checkout $root && cd $root && \\
-    xargs -a build/guest/arguments -d "\\\\n" .venv/bin/python -m pytest; echo "pytest ended with \$\$?"'
+    sh build/guest/command; echo "it ended with \$\$?"'
 ExecStopPost=systemctl --no-block poweroff
 [Install]
 WantedBy=multi-user.target
@@ -48,9 +50,18 @@ UNIT
     mv "$work/part.img" "$work/$runtime.img"
 fi
 printf '%s\n' tests/contract -q -rs -k 'oci and not docker' -p no:cacheprovider "$@" > "$work/arguments"
+if [ "$what" = units ]; then
+    # Installed here, where there is a network, in the place where it will be there.
+    mkdir -p "$work/opt" /opt/beaker-sessions
+    unshare --mount sh -c 'mount --bind "$0" /opt/beaker-sessions && python3 -B -c "from setup import installed; installed.install(print)"' "$work/opt"
+    rmdir /opt/beaker-sessions 2> /dev/null || true
+    echo sh tests/units.sh > "$work/command"
+else
+    echo "xargs -a build/guest/arguments -d '\\n' .venv/bin/python -m pytest" > "$work/command"
+fi
 qemu-system-x86_64 -accel "${ACCEL:-kvm}" -cpu max -smp 2 -m 4096 -nodefaults -display none -no-reboot \
     -serial stdio -kernel "$work/vmlinuz" -initrd "$work/initrd" \
     -append "root=/dev/vda rw console=ttyS0 quiet loglevel=3 systemd.show_status=0" \
     -drive "file=$work/$runtime.img,if=virtio,format=raw,snapshot=on" -device virtio-rng-pci \
     -virtfs "local,path=$root,mount_tag=checkout,security_model=none,readonly=on" < /dev/null | tee "$work/log"
-grep -q 'pytest ended with 0' "$work/log"
+grep -q 'it ended with 0' "$work/log"

@@ -33,11 +33,7 @@ def doctor(options: Options) -> int:
 
 
 def _interpreter() -> str:
-    """The executor's, "" when it is not known: beside this package, or what set-up linked to there."""
+    """The executor's, "" when it is not known: where this package is installed, or in its checkout."""
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    try:
-        # As the link says: Python finds its environment by the name that it is started with.
-        python = os.readlink(os.path.join(root, "python"))
-    except OSError:
-        python = os.path.join(root, ".venv/bin/python")
-    return python if os.access(python, os.X_OK) else ""
+    places = (os.path.join(os.path.dirname(root), "bin/python"), os.path.join(root, ".venv/bin/python"))
+    return next((python for python in places if os.access(python, os.X_OK)), "")

@@ -15,10 +15,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 
+from .. import trust
 from ..client import Client
 from ..errors import Error
 from ..sandbox import LOW_DISK, Finding, Sandboxes, cdi
-from ..settings import ExecutorSettings, load
+from ..settings import CONFIG, ExecutorSettings, load
 from . import inventory, plan
 
 NVIDIA = Path("/dev/nvidiactl")  # there when NVIDIA's driver is loaded
@@ -31,6 +32,7 @@ def findings(
     executor that runs, which took stock when it started.
     """
     yield Finding("ok", f"sessions are run by the {sandboxes.name} driver" + (f", because {why}" if why else ""))
+    yield from _files()
     yield from _engine(sandboxes)
     if sandboxes.name != "docker":
         there = os.path.exists(settings.docker_socket)
@@ -38,6 +40,14 @@ def findings(
         yield Finding("ok", f"Docker Engine is {'' if there else 'not '}at {settings.docker_socket}: {images}")
     yield from _server(settings)
     yield from _machine(settings, offered)
+
+
+def _files() -> Iterable[Finding]:
+    found = list(trust.problems()) or list(trust.of([], [CONFIG]))
+    for what in found[:5]:
+        yield Finding("error", f"others can change what root runs here: {what}", "chown root, chmod go-w; make session")
+    if not found:
+        yield Finding("ok", "nobody but root can change what root runs here, and its settings")
 
 
 def _engine(sandboxes: Sandboxes) -> Iterable[Finding]:

@@ -224,7 +224,10 @@ class Door:
         caller.send({"node": {**self.lifecycle.node(), "limits": limits, "free": wire.free(self.sessions.free()),
                               "cordoned": bool(reason), "cordonReason": reason, "usage": self.usage()}})  # fmt: skip
 
-    def _doctor(self, caller: Caller, *_: Any) -> None:
+    def _doctor(self, caller: Caller, _request: dict, account: dict, *_: Any) -> None:
+        if account.get("role") != "admin":
+            hint = "sudo beaker executor doctor"
+            raise Error("forbidden", "what is wrong with a node is its administrators' business", hint)
         for finding in self.findings():
             caller.send({"finding": finding.__dict__})
         caller.send({"end": True})

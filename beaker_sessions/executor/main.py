@@ -11,7 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-from .. import __version__
+from .. import __version__, trust
 from ..errors import Error
 from ..sandbox import Sandboxes
 from ..settings import ExecutorSettings, load
@@ -89,6 +89,7 @@ def main() -> int:
     try:
         if os.geteuid() != 0:
             raise Error("forbidden", "the executor must run as root", "start it with sudo or through systemd")
+        trust.check("the executor")
         serve(load(ExecutorSettings, options.config))
     except Error as error:
         print(f"beaker-executor: {error.message}" + (f"; {error.hint}" if error.hint else ""), file=sys.stderr)

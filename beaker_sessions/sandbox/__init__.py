@@ -24,6 +24,7 @@ LABEL = "beaker.session"  # every sandbox carries it, its value is the session's
 LABEL_OWNER = "beaker.executor"
 MARK = 0xBEA  # SO_MARK of the sockets of published ports: by it the firewall lets sessions reach them
 LOW_DISK = 10 << 30  # bytes of free disk below which images and sessions will soon be in trouble
+PIDS = 4096  # processes and threads of a session, unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Spec:
     cpu_weight: int = 100
     memory: int = 0
     shared_memory: int = 64 << 20
-    pids: int = 4096
+    pids: int = PIDS
     oom_score_adj: int = 0
     tty: bool = True
     stdin: bool = True

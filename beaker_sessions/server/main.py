@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from .. import __version__, ids
+from .. import __version__, ids, trust
 from ..errors import Error
 from ..model import Scope
 from ..settings import ServerSettings, load
@@ -25,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     names = ("storage_path", "host", "port", "database", "key")
     try:
+        trust.check("the server")
         settings = load(ServerSettings, options.config, flags={name: getattr(options, name, None) for name in names})
         login = provider(settings)
         service = _service(settings)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import Error
-from .. import LOW_DISK, Finding, runtimes
+from .. import LOW_DISK, PIDS, Finding, runtimes
 from ..cdi import Registry
 from .engine import Engine
 from .files import BUSYBOX
@@ -34,6 +34,7 @@ def _engine(version: dict[str, Any], info: dict[str, Any]) -> Iterator[Finding]:
     for what, has in (("memory", info["MemoryLimit"]), ("pids", info["PidsLimit"]), ("CPU", info["CPUShares"])):
         if not has:
             yield Finding("error", f"this kernel has no {what} limits for containers", "enable the cgroup controller")
+    yield _pids()
     if info["LiveRestoreEnabled"]:
         yield Finding("ok", "live-restore is on: sessions survive a restart of Docker Engine")
     else:
@@ -62,6 +63,15 @@ def _engine(version: dict[str, Any], info: dict[str, Any]) -> Iterator[Finding]:
 
     if "name=apparmor" in options:
         yield Finding("ok", "AppArmor is on, with Docker Engine's profile for containers")
+
+
+def _pids() -> Finding:
+    """Docker Engine limits each container alone, so that there must be room for many at their limit."""
+    most = int(Path("/proc/sys/kernel/pid_max").read_text())
+    full = most // PIDS
+    what = f"the machine's {most} ids of processes are enough for {full} sessions at their limit of {PIDS}"
+    mend = "sysctl -w kernel.pid_max=4194304, and in /etc/sysctl.d"
+    return Finding("ok", what) if full >= 64 else Finding("warning", what, mend)
 
 
 def _runtime(version: dict[str, Any]) -> Iterator[Finding]:

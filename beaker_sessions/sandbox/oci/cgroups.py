@@ -1,7 +1,8 @@
 """Control groups: which kind this machine has, and what the kernel says about a sandbox's.
 
-Owns: reading and removing what the runtime made, on cgroup v1, hybrid and v2 alike. The limits themselves are set by
-the runtime (`config.py`). Sources: the kernel's `admin-guide/cgroup-v1` and `cgroup-v2.rst`.
+Owns: reading and removing what the runtime made, on cgroup v1, hybrid and v2 alike, and the limit on the processes of
+all sandboxes together. Each one's limits are set by the runtime (`config.py`). Sources: the kernel's
+`admin-guide/cgroup-v1` and `cgroup-v2.rst`.
 """
 
 from __future__ import annotations
@@ -58,6 +59,19 @@ class Cgroups:
                 pids |= {int(pid) for pid in (directory / "cgroup.procs").read_text().split()}
         return pids
 
+    def limit_pids(self, cgroup: str, most: int) -> bool:
+        """Make a group that has at most so many processes and threads, with all below it: whether that can be."""
+        try:
+            root = self._controller("pids")
+            directory = root / cgroup.lstrip("/")
+            if self.unified:
+                (root / "cgroup.subtree_control").write_text("+pids")
+            directory.mkdir(exist_ok=True)
+            (directory / "pids.max").write_text(str(most))
+        except (OSError, StopIteration):
+            return False
+        return True
+
     def remove(self, cgroup: str) -> bool:
         """Remove the group everywhere; False while something runs in it."""
         gone = True
@@ -88,6 +102,15 @@ class Cgroups:
         if self.unified:
             return self.hierarchies[""]
         return next(path for names, path in self.hierarchies.items() if name in names.split(","))
+
+
+def room() -> int:
+    """How many processes and threads sandboxes may have together: an eighth of the machine's stays for all else.
+
+    Source: proc_sys_kernel(5), pid_max and threads-max.
+    """
+    most = min(int(Path("/proc/sys/kernel", name).read_text()) for name in ("pid_max", "threads-max"))
+    return most - most // 8
 
 
 def detect() -> Cgroups:

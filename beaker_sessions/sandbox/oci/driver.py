@@ -104,6 +104,9 @@ class OciSandboxes:
         self._namespaces: dict[tuple[object, ...], int] = {}
         self._watches: list[Watch] = []
         programs.install(state / "inside")
+        self.pids = cgroups.room()
+        if not self.cgroups.limit_pids(self.cgroup, self.pids):
+            self.pids = 0
         self.remains = Remains(state, self.roots, self.cgroups, self.cgroup, self.network)
         self.remains.adopt()
         for directory, sandbox in self._sandboxes():
@@ -279,9 +282,13 @@ class OciSandboxes:
 
     def check(self) -> list[Finding]:
         init = programs.find(programs.INITS)
-        return check(
-            self.state, self.state / "trash", self.runtime.path, self.cgroups, init, programs.BUSYBOX, self.ids
-        )
+        if self.pids:
+            pids = Finding("ok", f"sessions together have at most {self.pids} processes, which leaves the machine some")
+        else:
+            pids = Finding("warning", "sessions together can take all ids of processes", "enable the pids controller")
+        trash = self.state / "trash"
+        found = check(self.state, trash, self.runtime.path, self.cgroups, init, programs.BUSYBOX, self.ids)
+        return [*found, pids]
 
     def close(self) -> None:
         """Give back what is kept ready for the next sandboxes: for tests, and when the executor is uninstalled."""
