@@ -33,8 +33,9 @@ def run(arguments: list[str]) -> int:
         images = None
         if all((checkout / argument).is_dir() for argument in arguments):  # else somebody looks at some tests
             command += ["-n", str(WORKERS), "--no-loadscope-reorder", "--max-worker-restart=0"]
-            builder = [".venv/bin/python", "-m", "tests.images"]  # the first tests do not need all of them
-            images = subprocess.Popen(builder, cwd=checkout, env=environment)
+            if any(not argument.startswith("tests/unit") for argument in arguments or ["tests"]):
+                builder = [".venv/bin/python", "-m", "tests.images"]  # the first tests do not need all of them
+                images = subprocess.Popen(builder, cwd=checkout, env=environment)
         status = subprocess.run(command, cwd=checkout, env=environment).returncode
         if images:
             images.wait()

@@ -17,7 +17,6 @@ import platform
 import shutil
 import subprocess
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -149,29 +148,24 @@ def tar(files: dict[str, bytes | str]) -> bytes:
     return content.getvalue()
 
 
-def default(target: Path) -> Path:
-    """The default image as an archive; its layers of packages and tools are kept in `build`."""
+def default(target: Path | None) -> None:
+    """The default image as an archive; its layers of packages and tools are kept in `build`. None: these alone."""
     from setup import archive, recipe
 
     place = BUILD / "default"
     place.mkdir(parents=True, exist_ok=True)
-    with _building(recipe.NAME.replace("/", "-")), archive.building(place) as directory:
+    with _building("default"), archive.building(place) as directory:
         layers: list[Path] = []
         network.on_the_machine(lambda: layers.extend(archive.build(place, directory, lambda _: None)))
-        archive.write(target, layers, recipe.key())
-    return target
+        if target:
+            archive.write(target, layers, recipe.key())
 
 
 def main() -> None:
     """Build all that takes long: `make test` does it beside the first tests. Whoever needs one says what it lacks."""
-    for build in (debian, git, bullseye, _default):
+    for build in (debian, git, lambda: default(None), bullseye):
         with contextlib.suppress(OSError, subprocess.CalledProcessError, Failed):
             build()
-
-
-def _default() -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        default(Path(directory, "image.tar"))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ BIN = Path(sys.executable).parent
 GPU_MAJOR = 240  # for local use, no driver: open(2) says ENXIO where the device is allowed and EPERM where it is not
 
 
-def wait_for(what: str, check: Callable[[], object], seconds: float = 30.0) -> None:
+def wait_for(what: str, check: Callable[[], object], seconds: float = 60.0) -> None:
     """Poll until `check` returns something true; it may raise Error or OSError meanwhile."""
     deadline = time.monotonic() + seconds
     while True:

@@ -90,7 +90,7 @@ class Tty(pexpect.spawn):
 
         super().__init__(
             str(BIN / "beaker"), list(words), env={**process["env"], **(env or {})}, cwd=str(process["cwd"]),
-            dimensions=(33, 111), timeout=30, encoding="utf-8", preexec_fn=become,
+            dimensions=(33, 111), timeout=60, encoding="utf-8", preexec_fn=become,
         )  # fmt: skip
 
     def run(self, line: str) -> str:

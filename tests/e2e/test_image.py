@@ -20,7 +20,9 @@ TOOLS = ("git --version", "git lfs version", "uv --version", "ssh -V", "tmux -V"
 
 @pytest.fixture(scope="module")
 def archive(debian: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ARG001
-    return images.default(tmp_path_factory.mktemp("image") / "image.tar")
+    path = tmp_path_factory.mktemp("image") / "image.tar"
+    images.default(path)
+    return path
 
 
 @pytest.fixture(scope="module")
