@@ -66,7 +66,7 @@ def _server(settings: ExecutorSettings) -> Iterable[Finding]:
 
 
 def _machine(settings: ExecutorSettings, offered: inventory.Inventory | None) -> Iterable[Finding]:
-    registry = cdi.load([Path(path) for path in settings.cdi_paths])
+    registry = cdi.load(settings.cdi_paths, settings.cdi_hooks)
     yield from registry.findings
     has = None
     try:

@@ -50,7 +50,8 @@ class OciSandboxes:
     """`Sandboxes` by an OCI runtime under conmon.
 
     state: a directory of the driver's own, on a file system that overlays can be on. owner: labels its sandboxes.
-    cdi_paths: directories of CDI specs. docker: the socket of a Docker Engine whose images may be used, "" for none.
+    cdi_paths: directories of CDI specs; cdi_hooks: programs that they may run. docker: the socket of a Docker Engine
+    whose images may be used, "" for none.
     bridge: the network bridge of this executor's sessions. etc: the directory of `subuid` and `subgid`. images: where
     images are, on any disk, by default below state; limits and realms: as of `Images`.
     """
@@ -61,9 +62,11 @@ class OciSandboxes:
     def __init__(
         self, state: Path, owner: str, cdi_paths: Iterable[str | os.PathLike[str]] = (), *,
         docker: str = "", bridge: str = "beaker0", etc: Path = userns.ETC,
-        images: Path | None = None, limits: Limits | None = None, realms: Mapping[str, str] | None = None,
+        cdi_hooks: Iterable[str] = (), images: Path | None = None,
+        limits: Limits | None = None, realms: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
-        self.state, self.owner, self.cdi_paths, self.etc = state, owner, list(cdi_paths), etc
+        self.state, self.owner, self.etc = state, owner, etc
+        self.cdi_paths, self.cdi_hooks = list(cdi_paths), list(cdi_hooks)
         self.cgroups = cgroups.detect()
         self.cgroup = "/beaker-" + re.sub(r"[^a-z0-9]+", "-", owner.lower()).strip("-")
         self.roots = RUN / bridge / "roots"
@@ -90,7 +93,7 @@ class OciSandboxes:
 
     def create(self, spec: Spec) -> None:
         image = self.images.describe(spec.image.id)
-        edits = cdi.load(self.cdi_paths).edits(spec.gpus) if spec.gpus else cdi.Edits()
+        edits = cdi.load(self.cdi_paths, self.cdi_hooks).edits(spec.gpus) if spec.gpus else cdi.Edits()
         nodes = [_node(node) for node in edits.nodes]
         uids, gids = userns.maps(spec.identity, userns.subordinate(spec.identity, self.etc), edits.gids)
         directory = self._directory(spec.id)
