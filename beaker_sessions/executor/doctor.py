@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..client import Client
 from ..errors import Error
-from ..sandbox import LOW_DISK, Finding, Sandboxes, cdi
+from ..sandbox import LOW_DISK, Finding, Sandboxes, cdi, vulnerabilities
 from ..settings import ExecutorSettings, load
 from . import inventory, plan
 
@@ -84,6 +84,7 @@ def _machine(settings: ExecutorSettings, offered: inventory.Inventory | None) ->
         what = f"the GPUs are not those that the executor found when it started: {' '.join(changes) or 'other models'}"
         yield Finding("warning", what, "restart the executor, which ends no session: systemctl restart beaker-executor")
     yield from _nvidia(has)
+    yield from vulnerabilities.installed()
     try:
         plan.check_places(settings.mount_paths)
     except Error as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import Error
-from .. import LOW_DISK, Finding, runtimes
+from .. import LOW_DISK, Finding, vulnerabilities
 from ..cdi import Registry
 from .engine import Engine
 from .files import BUSYBOX
@@ -66,8 +66,8 @@ def _engine(version: dict[str, Any], info: dict[str, Any]) -> Iterator[Finding]:
 
 def _runtime(version: dict[str, Any]) -> Iterator[Finding]:
     for component in version.get("Components") or ():
-        if component["Name"] in runtimes.KNOWN:
-            yield runtimes.finding(component["Name"], component["Version"])
+        if component["Name"] in vulnerabilities.known():
+            yield vulnerabilities.finding(component["Name"], component["Version"])
 
 
 def _disk(info: dict[str, Any]) -> Iterator[Finding]:

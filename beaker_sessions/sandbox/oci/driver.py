@@ -252,7 +252,9 @@ class OciSandboxes:
 
     def check(self) -> list[Finding]:
         init = programs.find(programs.INITS)
-        return check(self.state, self.state / "trash", self.runtime.path, self.cgroups, init, programs.BUSYBOX)
+        return check(
+            self.state, self.state / "trash", self.runtime.path, self.cgroups, init, programs.BUSYBOX, self.images.root
+        )
 
     def close(self) -> None:
         """Give back what is kept ready for the next sandboxes: for tests, and when the executor is uninstalled."""
