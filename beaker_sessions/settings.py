@@ -28,6 +28,7 @@ class ExecutorSettings:
 
     insecure_addresses: servers that may be reached without encryption; this machine's is found beside `socket`.
     accounts: Unix name -> account name where they differ. gpus: CDI names to offer, None for all that are found.
+    cdi_hooks: programs that CDI specs may run, besides NVIDIA's.
     session_disk: what a session may write outside of home and mounts, as `200GiB`; "" for no limit. image_path: where
     images are, "" for below storage_path. image_size: what one may take unpacked, "" for no limit; image_space: what
     all together may, "" for 80 % of their file system. registry_realms: registry -> host of its token service or its
@@ -52,6 +53,7 @@ class ExecutorSettings:
     bridge: str = field(default="beaker0", metadata={"key": "bridge"})
     docker_socket: str = field(default="/var/run/docker.sock", metadata={"key": "dockerSocket"})
     cdi_paths: list[str] = field(default_factory=lambda: ["/etc/cdi", "/var/run/cdi"], metadata={"key": "cdiPaths"})
+    cdi_hooks: list[str] = field(default_factory=list, metadata={"key": "cdiHooks"})
     default_image: str = field(default="beaker-sessions/base", metadata={"key": "defaultImage"})
     host_networking: bool = field(default=False, metadata={"key": "hostNetworking"})
     session_disk: str = field(default="", metadata={"key": "sessionDisk"})

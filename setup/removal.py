@@ -28,6 +28,9 @@ def clean() -> None:
         for container in engine.containers(stopped=True):
             engine.call("DELETE", f"/containers/{container}?force=1&v=1")
             _say(f"removed container {container[:12]}")
+    if images := services.setting("imagePath", ""):  # its other contents are somebody's
+        for part in ("storage", "images", "run"):
+            _remove(Path(images, part))
     _stop_engine()
     if services.SETTINGS.exists() and services.SETTINGS.read_bytes() == services.EXAMPLE.read_bytes():
         _remove(services.SETTINGS)

@@ -18,7 +18,7 @@ from pathlib import Path
 from .. import trust
 from ..client import Client
 from ..errors import Error
-from ..sandbox import LOW_DISK, Finding, Sandboxes, cdi
+from ..sandbox import LOW_DISK, Finding, Sandboxes, cdi, vulnerabilities
 from ..settings import CONFIG, ExecutorSettings, load
 from . import inventory, plan
 
@@ -76,7 +76,7 @@ def _server(settings: ExecutorSettings) -> Iterable[Finding]:
 
 
 def _machine(settings: ExecutorSettings, offered: inventory.Inventory | None) -> Iterable[Finding]:
-    registry = cdi.load([Path(path) for path in settings.cdi_paths])
+    registry = cdi.load(settings.cdi_paths, settings.cdi_hooks)
     yield from registry.findings
     has = None
     try:
@@ -94,6 +94,7 @@ def _machine(settings: ExecutorSettings, offered: inventory.Inventory | None) ->
         what = f"the GPUs are not those that the executor found when it started: {' '.join(changes) or 'other models'}"
         yield Finding("warning", what, "restart the executor, which ends no session: systemctl restart beaker-executor")
     yield from _nvidia(has)
+    yield from vulnerabilities.installed()
     try:
         plan.check_places(settings.mount_paths)
     except Error as error:

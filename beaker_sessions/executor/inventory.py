@@ -9,7 +9,6 @@ import pwd
 import socket
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..errors import Error
 from ..model import Gpu, Identity, Resources
@@ -57,7 +56,7 @@ def read(settings: ExecutorSettings) -> Inventory:
 def _gpus(settings: ExecutorSettings) -> list[Gpu]:
     nvidia = _nvidia()
     result = []
-    for id in cdi.gpus(cdi.load([Path(path) for path in settings.cdi_paths])):
+    for id in cdi.gpus(cdi.load(settings.cdi_paths, settings.cdi_hooks)):
         kind, _, name = id.partition("=")
         type, memory = nvidia.get(name, ("", 0)) if kind == "nvidia.com/gpu" else ("", 0)
         result.append(Gpu(id, type or kind, memory))

@@ -68,6 +68,7 @@ def _oci(settings: ExecutorSettings) -> Sandboxes:
         state, settings.storage_path, settings.cdi_paths, docker=settings.docker_socket, bridge=settings.bridge,
         images=Path(settings.image_path) if settings.image_path else None, limits=images.limits(settings),
         realms=settings.registry_realms, access=settings.session_access, ids=userns.interval(settings.subordinate_ids),
+        cdi_hooks=settings.cdi_hooks,
     )  # fmt: skip
 
 
@@ -77,7 +78,9 @@ def _docker(settings: ExecutorSettings) -> Sandboxes:
     state = Path(settings.storage_path, "executor", "docker")
     cdi_paths = [Path(path) for path in settings.cdi_paths]
     limit = images.limits(settings).image
-    return DockerSandboxes(settings.docker_socket, state, settings.storage_path, cdi_paths, image_size=limit)
+    return DockerSandboxes(
+        settings.docker_socket, state, settings.storage_path, cdi_paths, cdi_hooks=settings.cdi_hooks, image_size=limit
+    )
 
 
 def main() -> int:

@@ -1,7 +1,9 @@
 """Container Device Interface: which devices this machine offers, and what a container needs to be given to use them.
 
 Owns: reading specs (JSON or YAML, versions 0.3 to 1.1, https://github.com/cncf-tags/container-device-interface) and
-telling whole GPUs from their aliases and composites. Must not decide who gets what, nor know any vendor.
+telling whole GPUs from their aliases and composites. Must not decide who gets what. A spec gives devices, files of the
+machine and programs that run before a container starts, so it counts only where root alone could write it, and with
+programs that are known, of root's too.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +27,14 @@ LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 VERSIONS = {"0.3.0", "0.4.0", "0.5.0", "0.6.0", "0.7.0", "0.8.0", "1.0.0", "1.1.0"}
 KIND = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*")
+# What `nvidia-ctk cdi generate` writes: https://github.com/NVIDIA/nvidia-container-toolkit, `cmd/nvidia-cdi-hook`.
+# They run in the container's user namespace, before it has its root: kind, programs, and what they are told to do.
+HOOK, PROGRAMS = "createContainer", ("nvidia-cdi-hook", "nvidia-ctk")
+TASKS = {
+    "chmod", "create-soname-symlinks", "create-symlinks", "disable-device-node-modification", "enable-cuda-compat",
+    "update-ldcache",
+}  # fmt: skip
+KINDS = {HOOK, "createRuntime", "prestart", "poststart", "poststop"}  # startContainer takes its program from the image
 
 
 @dataclass(frozen=True)
@@ -108,14 +119,16 @@ class Registry:
         return total
 
 
-def load(paths: Iterable[str | os.PathLike[str]]) -> Registry:
-    """All devices of the specs in these directories; a later directory wins over an earlier one.
+def load(paths: Iterable[str | os.PathLike[str]], hooks: Iterable[str] = ()) -> Registry:
+    """All devices of the specs in these directories; a later directory wins over an earlier one. hooks: programs that
+    may be hooks besides the known ones.
 
     A spec that cannot be used is a finding and the others still count. A device that two specs of one directory
     describe is nobody's, as the standard demands.
     """
     devices: dict[str, Device] = {}
     findings = []
+    more = set(hooks)
     for directory in map(Path, paths):
         here: dict[str, Device] = {}
         twice: set[str] = set()
@@ -123,7 +136,11 @@ def load(paths: Iterable[str | os.PathLike[str]]) -> Registry:
             if path.suffix not in (".json", ".yaml", ".yml"):
                 continue
             try:
+                if why := writable(path):
+                    raise ValueError(f"who can write it gives devices and files to sessions, and {why}")
                 found = list(_spec(_read(path)))
+                for hook in {hook for device in found for hook in (device.own + device.common).hooks}:
+                    _check(hook, more)
             except (OSError, ValueError, yaml.YAMLError) as error:
                 text = " ".join(str(error).split())
                 findings.append(
@@ -171,6 +188,31 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
+def writable(path: Path) -> str:
+    """Who else than root can change what a path leads to, "" for nobody. Sticky directories are as good as root's."""
+    path = Path(os.path.abspath(path))
+    real = path.resolve()
+    for part in (*reversed(path.parents), path, *reversed(real.parents), real):
+        found = part.lstat()
+        if found.st_uid not in (0, os.geteuid()):
+            return f"{part} belongs to the user {found.st_uid}"
+        sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
+        if found.st_mode & 0o022 and not sticky and not stat.S_ISLNK(found.st_mode):
+            return f"{part} can be written by others than its owner"
+    return ""
+
+
+def _check(hook: Hook, more: set[str]) -> None:
+    """Raises ValueError for a hook that must not run."""
+    what = f"its hook {hook.name} {hook.path} {' '.join(hook.args[1:3])}"
+    _require(hook.path.startswith("/") and os.path.isfile(hook.path), f"{what} is no program of this machine")
+    why = writable(Path(hook.path))
+    _require(not why, f"{what} may be another program than root's: {why}")
+    words = hook.args[2:] if hook.args[1:2] == ("hook",) else hook.args[1:]
+    known = hook.name == HOOK and os.path.basename(hook.path) in PROGRAMS and words and words[0] in TASKS
+    _require(known or (hook.path in more and hook.name in KINDS), f"{what} is not known; cdiHooks can name its program")
+
+
 def _read(path: Path) -> Any:
     text = path.read_text()
     return json.loads(text) if path.suffix == ".json" else yaml.load(text, LOADER)
@@ -206,22 +248,21 @@ def _edits(data: Any) -> Edits:
                 CdiMount(mount["hostPath"], mount["containerPath"], tuple(mount.get("options") or ()))
                 for mount in data.get("mounts") or ()
             ),
-            tuple(
-                Hook(
-                    hook["hookName"],
-                    hook["path"],
-                    tuple(hook.get("args") or ()),
-                    tuple(hook.get("env") or ()),
-                    hook.get("timeout"),
-                )
-                for hook in data.get("hooks") or ()
-            ),
+            tuple(_hook(hook) for hook in data.get("hooks") or ()),
             tuple(int(gid) for gid in data.get("additionalGids") or data.get("additionalGIDs") or ()),
         )
     except KeyError as error:
         raise ValueError(f"containerEdits lack {error}") from error
     except (AttributeError, TypeError) as error:
         raise ValueError(f"containerEdits have the wrong shape: {error}") from error
+
+
+def _hook(hook: Mapping[str, Any]) -> Hook:
+    args, env, timeout = tuple(hook.get("args") or ()), tuple(hook.get("env") or ()), hook.get("timeout")
+    texts = (hook["hookName"], hook["path"], *args, *env)
+    _require(all(isinstance(text, str) for text in texts), f"hook {hook!r} has other than texts")
+    _require(timeout is None or (type(timeout) is int and timeout > 0), f"hook timeout {timeout!r} is no number")
+    return Hook(hook["hookName"], hook["path"], args, env, timeout)
 
 
 def _node(node: Mapping[str, Any]) -> DeviceNode:

@@ -19,6 +19,7 @@ from beaker_sessions.model import Pull
 from beaker_sessions.sandbox import LABEL_OWNER, Progress, Status
 from beaker_sessions.sandbox.docker import config, images
 from beaker_sessions.sandbox.docker.driver import DockerSandboxes
+from tests import images as built
 from tests.conftest import inside_network
 
 from .conftest import SECONDS, DockerLab, Maker
@@ -68,6 +69,36 @@ def test_pull(docker_lab: DockerLab, registry: str) -> None:
     assert docker_lab.sandboxes.image(reference, Pull.MISSING, seen.append) == image
     assert len(seen) == count
     assert docker_lab.sandboxes.image(reference, Pull.ALWAYS, seen.append) == image
+
+
+def test_an_image_that_is_too_large_does_not_stay(docker_lab: DockerLab, registry: str) -> None:
+    docker_lab.image("alpine")
+    _push(docker_lab, registry)
+    small = DockerSandboxes(docker_lab.socket, docker_lab.state, docker_lab.owner, image_size=1000)
+    with pytest.raises(Error) as error:
+        small.image(f"{registry}/lab/tool:1", Pull.MISSING, lambda _: None)
+    assert (error.value.code, "(imageSize)" in error.value.message) == ("storage_full", True)
+    with pytest.raises(Error) as error:
+        small.image(f"{registry}/lab/tool:1", Pull.NEVER, print)
+    assert error.value.code == "not_found"
+
+
+def test_a_pull_ends_when_the_disk_is_nearly_full(
+    docker_lab: DockerLab, registry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer of zeros, which takes the engine longer to unpack than we take to look."""
+    name, bomb = f"{registry}/lab/bomb", built.tar({"zeros": bytes(1 << 29)})
+    docker_lab.engine.call("POST", "/images/create", {"fromSrc": "-", "repo": name, "tag": "1"}, bomb, timeout=SECONDS)
+    push = ["docker", "--host", f"unix://{docker_lab.socket}", "push", f"{name}:1"]
+    subprocess.run(push, check=True, capture_output=True)
+    docker_lab.engine.call("DELETE", f"/images/{name}:1")
+    monkeypatch.setattr("beaker_sessions.sandbox.free.lacks", lambda _: "the disk of /x has 1B free")
+    with pytest.raises(Error) as error:
+        docker_lab.sandboxes.image(f"{name}:1", Pull.MISSING, lambda _: None)
+    assert (error.value.code, "1B free" in error.value.message) == ("storage_full", True)
+    with pytest.raises(Error) as error:
+        docker_lab.sandboxes.image(f"{name}:1", Pull.NEVER, print)
+    assert error.value.code == "not_found"
 
 
 def test_image_that_the_registry_does_not_have(docker_lab: DockerLab, registry: str) -> None:
@@ -172,6 +203,7 @@ def test_check_says_what_it_found(docker_lab: DockerLab) -> None:
         ],
     }  # fmt: skip
     (docker_lab.cdi / "hooked.yaml").write_text(yaml.safe_dump(hooked))
+    docker_lab.sandboxes.cdi_hooks.append("/bin/true")
     try:
         findings = docker_lab.sandboxes.check()
         assert [finding.level for finding in findings if "live-restore" in finding.what] == ["ok"]
@@ -183,6 +215,7 @@ def test_check_says_what_it_found(docker_lab: DockerLab) -> None:
             assert error.value.code == "unavailable"
             maker.close()
     finally:
+        docker_lab.sandboxes.cdi_hooks.clear()
         for path in docker_lab.cdi.iterdir():
             path.unlink()
 

@@ -22,10 +22,11 @@ import pytest
 from beaker_sessions.errors import Error
 from beaker_sessions.model import Pull
 from beaker_sessions.sandbox import Limits
+from beaker_sessions.sandbox.oci.driver import OciSandboxes
 from beaker_sessions.sandbox.oci.images import Images
 from tests import images
 
-from .conftest import SECONDS
+from .conftest import ROOT, SECONDS, Maker, OciLab
 from .test_oci_images import registry  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("oci_lab")  # what images need, the lab needs
@@ -309,3 +310,69 @@ def test_a_layer_writes_nothing_outside_of_its_directory(tmp_path: Path) -> None
         with contextlib.suppress(Error):
             store.load(tmp_path / f"{name}.tar", f"a/{name}:1")
         assert [(file.name, file.read_text()) for file in victim.iterdir()] == [("kept", "mine")], name
+
+
+# -- in use, and elsewhere
+
+
+def test_an_image_is_never_gone_between_being_handed_out_and_used(tmp_path: Path) -> None:
+    """Whoever starts a session has it described, or an error that says that it is not there; others remove it."""
+    store = Images(tmp_path / "images")
+    path, over, wrong = archive(tmp_path / "a.tar", images.alpine()), threading.Event(), list[BaseException]()
+
+    def remove() -> None:
+        while not over.is_set():
+            for image in store.stored():
+                store._leases.clear()  # as if much time had gone by
+                with contextlib.suppress(Error):
+                    store.remove(image.id)
+
+    def use() -> None:
+        while not over.is_set():
+            try:
+                store.get("a/b:1", Pull.NEVER, print)
+            except Error as error:
+                if error.code != "not_found":
+                    wrong.append(error)
+            except BaseException as error:
+                wrong.append(error)
+
+    threads = [threading.Thread(target=target) for target in (remove, use, use)]
+    for thread in threads:
+        thread.start()
+    for _ in range(4):
+        with contextlib.suppress(Error):  # removed before it was described
+            store.load(path, "a/b:1")
+    over.set()
+    for thread in threads:
+        thread.join(SECONDS)
+    assert wrong == []
+
+
+@pytest.mark.usefixtures("oci_lab")
+def test_images_may_be_on_another_disk(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    with open(tmp_path / "file", "wb") as file:
+        file.truncate(128 * MIB)
+    subprocess.run(["mkfs.ext4", "-q", "-m", "0", tmp_path / "file"], check=True)
+    subprocess.run(["mount", "-o", "loop", tmp_path / "file", disk], check=True)
+
+    class Elsewhere(OciLab):
+        def again(self) -> OciSandboxes:
+            return OciSandboxes(self.state, self.owner, bridge=self.bridge, etc=self.etc, images=disk / "beaker")
+
+    try:
+        lab = Elsewhere(tmp_path, None)
+        maker = Maker(lab)
+        try:
+            done = maker.run("sh", "-c", "echo new > /made; cat /made", identity=ROOT)
+            assert done == (0, b"new\n", b"")
+            assert not (lab.state / "images").exists()
+            found = [finding for finding in lab.sandboxes.check() if str(disk) in finding.what]
+            assert ("idmapped layers" in found[0].what, [f.level for f in found]) == (True, ["ok", "warning"])
+        finally:
+            maker.close()
+            lab.close()
+    finally:
+        subprocess.run(["umount", disk], check=True)

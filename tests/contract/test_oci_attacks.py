@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
+import stat
 import subprocess
 import tempfile
 import time
@@ -241,3 +243,38 @@ def test_a_tree_too_deep_for_paths_is_removed(make: Maker, oci_lab: OciLab) -> N
     while list((oci_lab.state / "trash").iterdir()) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert list((oci_lab.state / "trash").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["createContainer", "createRuntime"])
+def test_a_cdi_hook_has_nothing_of_image_and_user_in_its_environment(
+    make: Maker, oci_lab: OciLab, tmp_path: Path, kind: str
+) -> None:
+    """CVE-2025-23266: LD_PRELOAD of an image, in a program that runs before the container has its root."""
+    device = tmp_path / "gpu0"
+    os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    with tempfile.TemporaryDirectory(dir="/run") as name:  # where the ids inside may pass
+        directory = Path(name)
+        directory.chmod(0o755)
+        said, program = directory / "said", directory / "hook"
+        said.touch()
+        said.chmod(0o666)
+        program.write_text(f"#!/bin/sh\n/usr/bin/env > {said}\n")
+        program.chmod(0o755)
+        spec = {
+            "cdiVersion": "0.6.0", "kind": "hooked.com/gpu",
+            "devices": [{"name": "0", "containerEdits": {
+                "deviceNodes": [{"path": "/dev/gpu0", "hostPath": str(device)}],
+                "hooks": [{"hookName": kind, "path": str(program), "args": ["hook"]}],
+            }}],
+        }  # fmt: skip
+        (oci_lab.cdi / "hooked.json").write_text(json.dumps(spec))
+        oci_lab.sandboxes.cdi_hooks.append(str(program))
+        try:
+            env = {"LD_PRELOAD": "/evil.so", "FRUIT": "pear"}
+            assert make.run("true", image="greedy", env=env, gpus=("hooked.com/gpu=0",))[0] == 0
+            names = {line.partition("=")[0] for line in said.read_text().splitlines()}
+            assert names
+            assert names <= {"PATH", "PWD", "SHLVL", "_", "OLDPWD"}
+        finally:
+            oci_lab.sandboxes.cdi_hooks.clear()
+            (oci_lab.cdi / "hooked.json").unlink()

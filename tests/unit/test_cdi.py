@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,12 @@ def _spec(kind: str = "nvidia.com/gpu", **devices: list[str]) -> dict[str, Any]:
             for name, nodes in devices.items()
         ],
     }
+
+
+def _program(path: Path) -> str:
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o755)
+    return str(path)
 
 
 def test_one_gpu_has_one_name(tmp_path: Path) -> None:
@@ -57,9 +64,10 @@ def test_order_is_natural_and_other_classes_are_no_gpus(tmp_path: Path) -> None:
 
 def test_edits_of_two_devices_hold_the_common_ones_once(tmp_path: Path) -> None:
     spec = _spec(n0=["/dev/nvidia0"], n1=["/dev/nvidia1"])
+    program = _program(tmp_path / "nvidia-ctk")
     spec["devices"][0]["containerEdits"] |= {
         "mounts": [{"hostPath": "/usr/bin/nvidia-smi", "containerPath": "/usr/bin/nvidia-smi", "options": ["ro"]}],
-        "hooks": [{"hookName": "createContainer", "path": "/usr/bin/nvidia-ctk", "args": ["nvidia-ctk", "hook"]}],
+        "hooks": [{"hookName": "createContainer", "path": program, "args": ["nvidia-ctk", "hook", "chmod"]}],
         "additionalGids": [44],
     }
     (tmp_path / "gpu.json").write_text(json.dumps(spec))
@@ -67,7 +75,7 @@ def test_edits_of_two_devices_hold_the_common_ones_once(tmp_path: Path) -> None:
     assert [node.path for node in edits.nodes] == ["/dev/nvidiactl", "/dev/nvidia0", "/dev/nvidia1"]
     assert (edits.env, edits.gids) == (("NVIDIA_VISIBLE_DEVICES=void",), (44,))
     assert edits.mounts[0].options == ("ro",)
-    assert edits.hooks[0].args == ("nvidia-ctk", "hook")
+    assert edits.hooks[0].args == ("nvidia-ctk", "hook", "chmod")
 
 
 def test_unknown_device(tmp_path: Path) -> None:
@@ -112,3 +120,98 @@ def test_later_directory_wins_and_twice_in_one_is_nobody_s(tmp_path: Path) -> No
     (run / "b.json").write_text(json.dumps(_spec(n0=["/dev/other"])))
     registry = cdi.load([etc, run])
     assert (cdi.gpus(registry), registry.findings[0].level) == ([], "error")
+
+
+def _refused(directory: Path, hooks: tuple[str, ...] = ()) -> str:
+    """Why the one spec there does not count, "" where it does."""
+    registry = cdi.load([directory], hooks)
+    assert bool(registry.devices) != bool(registry.findings)
+    assert all(finding.level == "error" for finding in registry.findings)
+    return registry.findings[0].what if registry.findings else ""
+
+
+@pytest.mark.parametrize("mode", [0o664, 0o646, 0o666])
+def test_a_spec_that_others_can_write_does_not_count(tmp_path: Path, mode: int) -> None:
+    """It gives any file of the machine to a session, and runs programs."""
+    path = tmp_path / "cdi" / "gpu.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(_spec(n0=["/dev/nvidia0"])))
+    path.chmod(0o644)
+    assert not _refused(path.parent)
+    path.chmod(mode)
+    assert f"{path} can be written by others" in _refused(path.parent)
+
+
+@pytest.mark.parametrize("mode", [0o775, 0o777])
+def test_nor_one_below_a_directory_that_others_can_write(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "above" / "cdi" / "gpu.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(_spec(n0=["/dev/nvidia0"])))
+    path.parent.parent.chmod(mode)
+    assert "above can be written by others" in _refused(path.parent)
+    link = tmp_path / "link"
+    link.symlink_to(path.parent)
+    assert "above can be written by others" in _refused(link)
+    path.parent.parent.chmod(0o755)
+    assert not _refused(link)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make what belongs to others")
+@pytest.mark.parametrize("whose", ["gpu.json", ".", "..", "link"])
+def test_nor_one_that_belongs_to_somebody_else(tmp_path: Path, whose: str) -> None:
+    path = tmp_path / "above" / "cdi" / "gpu.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(_spec(n0=["/dev/nvidia0"])))
+    link = tmp_path / "link"
+    link.symlink_to(path.parent)
+    os.chown(link if whose == "link" else path.parent / whose, 1500, 1500, follow_symlinks=False)
+    assert "belongs to the user 1500" in _refused(link)
+
+
+def _hooked(directory: Path, **hook: Any) -> Path:
+    spec = _spec(n0=["/dev/nvidia0"])
+    spec["containerEdits"]["hooks"] = [{"hookName": "createContainer", **hook}]
+    cdi_path = directory / "cdi"
+    cdi_path.mkdir(exist_ok=True)
+    (cdi_path / "gpu.json").write_text(json.dumps(spec))
+    return cdi_path
+
+
+@pytest.mark.parametrize(
+    ("args", "name"),
+    [
+        (["nvidia-ctk", "hook", "update-ldcache", "--folder", "/usr/lib"], "nvidia-ctk"),
+        (["nvidia-cdi-hook", "create-symlinks", "--link", "a::b"], "nvidia-cdi-hook"),
+        (["nvidia-cdi-hook", "enable-cuda-compat"], "nvidia-cdi-hook"),
+    ],
+)
+def test_hooks_of_nvidias_toolkit_are_known(tmp_path: Path, args: list[str], name: str) -> None:
+    assert not _refused(_hooked(tmp_path, path=_program(tmp_path / name), args=args))
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        {"args": ["nvidia-ctk", "runtime", "configure"]}, {"args": ["nvidia-ctk"]}, {"args": []},
+        {"args": ["nvidia-ctk", "hook", "exec"]}, {"hookName": "startContainer"}, {"hookName": "prestart"},
+        {"hookName": "createRuntime"}, {"path": "/bin/sh", "args": ["nvidia-ctk", "hook", "chmod"]},
+        {"path": "nvidia-ctk"}, {"path": "/no/such/nvidia-ctk"}, {"path": "/etc"}, {"path": 3}, {"args": [1]},
+        {"timeout": "1"}, {"env": [None]},
+    ],
+)  # fmt: skip
+def test_any_other_hook_is_refused(tmp_path: Path, hook: dict[str, Any]) -> None:
+    good = {"path": _program(tmp_path / "nvidia-ctk"), "args": ["nvidia-ctk", "hook", "chmod"]}
+    assert not _refused(_hooked(tmp_path, **good))
+    assert _refused(_hooked(tmp_path, **good | hook))
+
+
+def test_a_hook_is_roots_program_and_may_be_named_in_the_settings(tmp_path: Path) -> None:
+    program = Path(_program(tmp_path / "own-hook"))
+    directory = _hooked(tmp_path, path=str(program), args=["own-hook", "anything"], hookName="createRuntime")
+    assert "cdiHooks" in _refused(directory)
+    assert not _refused(directory, (str(program),))
+    program.chmod(0o757)
+    assert "can be written by others" in _refused(directory, (str(program),))
+    program.chmod(0o755)
+    _hooked(tmp_path, path=str(program), hookName="startContainer")  # its program would be the image's
+    assert _refused(directory, (str(program),))

@@ -8,7 +8,10 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from beaker_sessions.executor.images import surplus
+from beaker_sessions.errors import Error
+from beaker_sessions.executor.images import limits, surplus
+from beaker_sessions.sandbox import Limits
+from beaker_sessions.settings import ExecutorSettings
 
 NOW = datetime(2030, 1, 31, tzinfo=UTC)
 DAY = 86400.0
@@ -47,3 +50,12 @@ def test_prune_removes_the_longest_unused_first(
 ) -> None:
     stored = [kept(1), kept(5), kept(9)]
     assert [image.id for image in surplus(stored, set(needed), older, keep, NOW)] == removed
+
+
+def test_limits_are_of_the_settings_and_generous_without() -> None:
+    assert limits(ExecutorSettings()) == Limits(200 << 30, 0)
+    assert limits(ExecutorSettings(image_size="", image_space="2TiB")) == Limits(0, 2 << 40)
+    for wrong in (ExecutorSettings(image_size="much"), ExecutorSettings(image_space="80 %")):
+        with pytest.raises(Error) as error:
+            limits(wrong)
+        assert (error.value.code, "image" in error.value.message) == ("invalid", True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import Error
-from .. import LOW_DISK, PIDS, Finding, runtimes
+from .. import LOW_DISK, PIDS, Finding, vulnerabilities
 from ..cdi import Registry
 from .engine import Engine
 from .files import BUSYBOX
@@ -76,8 +76,8 @@ def _pids() -> Finding:
 
 def _runtime(version: dict[str, Any]) -> Iterator[Finding]:
     for component in version.get("Components") or ():
-        if component["Name"] in runtimes.KNOWN:
-            yield runtimes.finding(component["Name"], component["Version"])
+        if component["Name"] in vulnerabilities.known():
+            yield vulnerabilities.finding(component["Name"], component["Version"])
 
 
 def _disk(info: dict[str, Any]) -> Iterator[Finding]:

@@ -55,12 +55,12 @@ class DockerSandboxes:
 
     def __init__(
         self, socket: str, state: Path, owner: str, cdi_paths: Iterable[str | os.PathLike[str]] = (), *,
-        image_size: int = Limits.image,
+        cdi_hooks: Iterable[str] = (), image_size: int = Limits.image,
     ) -> None:  # fmt: skip
         self.engine, self.image_size = Engine(socket), image_size
         self.files = Files(state)
         self.owner = owner
-        self.cdi_paths = list(cdi_paths)
+        self.cdi_paths, self.cdi_hooks = list(cdi_paths), list(cdi_hooks)
 
     @cached_property
     def _engine_cdi(self) -> bool:
@@ -76,7 +76,9 @@ class DockerSandboxes:
             self._create(spec)
 
     def _create(self, spec: Spec) -> None:
-        edits = cdi.load(self.cdi_paths).edits(spec.gpus) if spec.gpus and not self._engine_cdi else None
+        edits = (
+            cdi.load(self.cdi_paths, self.cdi_hooks).edits(spec.gpus) if spec.gpus and not self._engine_cdi else None
+        )
         facts = images.accounts(self.engine, self.files, spec.image.id, self.owner)
         passwd = accounts.passwd(facts.passwd, spec.identity, facts.shell)
         group = accounts.group(facts.group, spec.identity)
@@ -222,7 +224,7 @@ class DockerSandboxes:
         return None if size is None else int(size)
 
     def check(self) -> list[Finding]:
-        return check(self.engine, cdi.load(self.cdi_paths))
+        return check(self.engine, cdi.load(self.cdi_paths, self.cdi_hooks))
 
     def _inspect(self, id: str) -> Any:
         return self.engine.call("GET", f"{_path(id)}/json")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...errors import Error
-from .. import Finding, runtimes, subordinate
+from .. import LOW_DISK, Finding, free, subordinate, vulnerabilities
 from ..docker.check import is_static
 from . import taken, trial, userns
 from .cgroups import Cgroups
@@ -36,9 +36,11 @@ def check(
     cgroups: Cgroups,
     init: str,
     busybox: str,
+    images: Path | None = None,
     ids: tuple[int, int] = (userns.FIRST, userns.LAST),
 ) -> list[Finding]:
-    """scratch: a directory for what is tried, on the file system of state. ids: from which accounts get ranges.
+    """scratch: a directory for what is tried, on the file system of state. images: where they are. ids: from which
+    accounts get ranges.
 
     Any error among the findings means that no session can run.
     """
@@ -49,7 +51,9 @@ def check(
         *_kernel(),
         *_cgroups(cgroups),
         _trial(state, scratch, runtime, cgroups, busybox),
-        *([runtimes.finding(Path(runtime).name, _version(runtime))] if Path(runtime).exists() else []),
+        *_images(state, images, runtime, cgroups, busybox),
+        *([vulnerabilities.finding(Path(runtime).name, _version(runtime))] if Path(runtime).exists() else []),
+        *([vulnerabilities.finding("conmon", _version("conmon"))] if shutil.which("conmon") else []),
         *_subordinate(ids),
         _forwarding(),
     ]
@@ -99,6 +103,16 @@ def _trial(state: Path, scratch: Path, runtime: str, cgroups: Cgroups, busybox: 
         return Finding("error", f"{name} cannot start a container here: {error.message}", mend)
     release = os.uname().release
     return Finding("ok", f"{name} starts containers on Linux {release}, on idmapped layers on {state}")
+
+
+def _images(state: Path, images: Path | None, runtime: str, cgroups: Cgroups, busybox: str) -> Iterator[Finding]:
+    """Whether layers on another disk than the state can be used, and whether there is room for more."""
+    if not images or not images.is_dir():
+        return
+    if images.stat().st_dev != state.stat().st_dev:
+        yield _trial(images, images, runtime, cgroups, busybox)
+    if why := free.lacks(images, LOW_DISK):
+        yield Finding("warning", f"{why.partition(',')[0]}, for images", "beaker executor images prune")
 
 
 def _cgroups(cgroups: Cgroups) -> Iterator[Finding]:

@@ -201,7 +201,9 @@ def _in_dev(mount: CdiMount) -> bool:
 def _hooks(edits: Edits) -> dict[str, list[dict[str, Any]]]:
     hooks: dict[str, list[dict[str, Any]]] = {}
     for hook in edits.hooks:
-        entry: dict[str, Any] = {"path": hook.path, "args": list(hook.args), "env": list(hook.env)}
+        # Never empty: a runtime would hand down its own environment, which may be the session's (CVE-2025-23266).
+        env = [f"PATH={PATH}", *hook.env]
+        entry: dict[str, Any] = {"path": hook.path, "args": list(hook.args), "env": env}
         if hook.timeout:
             entry["timeout"] = hook.timeout
         hooks.setdefault(hook.name, []).append(entry)

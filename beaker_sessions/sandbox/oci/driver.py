@@ -68,7 +68,8 @@ class OciSandboxes:
     """`Sandboxes` by an OCI runtime under conmon.
 
     state: a directory of the driver's own, on a file system that overlays can be on. owner: labels its sandboxes.
-    cdi_paths: directories of CDI specs. docker: the socket of a Docker Engine whose images may be used, "" for none.
+    cdi_paths: directories of CDI specs; cdi_hooks: programs that they may run. docker: the socket of a Docker Engine
+    whose images may be used, "" for none.
     bridge: the network bridge of this executor's sessions. etc: the directory of `subuid` and `subgid`. images: where
     images are, on any disk, by default below state; limits and realms: as of `Images`. access: what sessions may reach
     of this machine, see `sandbox.firewall`. ids: the first id of those from which new ranges are taken, and the one
@@ -81,10 +82,12 @@ class OciSandboxes:
     def __init__(
         self, state: Path, owner: str, cdi_paths: Iterable[str | os.PathLike[str]] = (), *,
         docker: str = "", bridge: str = "beaker0", etc: Path = subordinate.ETC, access: Iterable[str] = (),
-        images: Path | None = None, limits: Limits | None = None, realms: Mapping[str, str] | None = None,
+        cdi_hooks: Iterable[str] = (), images: Path | None = None,
+        limits: Limits | None = None, realms: Mapping[str, str] | None = None,
         ids: tuple[int, int] = (userns.FIRST, userns.LAST),
     ) -> None:  # fmt: skip
-        self.state, self.owner, self.cdi_paths, self.etc = state, owner, list(cdi_paths), etc
+        self.state, self.owner, self.etc = state, owner, etc
+        self.cdi_paths, self.cdi_hooks = list(cdi_paths), list(cdi_hooks)
         self.ids, self.maps = ids, IdMaps()
         self.cgroups = cgroups.detect()
         self.cgroup = "/beaker-" + re.sub(r"[^a-z0-9]+", "-", owner.lower()).strip("-")
@@ -120,7 +123,7 @@ class OciSandboxes:
 
     def create(self, spec: Spec) -> None:
         image = self.images.describe(spec.image.id)
-        edits = cdi.load(self.cdi_paths).edits(spec.gpus) if spec.gpus else cdi.Edits()
+        edits = cdi.load(self.cdi_paths, self.cdi_hooks).edits(spec.gpus) if spec.gpus else cdi.Edits()
         nodes = [_node(node) for node in edits.nodes]
         uids, gids = userns.maps(
             spec.identity, userns.subordinate(spec.identity, self.etc, *self.ids), edits.gids
@@ -286,8 +289,10 @@ class OciSandboxes:
             pids = Finding("ok", f"sessions together have at most {self.pids} processes, which leaves the machine some")
         else:
             pids = Finding("warning", "sessions together can take all ids of processes", "enable the pids controller")
-        trash = self.state / "trash"
-        found = check(self.state, trash, self.runtime.path, self.cgroups, init, programs.BUSYBOX, self.ids)
+        found = check(
+            self.state, self.state / "trash", self.runtime.path, self.cgroups, init, programs.BUSYBOX, self.images.root,
+            self.ids,
+        )  # fmt: skip
         return [*found, pids]
 
     def close(self) -> None:

@@ -38,6 +38,7 @@ from .storage import Storage, size
 SHELLS = ("/bin/bash", "/usr/bin/bash", "/usr/local/bin/bash", "/bin/sh")
 LONGEST = 4 << 20  # bytes of an account file
 FULL = 256 << 20  # bytes of free space below which a failure is one of space
+STEP = 16 << 20  # bytes of an archive between two looks at the disk
 AT_ONCE = 6  # blobs that are fetched at the same time
 LEASE = 600.0  # seconds in which whoever was given an image makes a sandbox of it, so that it is needed
 PRUNE = "beaker executor images prune, or ask the administrator"
@@ -127,13 +128,15 @@ class Images:
             self._copy(f"docker-archive:{file}", wanted, [], packed=self.room.limits.image)
             return
         with tempfile.TemporaryDirectory(dir=self.root, prefix="pull-") as name:
-            total = 0
+            total = seen = 0
 
             def look(more: int) -> None:
-                nonlocal total
+                nonlocal total, seen
                 total += more
-                if why := self.room.too_large(total) or self.room.lacks(more):
-                    raise Error("storage_full", f"the archive was not taken: {why}", PRUNE)
+                if total - seen > STEP:
+                    seen = total
+                    if why := self.room.too_large(total) or self.room.lacks(STEP):
+                        raise Error("storage_full", f"the archive was not taken: {why}", PRUNE)
 
             archive.unpack(file, Path(name), look)
             self._copy(f"oci:{name}", wanted, [], packed=total)
@@ -252,7 +255,8 @@ class Images:
                 raise self._full(wanted, why)
             progress(Progress(0, total, (0, 1)))
             options = ["--src-daemon-host", f"unix://{self.docker}"]
-            self._copy(f"docker-daemon:{_familiar(wanted)}", wanted, options, packed=total)
+            look = lambda: progress(Progress(0, total, (0, 1)))  # noqa: E731 - it may end it
+            self._copy(f"docker-daemon:{_familiar(wanted)}", wanted, options, total, look)
             progress(Progress(total, total, (1, 1)))
             self._origin(wanted).touch()
         elif pull is Pull.NEVER:
