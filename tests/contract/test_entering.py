@@ -93,12 +93,13 @@ def make(request: pytest.FixtureRequest) -> Iterator[Maker]:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         root.chmod(0o755)
+        debian = None if images.missing_for_debian() else images.debian()
         lab: DockerLab | OciLab
         if request.param == "docker":
-            lab = DockerLab(request.getfixturevalue("dockerd"), root, None)
+            lab = DockerLab(request.getfixturevalue("dockerd"), root, debian)
         else:
             request.getfixturevalue("oci_lab")  # skips where there can be none
-            lab = OciLab(root, None if images.missing_for_debian() else images.debian())
+            lab = OciLab(root, debian)
         maker = Maker(lab)
         yield maker
         maker.close()
@@ -179,10 +180,11 @@ def test_the_same_user_outside_finds_nothing(make: Maker, tmp_path: Path) -> Non
 def test_no_file_of_a_session_can_be_opened_outside(make: Maker, tmp_path: Path) -> None:
     """By somebody who knows all its paths: its layer, image, streams, state and what it is described in."""
     with own(tmp_path) as mount:
-        spec = make.spec("sh", "-c", "echo mine > /tmp/mine; exec sleep 1000", mounts=(mount,), tty=True)
+        command = ("sh", "-c", "echo mine > /tmp/mine; exec sleep 1000")
+        spec = make.spec(*command, image="debian", mounts=(mount,), tty=True)
         make.start(spec)
         _, terminal = make.lab.sandboxes.exec(
-            spec.id, ("sh", "-c", "until [ -e /tmp/mine ]; do usleep 9000; done; echo there; exec sleep 9"), env={},
+            spec.id, ("sh", "-c", "until [ -e /tmp/mine ]; do sleep 0.1; done; echo there; exec sleep 9"), env={},
             identity=ADA, workdir="/", size=None, stdin=False,
         )  # fmt: skip
         make.stream(terminal).read(b"there")

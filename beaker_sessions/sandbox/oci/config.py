@@ -1,8 +1,8 @@
 """From a `Spec` to an OCI runtime configuration. Pure: no input or output, no policy.
 
 Shapes: https://github.com/opencontainers/runtime-spec, `config.md` and `config-linux.md`. Of bind mounts only those
-in `/dev` are in it. The others are in the root file system beforehand, where no mount point is made through a link of the
-image that leads into another mount.
+in `/dev` are in it. The others are in the root file system beforehand, where no mount point is made through a link of
+the image that leads into another mount.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ ENTRY = [f"{INSIDE}/busybox", "sh", f"{INSIDE}/entry.sh"]
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 FILES = 65536  # open files of a process unless it raises the limit itself
 
-# Docker's default set without CAP_MKNOD, which means nothing in a user namespace.
+# Docker's default set without CAP_MKNOD, which means nothing in a user namespace, and with CAP_SYS_PTRACE, by which root
+# inside debugs all that runs inside, and nothing else: it is of the sandbox's own user namespace.
 CAPABILITIES = [
     "CAP_AUDIT_WRITE", "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_NET_BIND_SERVICE",
     "CAP_NET_RAW", "CAP_SETFCAP", "CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID", "CAP_SYS_CHROOT",
+    "CAP_SYS_PTRACE",
 ]  # fmt: skip
 # What the kernel does not keep apart between namespaces.
 MASKED = [
