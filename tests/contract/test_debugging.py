@@ -130,7 +130,7 @@ print("met", len(met))
 """
 
 
-def test_root_inside_does_not_get_hold_of_the_runtime_that_comes(inside: Inside, make: Maker) -> None:
+def test_root_inside_does_not_get_hold_of_the_runtime_that_comes(inside: Inside) -> None:
     lines: list[str] = []
 
     def lurk() -> None:

@@ -271,6 +271,29 @@ def test_a_link_of_an_image_in_place_of_a_directory(
         assert said == b"/dev/fd\n/proc/self/fd/1\nfine\n"
 
 
+def test_the_files_that_a_gpu_needs_are_mounted_and_not_through_a_link(make: Maker, passable: Path) -> None:
+    """The mount point of a driver's library is made by root too."""
+    if isinstance(make.lab, DockerLab):
+        pytest.skip("the engine mounts them, before homes")
+    lab = make.lab
+    assert isinstance(lab, OciLab)
+    home, library = passable / "home", passable / "libgpu.so"
+    home.mkdir()
+    os.chown(home, ADA.uid, ADA.gid)
+    library.write_text("library")
+    edits = {"mounts": [{"hostPath": str(library), "containerPath": "/usr/lib/libgpu.so", "options": ["ro", "nosuid"]}]}
+    spec = {"cdiVersion": "0.6.0", "kind": "example.com/gpu", "devices": [{"name": "0", "containerEdits": edits}]}
+    (lab.cdi / "example.json").write_text(json.dumps(spec))
+    look = ("/bin/busybox", "sh", "-c", "cat /usr/lib/libgpu.so; grep libgpu /proc/mounts | cut -d ' ' -f 4")
+    for links in ({}, {"usr/lib": "/home/ada"}, {"usr/lib": str(home)}):
+        image(lab, links)
+        with pinned(home, "/home/ada") as mount, contextlib.suppress(Error):
+            code, out, _ = make.run(*look, image="linked", mounts=(mount,), gpus=("example.com/gpu=0",))
+            assert links == {} or "ada" not in links["usr/lib"]
+            assert (code, out.startswith(b"libraryro,nosuid")) == (0, True), out
+        assert list(home.iterdir()) == []
+
+
 def image(lab: Lab, links: dict[str, str]) -> None:
     """An image of this name with these links, whatever it was before."""
     assert isinstance(lab, DockerLab | OciLab)

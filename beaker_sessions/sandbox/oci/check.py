@@ -13,13 +13,12 @@ from pathlib import Path
 from ...errors import Error
 from .. import Finding, runtimes
 from ..docker.check import is_static
-from . import trial, userns
+from . import apparmor, trial, userns
 from .cgroups import Cgroups
 
 PACKAGES = {"conmon": "conmon", "skopeo": "skopeo", "ip": "iproute2", "iptables": "iptables", "unshare": "util-linux"}
 CONMON = (2, 1, 6)  # the oldest that this was written for
 ACTIONS = Path("/proc/sys/kernel/seccomp/actions_avail")
-APPARMOR = Path("/sys/module/apparmor/parameters/enabled")
 
 
 def check(state: Path, scratch: Path, runtime: str, cgroups: Cgroups, init: str, busybox: str) -> list[Finding]:
@@ -65,10 +64,7 @@ def _kernel() -> Iterator[Finding]:
         yield Finding("error", "this kernel makes no user namespaces", "sysctl -w user.max_user_namespaces=65536")
     if not ACTIONS.exists() or "errno" not in ACTIONS.read_text().split():
         yield Finding("error", "this kernel does not filter system calls", "use a kernel with CONFIG_SECCOMP_FILTER")
-    if APPARMOR.exists() and APPARMOR.read_text().startswith("Y"):
-        yield Finding("ok", "AppArmor is on; sessions have no profile of it, but namespaces, capabilities and seccomp")
-    else:
-        yield Finding("ok", "AppArmor is off; sessions are confined by namespaces, capabilities and seccomp")
+    yield apparmor.finding()
 
 
 def _trial(state: Path, scratch: Path, runtime: str, cgroups: Cgroups, busybox: str) -> Finding:

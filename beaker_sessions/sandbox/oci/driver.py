@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import re
 import resource
@@ -32,7 +33,7 @@ from pathlib import Path
 from ...errors import Error
 from ...model import Identity, Pull
 from .. import LABEL, LABEL_OWNER, Finding, Found, Framing, Image, Login, Progress, Spec, Status, Terminal, cdi
-from . import cgroups, config, conmon, layer, logs, mounts, programs, record, rootfs, userns
+from . import apparmor, cgroups, config, conmon, layer, logs, mounts, programs, record, rootfs, userns
 from .check import check
 from .images import Images
 from .mounts import IdMap
@@ -46,6 +47,8 @@ RUN = Path("/run/beaker/oci")  # every id may pass through it, which the state n
 PARTS = ("sessions", "runtime", "inside", "trash", "images")
 READY = 1.0  # seconds in which a sandbox's init must listen to signals
 FULL = (errno.ENOSPC, errno.EDQUOT)
+
+log = logging.getLogger(__name__)
 
 
 class OciSandboxes:
@@ -82,6 +85,8 @@ class OciSandboxes:
         self._namespaces: dict[tuple[object, ...], int] = {}
         self._watches: list[Watch] = []
         programs.install(state / "inside")
+        if apparmor.enabled() and (why := apparmor.load()):
+            log.warning("sessions have no AppArmor profile: %s", why)
         self.remains = Remains(state, self.roots, self.cgroups, self.cgroup, self.network)
         self.remains.adopt()
 
@@ -118,7 +123,7 @@ class OciSandboxes:
                 layer.assign(directory, sandbox.project, spec.disk)
             host = config.Host(
                 self.roots, sandbox.cgroup, uids, gids, self.cgroups.unified, self.cgroups.swap,
-                resource.getrlimit(resource.RLIMIT_NOFILE)[1],
+                resource.getrlimit(resource.RLIMIT_NOFILE)[1], apparmor.profile(),
             )  # fmt: skip
             (directory / "config.json").write_text(json.dumps(config.config(spec, host, edits, nodes)))
             root = rootfs.make(
@@ -190,7 +195,7 @@ class OciSandboxes:
             config.entry(workdir, command),
             config.environment(container["process"]["env"], env),
             identity, tty=size is not None, gids=groups, files=container["process"]["rlimits"][0]["hard"],
-            size=size,
+            size=size, apparmor=container["process"].get("apparmorProfile", ""),
         )  # fmt: skip
         (own / "process.json").write_text(json.dumps(process))
         holder, connection = conmon.execute(
