@@ -93,12 +93,13 @@ def make(request: pytest.FixtureRequest) -> Iterator[Maker]:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         root.chmod(0o755)
+        debian = None if images.missing_for_debian() else images.debian()
         lab: DockerLab | OciLab
         if request.param == "docker":
-            lab = DockerLab(request.getfixturevalue("dockerd"), root, None)
+            lab = DockerLab(request.getfixturevalue("dockerd"), root, debian)
         else:
             request.getfixturevalue("oci_lab")  # skips where there can be none
-            lab = OciLab(root, None if images.missing_for_debian() else images.debian())
+            lab = OciLab(root, debian)
         maker = Maker(lab)
         yield maker
         maker.close()
@@ -179,10 +180,11 @@ def test_the_same_user_outside_finds_nothing(make: Maker, tmp_path: Path) -> Non
 def test_no_file_of_a_session_can_be_opened_outside(make: Maker, tmp_path: Path) -> None:
     """By somebody who knows all its paths: its layer, image, streams, state and what it is described in."""
     with own(tmp_path) as mount:
-        spec = make.spec("sh", "-c", "echo mine > /tmp/mine; exec sleep 1000", mounts=(mount,), tty=True)
+        command = ("sh", "-c", "echo mine > /tmp/mine; exec sleep 1000")
+        spec = make.spec(*command, image="debian", mounts=(mount,), tty=True)
         make.start(spec)
         _, terminal = make.lab.sandboxes.exec(
-            spec.id, ("sh", "-c", "until [ -e /tmp/mine ]; do usleep 9000; done; echo there; exec sleep 9"), env={},
+            spec.id, ("sh", "-c", "until [ -e /tmp/mine ]; do sleep 0.1; done; echo there; exec sleep 9"), env={},
             identity=ADA, workdir="/", size=None, stdin=False,
         )  # fmt: skip
         make.stream(terminal).read(b"there")
@@ -267,6 +269,29 @@ def test_a_link_of_an_image_in_place_of_a_directory(
         )  # fmt: skip
     if isinstance(make.lab, OciLab) and name != "etc":  # what cannot be made there is no harm
         assert said == b"/dev/fd\n/proc/self/fd/1\nfine\n"
+
+
+def test_the_files_that_a_gpu_needs_are_mounted_and_not_through_a_link(make: Maker, passable: Path) -> None:
+    """The mount point of a driver's library is made by root too."""
+    if isinstance(make.lab, DockerLab):
+        pytest.skip("the engine mounts them, before homes")
+    lab = make.lab
+    assert isinstance(lab, OciLab)
+    home, library = passable / "home", passable / "libgpu.so"
+    home.mkdir()
+    os.chown(home, ADA.uid, ADA.gid)
+    library.write_text("library")
+    edits = {"mounts": [{"hostPath": str(library), "containerPath": "/usr/lib/libgpu.so", "options": ["ro", "nosuid"]}]}
+    spec = {"cdiVersion": "0.6.0", "kind": "example.com/gpu", "devices": [{"name": "0", "containerEdits": edits}]}
+    (lab.cdi / "example.json").write_text(json.dumps(spec))
+    look = ("/bin/busybox", "sh", "-c", "cat /usr/lib/libgpu.so; grep libgpu /proc/mounts | cut -d ' ' -f 4")
+    for links in ({}, {"usr/lib": "/home/ada"}, {"usr/lib": str(home)}):
+        image(lab, links)
+        with pinned(home, "/home/ada") as mount, contextlib.suppress(Error):
+            code, out, _ = make.run(*look, image="linked", mounts=(mount,), gpus=("example.com/gpu=0",))
+            assert links == {} or "ada" not in links["usr/lib"]
+            assert (code, out.startswith(b"libraryro,nosuid")) == (0, True), out
+        assert list(home.iterdir()) == []
 
 
 def image(lab: Lab, links: dict[str, str]) -> None:

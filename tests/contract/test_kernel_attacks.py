@@ -127,7 +127,6 @@ call("syscall", 442, -1, b"", 0, b"", 0)          # mount_setattr
 call("syscall", 300, 8, 0x10)                     # fanotify_init
 call("syscall", 246, 0, 0, 0, 0)                  # kexec_load
 call("syscall", 313, -1, b"", 0)                  # finit_module
-call("syscall", 438, 0, 0, 0)                     # pidfd_getfd
 """,
             identity,
         )

@@ -198,7 +198,10 @@ def test_limits_on_both_kinds_of_cgroups() -> None:
 def test_edits_become_mounts_hooks_and_variables() -> None:
     edits = Edits(
         env=("GPU=yes",),
-        mounts=(CdiMount("/usr/lib/libcuda.so", "/usr/lib/libcuda.so", ("ro", "nosuid")),),
+        mounts=(
+            CdiMount("/usr/lib/libcuda.so", "/usr/lib/libcuda.so", ("ro", "nosuid")),
+            CdiMount("/run/gpu", "/dev/gpu-caps", ("ro", "nosuid")),
+        ),
         hooks=(Hook("createContainer", "/usr/bin/nvidia-ctk", ("nvidia-ctk", "hook"), (), 5),),
     )
     result = made(Spec("x", {}, Image("sha256:0", "x", ("GPU=no",)), ADA, env={"GPU": "mine"}), edits, unified=True)
@@ -209,7 +212,9 @@ def test_edits_become_mounts_hooks_and_variables() -> None:
         for mount in result["mounts"]
         if "bind" in mount["options"] or "rbind" in mount["options"]
     }
-    assert bound["/usr/lib/libcuda.so"]["options"] == ["rbind", "ro", "nosuid"]
+    assert bound["/dev/gpu-caps"]["options"] == ["rbind", "ro", "nosuid"]
+    assert "/usr/lib/libcuda.so" not in bound  # which the root file system has before
+    assert config.beforehand(edits) == [edits.mounts[0]]
     assert bound["/dev/gpu0"]["source"] == "/dev/real"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from ...errors import Error
 from .. import LOW_DISK, Finding, free, subordinate, vulnerabilities
 from ..docker.check import is_static
-from . import taken, trial, userns
+from . import apparmor, taken, trial, userns
 from .cgroups import Cgroups
 
 PACKAGES = {
@@ -26,7 +26,6 @@ PACKAGES = {
 }
 CONMON = (2, 1, 6)  # the oldest that this was written for
 ACTIONS = Path("/proc/sys/kernel/seccomp/actions_avail")
-APPARMOR = Path("/sys/module/apparmor/parameters/enabled")
 
 
 def check(
@@ -84,10 +83,7 @@ def _kernel() -> Iterator[Finding]:
         yield Finding("error", "this kernel makes no user namespaces", "sysctl -w user.max_user_namespaces=65536")
     if not ACTIONS.exists() or "errno" not in ACTIONS.read_text().split():
         yield Finding("error", "this kernel does not filter system calls", "use a kernel with CONFIG_SECCOMP_FILTER")
-    if APPARMOR.exists() and APPARMOR.read_text().startswith("Y"):
-        yield Finding("ok", "AppArmor is on; sessions have no profile of it, but namespaces, capabilities and seccomp")
-    else:
-        yield Finding("ok", "AppArmor is off; sessions are confined by namespaces, capabilities and seccomp")
+    yield apparmor.finding()
 
 
 def _trial(state: Path, scratch: Path, runtime: str, cgroups: Cgroups, busybox: str) -> Finding:

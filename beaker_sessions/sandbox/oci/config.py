@@ -1,8 +1,8 @@
 """From a `Spec` to an OCI runtime configuration. Pure: no input or output, no policy.
 
 Shapes: https://github.com/opencontainers/runtime-spec, `config.md` and `config-linux.md`. Of bind mounts only those
-in `/dev` are in it. The others are in the root file system beforehand, where no mount point is made through a link of the
-image that leads into another mount.
+in `/dev` are in it. The others are in the root file system beforehand, where no mount point is made through a link of
+the image that leads into another mount.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ ENTRY = [f"{INSIDE}/busybox", "sh", f"{INSIDE}/entry.sh"]
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 FILES = 65536  # open files of a process unless it raises the limit itself
 
-# Docker's default set without CAP_MKNOD, which means nothing in a user namespace.
+# Docker's default set without CAP_MKNOD, which means nothing in a user namespace, and with CAP_SYS_PTRACE, by which
+# root inside debugs all that runs inside, and nothing else: it is of the sandbox's own user namespace.
 CAPABILITIES = [
     "CAP_AUDIT_WRITE", "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_NET_BIND_SERVICE",
     "CAP_NET_RAW", "CAP_SETFCAP", "CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID", "CAP_SYS_CHROOT",
+    "CAP_SYS_PTRACE",
 ]  # fmt: skip
 # What the kernel does not keep apart between namespaces.
 MASKED = [
@@ -59,7 +61,7 @@ class Host:
     """What the configuration depends on beside the `Spec`.
 
     rootfs: the mounted root file system. cgroup: path below the controllers' roots. unified: whether cgroups are pure
-    version 2. swap: whether it can be limited. files: the hard limit of open files.
+    version 2. swap: whether it can be limited. files: the hard limit of open files. apparmor: a profile, or "".
     """
 
     rootfs: Path
@@ -69,6 +71,7 @@ class Host:
     unified: bool
     swap: bool
     files: int
+    apparmor: str = ""
 
 
 def config(spec: Spec, host: Host, edits: Edits, nodes: Sequence[Node]) -> dict[str, Any]:
@@ -83,6 +86,7 @@ def config(spec: Spec, host: Host, edits: Edits, nodes: Sequence[Node]) -> dict[
         tty=spec.tty,
         gids=[gid for gid in (*spec.identity.groups, *edits.gids) if mapped(host.gids, gid)],
         files=host.files,
+        apparmor=host.apparmor,
     )
     main["oomScoreAdj"] = spec.oom_score_adj
     return {
@@ -121,6 +125,7 @@ def process(
     gids: Iterable[int],
     files: int,
     size: tuple[int, int] | None = None,
+    apparmor: str = "",
 ) -> dict[str, Any]:
     """`process` of the configuration, and what `runc exec --process` takes.
 
@@ -139,6 +144,8 @@ def process(
         "noNewPrivileges": False,
         "rlimits": [{"type": "RLIMIT_NOFILE", "soft": min(files, FILES), "hard": files}],
     }  # fmt: skip
+    if apparmor:
+        result["apparmorProfile"] = apparmor
     if size:
         result["consoleSize"] = {"height": size[0], "width": size[1]}
     return result

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import re
 import resource
@@ -47,7 +48,7 @@ from .. import (
     cdi,
     subordinate,
 )
-from . import cgroups, config, conmon, layer, logs, mounts, programs, record, rootfs, userns
+from . import apparmor, cgroups, config, conmon, layer, logs, mounts, programs, record, rootfs, userns
 from .check import check
 from .idmaps import IdMaps
 from .images import Images
@@ -62,6 +63,8 @@ RUN = Path("/run/beaker/oci")  # every id may pass through it, which the state n
 PARTS = ("sessions", "runtime", "inside", "trash")
 READY = 1.0  # seconds in which a sandbox's init must listen to signals
 FULL = (errno.ENOSPC, errno.EDQUOT)
+
+log = logging.getLogger(__name__)
 
 
 class OciSandboxes:
@@ -110,6 +113,8 @@ class OciSandboxes:
         self.pids = cgroups.room()
         if not self.cgroups.limit_pids(self.cgroup, self.pids):
             self.pids = 0
+        if apparmor.enabled() and (why := apparmor.load()):
+            log.warning("sessions have no AppArmor profile: %s", why)
         self.remains = Remains(state, self.roots, self.cgroups, self.cgroup, self.network)
         self.remains.adopt()
         for directory, sandbox in self._sandboxes():
@@ -151,7 +156,7 @@ class OciSandboxes:
                 layer.assign(directory, sandbox.project, spec.disk)
             host = config.Host(
                 self.roots, sandbox.cgroup, uids, gids, self.cgroups.unified, self.cgroups.swap,
-                resource.getrlimit(resource.RLIMIT_NOFILE)[1],
+                resource.getrlimit(resource.RLIMIT_NOFILE)[1], apparmor.profile(),
             )  # fmt: skip
             (directory / "config.json").write_text(json.dumps(config.config(spec, host, edits, nodes)))
             root = rootfs.make(
@@ -221,7 +226,7 @@ class OciSandboxes:
             config.entry(workdir, command),
             config.environment(container["process"]["env"], env),
             identity, tty=size is not None, gids=groups, files=container["process"]["rlimits"][0]["hard"],
-            size=size,
+            size=size, apparmor=container["process"].get("apparmorProfile", ""),
         )  # fmt: skip
         (own / "process.json").write_text(json.dumps(process))
         holder, connection = conmon.execute(

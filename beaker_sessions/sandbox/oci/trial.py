@@ -17,7 +17,7 @@ from pathlib import Path
 from ...errors import Error
 from ...model import Identity
 from .. import Image, Spec, cdi
-from . import config, conmon, mounts, rootfs, userns
+from . import apparmor, config, conmon, mounts, rootfs, userns
 from .cgroups import Cgroups
 from .images import Description
 from .layer import PARTS
@@ -44,7 +44,7 @@ def run(runtime: str, busybox: str, cgroups: Cgroups, state: Path) -> None:
         image = Description(id, [str(base / "layer")], [], 0, "", None, None, None)
         host = config.Host(
             top, f"/beaker-{id}", uids, gids, cgroups.unified, cgroups.swap,
-            resource.getrlimit(resource.RLIMIT_NOFILE)[1],
+            resource.getrlimit(resource.RLIMIT_NOFILE)[1], apparmor.profile(),
         )  # fmt: skip
         bundle = config.config(spec, host, cdi.Edits(), ())
         bundle["process"]["args"] = [f"{config.INSIDE}/busybox", "echo", SAYS]
