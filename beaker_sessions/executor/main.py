@@ -73,7 +73,10 @@ def _docker(settings: ExecutorSettings) -> Sandboxes:
 
     state = Path(settings.storage_path, "executor", "docker")
     cdi_paths = [Path(path) for path in settings.cdi_paths]
-    return DockerSandboxes(settings.docker_socket, state, settings.storage_path, cdi_paths)
+    bridge, access = settings.bridge, settings.session_access
+    return DockerSandboxes(
+        settings.docker_socket, state, settings.storage_path, cdi_paths, bridge=bridge, access=access
+    )
 
 
 def main() -> int:

@@ -28,6 +28,7 @@ from . import config, images
 from .check import check
 from .engine import Engine
 from .files import Files
+from .network import Network
 from .replay import LIMIT, Frame, delivered, frames, join
 
 STATUSES = {
@@ -46,17 +47,22 @@ class DockerSandboxes:
     """`Sandboxes` on a Docker Engine.
 
     socket: the engine's. state: a directory of the driver's own. owner: labels its containers, so that executors with
-    different states can share an engine. cdi_paths: directories of CDI specs.
+    different states can share an engine. cdi_paths: directories of CDI specs. bridge: its name without the last letter.
+    access: what sessions may reach of this machine, see `sandbox.firewall`.
     """
 
     name = "docker"
     root = False
 
-    def __init__(self, socket: str, state: Path, owner: str, cdi_paths: Iterable[str | os.PathLike[str]] = ()) -> None:
+    def __init__(
+        self, socket: str, state: Path, owner: str, cdi_paths: Iterable[str | os.PathLike[str]] = (), *,
+        bridge: str = "beaker0", access: Iterable[str] = (),
+    ) -> None:  # fmt: skip
         self.engine = Engine(socket)
         self.files = Files(state)
         self.owner = owner
         self.cdi_paths = list(cdi_paths)
+        self.network = Network(self.engine, owner, f"{bridge}d", access)  # the oci driver's may be there, too
 
     @cached_property
     def _engine_cdi(self) -> bool:
@@ -85,7 +91,9 @@ class DockerSandboxes:
             self.files.remove(spec.id)
             mounts = self.files.create(spec.id, passwd, group, spec.mounts)
         try:
-            body = config.container(spec, self.files.directory(spec.id), mounts, edits)
+            if not spec.host_network:
+                self.network.ensure()
+            body = config.container(spec, self.files.directory(spec.id), mounts, edits, self.network.name)
             body["Labels"][LABEL_OWNER] = self.owner
             targets = [mount["Target"] for mount in body["HostConfig"]["Mounts"]]
             images.check_targets(self.engine, self.files, spec.image.id, self.owner, targets)
@@ -219,6 +227,10 @@ class DockerSandboxes:
 
     def check(self) -> list[Finding]:
         return check(self.engine, cdi.load(self.cdi_paths))
+
+    def close(self) -> None:
+        """Give back what is there for all sandboxes: for tests, and when the executor is uninstalled."""
+        self.network.remove()
 
     def _inspect(self, id: str) -> Any:
         return self.engine.call("GET", f"{_path(id)}/json")

@@ -30,7 +30,21 @@ from pathlib import Path
 
 from ...errors import Error
 from ...model import Identity, Pull
-from .. import LABEL, LABEL_OWNER, Finding, Found, Framing, Image, Login, Progress, Spec, Status, Terminal, cdi
+from .. import (
+    LABEL,
+    LABEL_OWNER,
+    Finding,
+    Found,
+    Framing,
+    Image,
+    Login,
+    Progress,
+    Spec,
+    Status,
+    Terminal,
+    cdi,
+    resolvers,
+)
 from . import cgroups, config, conmon, layer, logs, mounts, programs, record, rootfs, userns
 from .check import check
 from .images import Images
@@ -116,7 +130,7 @@ class OciSandboxes:
             try:
                 rootfs.make(
                     spec, root, directory, image, uids, gids, self._namespace(uids, gids),
-                    inside=self.state / "inside", resolvers=self.network.resolvers(),
+                    inside=self.state / "inside", resolvers=resolvers.text(),
                 )  # fmt: skip
                 host = config.Host(
                     root, sandbox.cgroup, uids, gids, self.cgroups.unified, self.cgroups.swap,
