@@ -11,7 +11,7 @@ runtime=${1:-runc}
 [ $# = 0 ] || shift
 root=$(cd "$(dirname "$0")/.." && pwd)
 work=$root/build/guest
-packages=systemd-sysv,dbus,udev,linux-image-amd64,apparmor,ca-certificates,procps,iproute2,iptables,sudo
+packages=systemd-sysv,dbus,udev,linux-image-amd64,apparmor,ca-certificates,procps,iproute2,iptables,nftables,sudo
 packages=$packages,python3,conmon,skopeo,tini,busybox-static,$runtime
 
 mkdir -p "$work"

@@ -259,7 +259,8 @@ LINGER_NONE = b"\1\0\0\0\0\0\0\0"  # struct linger: on, 0 seconds, by which a cl
 def caller(family: int, address: str) -> bytes:
     """By what connections are counted: all of loopback is one, and so is what one site of IPv6 is given."""
     packed = socket.inet_pton(family, address.partition("%")[0])
-    return b"" if packed[0] == LOOPBACK or address == "::1" else packed[:8]
+    local = address == "::1" or (family == socket.AF_INET and packed[0] == LOOPBACK)
+    return b"" if local else packed[:8]
 
 
 def connected(sock: socket.socket) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..errors import Error
-from ..sandbox import Sandboxes
+from ..sandbox import Sandboxes, firewall
 from ..settings import ExecutorSettings, load
 from . import doctor, exposition, inventory, plan, ports
 from .access import Access
@@ -98,6 +98,7 @@ def main() -> int:
 def serve(settings: ExecutorSettings) -> None:
     """Run until SIGTERM or SIGINT. Raises Error when it cannot begin."""
     plan.check_places(settings.mount_paths)
+    firewall.rules(settings.bridge, "", (), settings.session_access)  # says what is wrong with them
     stop = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, stop)  # before any thread: they inherit it
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from ..errors import Error
 from . import MARK
 
-NAME = re.compile(r"[A-Za-z0-9_-]{1,15}")  # of an interface
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,14}")  # of an interface, and of a table
 HIGHEST = 65535
 
 

@@ -183,7 +183,7 @@ def test_too_many_connections_are_refused_and_those_that_are_there_go_on(served:
         with pytest.raises(ConnectionError):
             echoed(lambda: served.call("::1"))
         found = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=True).stdout.split()
-        for own in found[:1]:
+        if own := next(iter(found), ""):
             assert echoed(lambda: served.call(own)) == b"hello", "another address has its own share"
         for connection in flood:
             connection.close()

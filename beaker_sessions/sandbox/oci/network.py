@@ -119,7 +119,8 @@ class Network:
             return
         try:
             time.sleep(after)
-            self._ensure(again=True)
+            if not self._closed:
+                self._ensure(again=True)
             while not self._closed and len(self._ready()) < COUNT:
                 path = self._make()
                 path.with_suffix(READY).touch()
