@@ -110,5 +110,12 @@ def containers(stopped: bool = False) -> list[str]:
     return [container["Id"] for container in found]
 
 
+def networks() -> list[str]:
+    """The names of sessions' networks."""
+    filters = json.dumps({"label": [LABEL]}, separators=(",", ":"))
+    _, found = call("GET", f"/networks?filters={filters}")
+    return [network["Name"] for network in found]
+
+
 step = Step("Docker Engine", lambda: driver.name() == "docker" and not running(), _start)
 needed = Step("Docker Engine for the image", lambda: not running(), _start)

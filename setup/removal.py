@@ -28,6 +28,10 @@ def clean() -> None:
         for container in engine.containers(stopped=True):
             engine.call("DELETE", f"/containers/{container}?force=1&v=1")
             _say(f"removed container {container[:12]}")
+        for network in engine.networks():
+            engine.call("DELETE", f"/networks/{network}")
+            subprocess.run(["nft", "delete", "table", "inet", network], stderr=subprocess.DEVNULL)
+            _say(f"removed network {network}")
     if images := services.setting("imagePath", ""):  # its other contents are somebody's
         for part in ("storage", "images", "run"):
             _remove(Path(images, part))

@@ -13,7 +13,7 @@ what=${1:-runc} runtime=${1:-runc}
 [ "$what" != units ] || runtime=runc
 root=$(cd "$(dirname "$0")/.." && pwd)
 work=$root/build/guest
-packages=systemd-sysv,dbus,udev,linux-image-amd64,apparmor,ca-certificates,procps,iproute2,iptables,sudo
+packages=systemd-sysv,dbus,udev,linux-image-amd64,apparmor,ca-certificates,procps,iproute2,iptables,nftables,sudo
 packages=$packages,python3,conmon,skopeo,tini,busybox-static,$runtime
 
 mkdir -p "$work"

@@ -132,19 +132,22 @@ class Forwarder:
                     self.resume = time.monotonic() + PAUSE
                     return
                 continue  # it has gone again
-            remote = socket.inet_pton(outside.family, address[0].partition("%")[0])[:8]
+            remote = caller(outside.family, address[0])
             if len(self.connections) >= 2 * self.most or self.shares.get(remote, 0) >= self.most * SHARE // CONNECTIONS:
                 reset(outside)
                 continue
             self.shares[remote] = self.shares.get(remote, 0) + 1
-            outside.setblocking(False)
-            outside.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, value in ((socket.TCP_KEEPIDLE, 600), (socket.TCP_KEEPINTVL, 60), (socket.TCP_NODELAY, 1)):
-                outside.setsockopt(socket.IPPROTO_TCP, option, value)
             loopback = [(socket.AF_INET, "127.0.0.1", port), (socket.AF_INET6, "::1", port)]
             connection = Connection(outside, remote, [*loopback, (socket.AF_UNSPEC, "", port)])
             self.connections[outside.fileno()] = connection
-            self.connect(connection)
+            try:
+                outside.setblocking(False)
+                outside.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for option, value in ((socket.TCP_KEEPIDLE, 600), (socket.TCP_KEEPINTVL, 60), (socket.TCP_NODELAY, 1)):
+                    outside.setsockopt(socket.IPPROTO_TCP, option, value)
+                self.connect(connection)
+            except OSError:
+                self.finish(connection, reset=True)
 
     def connect(self, connection: Connection) -> None:
         """Try the next address inside; without one left, the caller is refused."""
@@ -174,26 +177,25 @@ class Forwarder:
     def serve(self, connection: Connection, fd: int, event: int) -> None:
         inside = connection.inside
         assert inside
-        if not connection.halves:
-            if not connected(inside):
-                self.connect(connection)
-                return
-            connection.halves = (Half(connection.outside, inside), Half(inside, connection.outside))
         try:
+            if not connection.halves:
+                if not connected(inside):
+                    self.connect(connection)
+                    return
+                connection.halves = (Half(connection.outside, inside), Half(inside, connection.outside))
             for half in connection.halves:
                 reads, writes = half.source.fileno() == fd, half.target.fileno() == fd
                 if not half.done and ((reads and event & ~select.EPOLLOUT) or (writes and half.held)):
                     self.pump(half)
-        except OSError:  # its source was reset, or there is no pipe
+            there, back = connection.halves
+            for fd, out, into in ((connection.outside.fileno(), there, back), (inside.fileno(), back, there)):
+                reading = select.EPOLLIN if not out.done and not out.held else 0
+                self.watch(fd, reading | (select.EPOLLOUT if into.held and not into.done else 0))
+        except OSError:  # its source was reset, or the machine has nothing left
             self.finish(connection, reset=True)
             return
-        if all(half.done for half in connection.halves):
+        if there.done and back.done:
             self.finish(connection, reset=False)
-            return
-        there, back = connection.halves
-        for fd, out, into in ((connection.outside.fileno(), there, back), (inside.fileno(), back, there)):
-            reading = select.EPOLLIN if not out.done and not out.held else 0
-            self.watch(fd, reading | (select.EPOLLOUT if into.held and not into.done else 0))
 
     def pump(self, half: Half) -> None:
         """Copy what there is now. Raises OSError when the source fails."""
@@ -250,7 +252,15 @@ class Forwarder:
             del self.shares[connection.remote]
 
 
+LOOPBACK = 127  # of 127.0.0.0/8
 LINGER_NONE = b"\1\0\0\0\0\0\0\0"  # struct linger: on, 0 seconds, by which a close is a reset
+
+
+def caller(family: int, address: str) -> bytes:
+    """By what connections are counted: all of loopback is one, and so is what one site of IPv6 is given."""
+    packed = socket.inet_pton(family, address.partition("%")[0])
+    local = address == "::1" or (family == socket.AF_INET and packed[0] == LOOPBACK)
+    return b"" if local else packed[:8]
 
 
 def connected(sock: socket.socket) -> bool:

@@ -166,7 +166,7 @@ class Lifecycle:
                     for sock, _ in sockets:
                         sock.close()
                 self._unpublished.discard(session.id)
-            except Error as error:
+            except (Error, OSError) as error:
                 if session.id not in self._unpublished:
                     self._unpublished.add(session.id)
                     log.warning("session %s: its ports are not published: %s", session.id, error)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .. import __version__, trust
 from ..errors import Error
-from ..sandbox import Sandboxes
+from ..sandbox import Sandboxes, firewall
 from ..settings import ExecutorSettings, load
 from . import admission, doctor, exposition, images, inventory, plan, ports
 from .access import Access, trusted
@@ -79,7 +79,14 @@ def _docker(settings: ExecutorSettings) -> Sandboxes:
     cdi_paths = [Path(path) for path in settings.cdi_paths]
     limit = images.limits(settings).image
     return DockerSandboxes(
-        settings.docker_socket, state, settings.storage_path, cdi_paths, cdi_hooks=settings.cdi_hooks, image_size=limit
+        settings.docker_socket,
+        state,
+        settings.storage_path,
+        cdi_paths,
+        cdi_hooks=settings.cdi_hooks,
+        image_size=limit,
+        bridge=settings.bridge,
+        access=settings.session_access,
     )
 
 
@@ -105,6 +112,7 @@ def serve(settings: ExecutorSettings) -> None:
     plan.check_places(settings.mount_paths)
     server = settings.endpoint
     limits, creates = admission.Limits.of(settings), trusted(settings)
+    firewall.rules(settings.bridge, "", (), settings.session_access)  # says what is wrong with them
     stop = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, stop)  # before any thread: they inherit it
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

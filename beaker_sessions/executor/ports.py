@@ -165,7 +165,8 @@ def _bound(own: int, port: int) -> Sockets:
             sockets.append((sock, own))
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, MARK)
+            with contextlib.suppress(PermissionError):  # who may not do this, may not set up the firewall either
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, MARK)
             sock.bind((address, port))
         except OSError as error:
             if family == socket.AF_INET6 and error.errno in WITHOUT:

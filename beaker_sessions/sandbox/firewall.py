@@ -17,14 +17,15 @@ from collections.abc import Iterable
 from ..errors import Error
 from . import MARK
 
-NAME = re.compile(r"[A-Za-z0-9_-]{1,15}")  # of an interface
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,14}")  # of an interface, and of a table
 HIGHEST = 65535
 
 
 def rules(bridge: str, network: str, resolvers: Iterable[str], access: Iterable[str]) -> str:
     """The commands of nft that make the table, whether or not there is one.
 
-    network: the sessions' own, as `10.0.0.0/22`. resolvers: addresses of DNS servers, of this machine or not. access:
+    network: the sessions' own, as `10.0.0.0/22`, which speaks with the world as this machine; "" where another sees to
+    that. resolvers: addresses of DNS servers, of this machine or not. access:
     TCP ports of this machine that sessions may reach, as `PORT` or `ADDRESS:PORT`. Raises Error invalid for another.
     """
     if not NAME.fullmatch(bridge):
@@ -32,6 +33,11 @@ def rules(bridge: str, network: str, resolvers: Iterable[str], access: Iterable[
     allowed = "\n".join(f"        {rule} accept" for rule in map(_access, access))
     names = ", ".join(sorted({address for address in resolvers if _is_ipv4(address)}))
     dns = f"ip daddr {{ {names} }} meta l4proto {{ tcp, udp }} th dport 53 accept" if names else ""
+    masquerade = f"""    chain postrouting {{
+        type nat hook postrouting priority srcnat; policy accept;
+        ip saddr {network} oifname != "{bridge}" masquerade
+    }}
+"""
     # -10: before those of others, whose `accept` is not the last word; a `drop` or `reject` of ours is.
     return f"""table inet {bridge} {{}}
 delete table inet {bridge}
@@ -60,11 +66,7 @@ table inet {bridge} {{
         ct state established,related accept
         meta skuid != 0 reject
     }}
-    chain postrouting {{
-        type nat hook postrouting priority srcnat; policy accept;
-        ip saddr {network} oifname != "{bridge}" masquerade
-    }}
-}}
+{masquerade if network else ""}}}
 """
 
 

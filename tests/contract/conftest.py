@@ -52,7 +52,7 @@ class DockerLab:
         self.sandboxes = self.again()
 
     def again(self) -> DockerSandboxes:
-        return DockerSandboxes(self.socket, self.state, self.owner, [self.cdi])
+        return DockerSandboxes(self.socket, self.state, self.owner, [self.cdi], bridge=f"bt{self.owner}")
 
     def image(self, name: str) -> Image:
         if name not in self.known:
@@ -71,6 +71,7 @@ class DockerLab:
     def close(self) -> None:
         for image in self.known.values():
             self.engine.call("DELETE", f"/images/{image.reference}", {"force": 1})
+        self.sandboxes.close()
 
 
 class OciLab:

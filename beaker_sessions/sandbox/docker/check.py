@@ -25,7 +25,14 @@ def check(engine: Engine, registry: Registry) -> list[Finding]:
         version, info = engine.version, engine.call("GET", "/info")
     except Error as error:
         return [Finding("error", error.message, error.hint), _busybox()]
-    return [*_engine(version, info), *_runtime(version), _busybox(), *_devices(info, registry), *_disk(info)]
+    return [
+        *_engine(version, info),
+        *_runtime(version),
+        _firewall(),
+        _busybox(),
+        *_devices(info, registry),
+        *_disk(info),
+    ]
 
 
 def _engine(version: dict[str, Any], info: dict[str, Any]) -> Iterator[Finding]:
@@ -78,6 +85,14 @@ def _runtime(version: dict[str, Any]) -> Iterator[Finding]:
     for component in version.get("Components") or ():
         if component["Name"] in vulnerabilities.known():
             yield vulnerabilities.finding(component["Name"], component["Version"])
+
+
+def _firewall() -> Finding:
+    if shutil.which("nft"):
+        return Finding("ok", "nft is there, for the firewall of sessions")
+    return Finding(
+        "error", "nft is missing: sessions with a network of their own cannot start", "apt-get install nftables"
+    )
 
 
 def _disk(info: dict[str, Any]) -> Iterator[Finding]:

@@ -35,12 +35,15 @@ def name(id: str) -> str:
     return f"beaker-{id}"
 
 
-def container(spec: Spec, files: Path, mounts: Sequence[Mount], edits: Edits | None) -> dict[str, Any]:
+def container(
+    spec: Spec, files: Path, mounts: Sequence[Mount], edits: Edits | None, network: str = "bridge"
+) -> dict[str, Any]:
     """The body of `POST /containers/create`.
 
     files: the session's directory on the host. mounts: the spec's, with sources that the engine can open. edits: of
-    the spec's GPUs, None when the engine applies CDI specs itself. Raises Error invalid for text that JSON cannot carry
-    to the engine unchanged, unavailable for edits that Docker's API cannot express.
+    the spec's GPUs, None when the engine applies CDI specs itself. network: the engine's, unless the spec has the
+    host's. Raises Error invalid for text that JSON cannot carry to the engine unchanged, unavailable for edits that
+    Docker's API cannot express.
     """
     applied = edits or Edits()
     if applied.hooks:
@@ -60,7 +63,7 @@ def container(spec: Spec, files: Path, mounts: Sequence[Mount], edits: Edits | N
     ]
     host: dict[str, Any] = {
         "Init": True,
-        "NetworkMode": "host" if spec.host_network else "bridge",
+        "NetworkMode": "host" if spec.host_network else network,
         "RestartPolicy": {"Name": "no"},
         "LogConfig": {"Type": "json-file", "Config": {"max-size": "8m", "max-file": "2"}},
         "Mounts": [

@@ -28,6 +28,7 @@ from . import config, images
 from .check import check
 from .engine import Engine
 from .files import Files
+from .network import Network
 from .replay import LIMIT, Frame, delivered, frames, join
 
 STATUSES = {
@@ -47,7 +48,8 @@ class DockerSandboxes:
 
     socket: the engine's. state: a directory of the driver's own. owner: labels its containers, so that executors with
     different states can share an engine. cdi_paths: directories of CDI specs. image_size: bytes that an image which is
-    pulled may take, 0 for no limit; an image that Docker Engine has is taken as it is.
+    pulled may take, 0 for no limit; an image that Docker Engine has is taken as it is. bridge: its name without the
+    last letter. access: what sessions may reach of this machine, see `sandbox.firewall`.
     """
 
     name = "docker"
@@ -56,11 +58,13 @@ class DockerSandboxes:
     def __init__(
         self, socket: str, state: Path, owner: str, cdi_paths: Iterable[str | os.PathLike[str]] = (), *,
         cdi_hooks: Iterable[str] = (), image_size: int = Limits.image,
+        bridge: str = "beaker0", access: Iterable[str] = (),
     ) -> None:  # fmt: skip
         self.engine, self.image_size = Engine(socket), image_size
         self.files = Files(state)
         self.owner = owner
         self.cdi_paths, self.cdi_hooks = list(cdi_paths), list(cdi_hooks)
+        self.network = Network(self.engine, owner, f"{bridge}d", access)  # the oci driver's may be there, too
 
     @cached_property
     def _engine_cdi(self) -> bool:
@@ -91,7 +95,9 @@ class DockerSandboxes:
             self.files.remove(spec.id)
             mounts = self.files.create(spec.id, passwd, group, spec.mounts)
         try:
-            body = config.container(spec, self.files.directory(spec.id), mounts, edits)
+            if not spec.host_network:
+                self.network.ensure()
+            body = config.container(spec, self.files.directory(spec.id), mounts, edits, self.network.name)
             body["Labels"][LABEL_OWNER] = self.owner
             targets = [mount["Target"] for mount in body["HostConfig"]["Mounts"]]
             images.check_targets(self.engine, self.files, spec.image.id, self.owner, targets)
@@ -225,6 +231,10 @@ class DockerSandboxes:
 
     def check(self) -> list[Finding]:
         return check(self.engine, cdi.load(self.cdi_paths, self.cdi_hooks))
+
+    def close(self) -> None:
+        """Give back what is there for all sandboxes: for tests, and when the executor is uninstalled."""
+        self.network.remove()
 
     def _inspect(self, id: str) -> Any:
         return self.engine.call("GET", f"{_path(id)}/json")

@@ -46,6 +46,7 @@ from .. import (
     Status,
     Terminal,
     cdi,
+    resolvers,
     subordinate,
 )
 from . import apparmor, cgroups, config, conmon, layer, logs, mounts, programs, record, rootfs, userns
@@ -161,7 +162,7 @@ class OciSandboxes:
             (directory / "config.json").write_text(json.dumps(config.config(spec, host, edits, nodes)))
             root = rootfs.make(
                 spec, self.roots, directory, image, uids, gids, self._namespace(uids, gids),
-                inside=self.state / "inside", resolvers=self.network.resolvers(), devices=config.beforehand(edits),
+                inside=self.state / "inside", resolvers=resolvers.text(), devices=config.beforehand(edits),
             )  # fmt: skip
             with mounts.opened(root):
                 holder, init = conmon.create(

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ...errors import Error
-from .. import firewall
+from .. import firewall, resolvers
 from . import mounts, retired
 
 COUNT = 4  # namespaces kept ready
@@ -35,7 +35,6 @@ CLONE_NEWNET = 0x40000000
 BLOCKS = [ipaddress.IPv4Network(block) for block in ("10.213.0.0/16", "10.214.0.0/16", "172.31.192.0/18")]
 PREFIX = 22  # of a bridge's network: a thousand sessions
 SYSCTLS = {"ipv4/ip_unprivileged_port_start": "0", "ipv4/ping_group_range": "0 2147483647"}
-RESOLVERS = ("/run/systemd/resolve/resolv.conf", "/etc/resolv.conf")  # the first names no resolver on loopback
 
 FILTER = ["iptables", "-w", "-t", "filter"]
 FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
@@ -112,11 +111,6 @@ class Network:
             firewall.remove(self.bridge)  # last: until then there is somebody to protect
             self._forward_no_more()
 
-    def resolvers(self) -> str:
-        """The text of `/etc/resolv.conf` for a sandbox: this machine's, without resolvers that only it can reach."""
-        text = next((Path(path).read_text() for path in RESOLVERS if Path(path).exists()), "")
-        return "".join(line + "\n" for line in text.splitlines() if not _loopback(line))
-
     def _ready(self) -> list[Path]:
         return list(self.directory.glob(f"*{READY}"))
 
@@ -125,7 +119,8 @@ class Network:
             return
         try:
             time.sleep(after)
-            self._ensure(again=True)
+            if not self._closed:
+                self._ensure(again=True)
             while not self._closed and len(self._ready()) < COUNT:
                 path = self._make()
                 path.with_suffix(READY).touch()
@@ -210,8 +205,7 @@ class Network:
 
     def _protect(self, network: ipaddress.IPv4Network) -> None:
         """Have the firewall say what it should: it may have been set up anew, and resolvers may be others by now."""
-        resolvers = [line.split()[1] for line in self.resolvers().splitlines() if line.startswith("nameserver ")]
-        text = firewall.rules(self.bridge, str(network), resolvers, self.access)
+        text = firewall.rules(self.bridge, str(network), resolvers.addresses(), self.access)
         if text != self._rules or not firewall.exists(self.bridge):
             firewall.apply(text)
             self._rules = text
@@ -240,11 +234,6 @@ class Network:
             if not list(Path("/sys/class/net").glob("*/bridge")):
                 FORWARD.write_text("0")
             self._forwarded.unlink()
-
-
-def _loopback(line: str) -> bool:
-    words = line.split()
-    return len(words) > 1 and words[0] == "nameserver" and (words[1].startswith("127.") or words[1] == "::1")
 
 
 def inside(namespace: Path | None, call: Callable[[], T]) -> T:
