@@ -218,6 +218,7 @@ class Images:
             exact, sizes = registry.manifest(wanted, authfile)
             command = ["skopeo", "--insecure-policy", "copy", "--quiet", f"--src-authfile={authfile}"]
             command += [f"--src{option[1:]}" for option in registry.options(wanted)]
+            progress(Progress(0, sum(sizes), (0, len(sizes))))  # who may not fetch it is told before it begins
             with subprocess.Popen(
                 [*command, f"docker://{exact.name}", f"dir:{name}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
             ) as process:
@@ -226,7 +227,11 @@ class Images:
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(PAUSE)
                         break
-                    progress(_progress(Path(name), sizes))
+                    try:
+                        progress(_progress(Path(name), sizes))
+                    except BaseException:
+                        process.kill()  # nobody waits for it any more
+                        raise
                 complaint = process.stderr.read() if process.stderr else b""
             if process.returncode != 0:
                 raise self._failure(complaint) or registry.failure(wanted)
