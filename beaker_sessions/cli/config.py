@@ -106,9 +106,13 @@ class _Rights:
         if self.name:
             user = _user(self.name)
             self.groups, self.gid = os.getgroups(), os.getegid()
-            os.setgroups(os.getgrouplist(self.name, user.pw_gid))
-            os.setegid(user.pw_gid)
-            os.seteuid(user.pw_uid)
+            try:
+                os.setgroups(os.getgrouplist(self.name, user.pw_gid))
+                os.setegid(user.pw_gid)
+                os.seteuid(user.pw_uid)
+            except OSError as error:  # root of a container that may not
+                what = f"cannot read the configuration of {self.name}, who called sudo: {error.strerror}"
+                raise Error("forbidden", what, "run beaker without sudo") from None
 
     def __exit__(self, *_: object) -> None:
         if self.name:

@@ -153,7 +153,7 @@ def admit(
         )
     request = plan.defaults(wanted, capacity, settings.default_image)
     plan.check_mounts(request, identity, settings.mount_paths)
-    notes = [root.NOTE] if identity.name == root.NAME else []
+    notes = [root.note(identity)]
     if not request.bare:
         notes.append(homes.look(identity, make=bool(settings.session_home)))
     return Admitted(request, "; ".join(filter(None, notes)))

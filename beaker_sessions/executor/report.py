@@ -195,10 +195,9 @@ class Reporter:
         try:
             session = wire.session(job)
         except Error as error:
-            session = _unreadable(job)
-            log.error("the server hands on session %s, which cannot be read: %s", session.id, error)
-            if not self.ledger.get(session.id):
-                self.sessions.adopt(_refused(session, error), NOBODY)
+            log.error("the server hands on a session that cannot be read: %s", error)
+            if (known := _unreadable(job)) and not self.ledger.get(known.id):
+                self.sessions.adopt(_refused(known, error), NOBODY)
             return
         if self.ledger.get(session.id):
             return  # taken already; its report is on the way
@@ -220,12 +219,12 @@ class Reporter:
         self.sessions.notice(session.id, admitted.warning)
 
 
-def _unreadable(job: dict[str, Any]) -> Session:
-    """As much of it as its end needs to be told. Raises Error invalid when not even that is there."""
+def _unreadable(job: dict[str, Any]) -> Session | None:
+    """As much of it as its end needs to be told, lest it comes again for ever; None when not even that is there."""
     id, author = job.get("id"), job.get("author")
     account = author.get("name") if isinstance(author, dict) else None
     if not isinstance(id, str) or not ids.is_ulid(id) or not isinstance(account, str):
-        raise Error("invalid", "the server hands on something that is no session", "is it of another version?")
+        return None
     return Session(id, account, "", Request(), created=datetime.now(UTC), revision=1)
 
 

@@ -18,7 +18,6 @@ from . import inventory
 
 NAME = "beaker-root"
 HOME = "/var/lib/beaker-root"
-NOTE = f"root's session runs as the system user {NAME}, at home in its own directory"
 
 log = logging.getLogger(__name__)
 _making = threading.Lock()
@@ -37,6 +36,12 @@ def identity(session_home: str) -> Identity:
     if entry.pw_uid == 0 or entry.pw_gid == 0:
         raise Error("forbidden", f"the user {NAME} of this machine is root", f"remove it: userdel {NAME}")
     return inventory.unix_user(entry.pw_uid, session_home)
+
+
+def note(person: Identity) -> str:
+    """What root should know of its session, "" for everybody else."""
+    what = f"root's session runs as the system user {NAME}, whose home is {person.home}"
+    return what if person.name == NAME else ""
 
 
 def _make() -> None:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,19 @@ import pytest
 from beaker_sessions import ids, wire
 from beaker_sessions.errors import Error
 from beaker_sessions.executor import admission, inventory, plan
+from beaker_sessions.executor.access import Access
 from beaker_sessions.executor.admission import RIGHTS, Limits
 from beaker_sessions.executor.door import HANDLERS
+from beaker_sessions.executor.inside import Inside
 from beaker_sessions.executor.inventory import Inventory
 from beaker_sessions.executor.ledger import Ledger
+from beaker_sessions.executor.lifecycle import Lifecycle
+from beaker_sessions.executor.metrics import Metrics
+from beaker_sessions.executor.report import Reporter, _refused
 from beaker_sessions.executor.sessions import Sessions
 from beaker_sessions.model import Gpu, Identity, Request, Resources, Session, State
 from beaker_sessions.sandbox import Progress, subordinate
+from beaker_sessions.sandbox.fake import FakeSandboxes
 from beaker_sessions.settings import ExecutorSettings
 
 ADA = Identity("ada", 1500, 1500, "/home/ada", {1500: "ada"})
@@ -197,9 +204,62 @@ def test_limits_of_the_settings() -> None:
         Limits.of(ExecutorSettings(limit_waiting=-1))
 
 
+@pytest.fixture
+def reporter(make: Make, tmp_path: Path) -> Reporter:
+    settings = ExecutorSettings(storage_path=str(tmp_path), accounts={"games": "asmith"})
+    inside = Inside(tmp_path / "run", "http://127.0.0.1:1")
+    lifecycle = Lifecycle(make(Limits(sessions=1)), FakeSandboxes(("base",)), settings, inside, "owner")
+    lifecycle.sessions.on_start = lambda _id: None
+    lifecycle.sessions.cordon("start", "")
+    ledger = lifecycle.sessions.ledger
+    ledger.fact("node", "N1")
+    access = Access(ledger, settings.address, settings.accounts)
+    return Reporter(lifecycle, access, settings, Metrics(lifecycle.sessions, lifecycle.sandboxes, str(tmp_path), dict))
+
+
+def handed(account: str, node: str = "N1", **asked: object) -> dict:
+    wanted = replace(IDLE, bare=True, **asked)  # type: ignore[arg-type]
+    return wire.job(Session(ids.ulid(), account, node, wanted, created=datetime.now(UTC), revision=1))
+
+
+@pytest.mark.parametrize(
+    ("job", "error"),
+    [
+        (handed("games"), "forbidden"),  # the Unix user of that name is another account's
+        (handed("no-such-user-here"), "not_found"),
+        (handed("asmith", host_network=True), "forbidden"),
+        (handed("asmith", node="N2"), "invalid"),
+        (handed("asmith") | {"cluster": "lab/other"}, "invalid"),
+        (handed("asmith", gpus=9), "invalid"),
+        ({"id": ids.ulid(), "author": {"name": "asmith"}, "session": {"command": 5}}, "invalid"),
+    ],
+)
+def test_what_the_server_hands_over_is_decided_as_at_the_door(reporter: Reporter, job: dict, error: str) -> None:
+    reporter._take(job)
+    reporter._take(job)  # as it comes again, until the end is reported
+    (ended,) = reporter.ledger.unreported()
+    assert (ended.id, ended.state, ended.error) == (job["id"], State.FINALIZED, error)
+    assert ended.message
+    assert reporter.sessions.live() == []
+
+
+def test_a_handed_over_session_at_the_limit_ends_with_the_reason(reporter: Reporter) -> None:
+    first, second = handed("asmith"), handed("asmith")
+    reporter._take(first)
+    reporter._take(second)
+    assert [one.id for one in reporter.sessions.live()] == [first["id"]]
+    (ended,) = [one for one in reporter.ledger.unreported() if one.state == State.FINALIZED]
+    assert (ended.id, ended.error) == (second["id"], "limit")
+    for rubbish in (
+        {},
+        {"id": 5, "author": {}},
+        {"id": "x", "author": {"name": "y"}},
+        {"id": ids.ulid(), "author": "z"},
+    ):
+        reporter._take(rubbish)
+
+
 def test_the_reason_for_a_refusal_travels() -> None:
     now = Session(ids.ulid(), "ada", "N1", GPU, revision=1)
-    from beaker_sessions.executor.report import _refused
-
     told = wire.session(wire.job(_refused(now, Error("limit", "you have 50", "stop some"))))
     assert (told.state, told.error, told.message) == (State.FINALIZED, "limit", "you have 50; stop some")

@@ -94,6 +94,23 @@ def test_range_with_one_s_own_group_is_not_chosen(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "text", ["", "1-2", "x-y", "65536", "0-999999", "-1-999999", "200000-100000", "65536-4294967295"]
+)
+def test_what_is_no_interval_for_ranges(text: str) -> None:
+    with pytest.raises(Error, match="subordinateIds"):
+        userns.interval(text)
+
+
+def test_ranges_are_taken_from_the_interval_alone(tmp_path: Path) -> None:
+    first, end = userns.interval("700000-831071")
+    starts = {userns.subordinate(Identity(f"u{n}", 90000 + n, 9, "/"), tmp_path, first, end) for n in range(2)}
+    assert starts == {700000, 765536}
+    with pytest.raises(Error) as error:
+        userns.subordinate(Identity("late", 90009, 9, "/"), tmp_path, first, end)
+    assert error.value.code == "unavailable"
+
+
 def test_lock_of_the_dead_is_broken(tmp_path: Path) -> None:
     (tmp_path / "subuid.lock").write_text("4194305\0")  # above the kernel's highest pid
     assert userns.subordinate(ADA, tmp_path) == START

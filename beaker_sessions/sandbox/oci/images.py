@@ -283,6 +283,7 @@ class Images:
         total = sum(blob.size for blob in blobs.values())
         if why := self.room.too_large(total):
             raise self._full(wanted, why)
+        progress(Progress(0, total, (0, len(manifest.blobs) - 1)))  # who may not fetch it is told before it begins
         with tempfile.TemporaryDirectory(dir=self.root, prefix="pull-") as name:
             directory = Path(name)
             (directory / "version").write_text("Directory Transport Version: 1.1\n")

@@ -13,6 +13,7 @@ ranges lie where directories give out no ids, and nobody gets a sandbox whose ow
 from __future__ import annotations
 
 import contextlib
+import grp
 import itertools
 import os
 import pwd
@@ -130,8 +131,13 @@ def _covered(ranges: list[Range], names: set[str], start: int) -> bool:
 def _account(identity: Identity, start: int) -> str:
     """A real user or group, of those that can be known, whose id lies in a range; "" for none."""
     own = {identity.uid: identity.name, **identity.groups}
-    real = [*own.items(), *((entry.pw_uid, entry.pw_name) for entry in pwd.getpwall())]
-    return next((name for id, name in real if start <= id < start + SIZE), "")
+    return next((name for id, name in (*own.items(), *_listed()) if start <= id < start + SIZE), "")
+
+
+def _listed() -> Iterator[tuple[int, str]]:
+    """The users and groups of this machine that can be listed."""
+    yield from ((entry.pw_uid, entry.pw_name) for entry in pwd.getpwall())
+    yield from ((entry.gr_gid, entry.gr_name) for entry in grp.getgrall())
 
 
 def overlaps(found: Iterable[Range], accounts: Mapping[int, str]) -> Iterator[str]:
@@ -154,7 +160,7 @@ def _allot(identity: Identity, directory: Path, lowest: int, last: int) -> None:
     files = (directory / "subuid", directory / "subgid")
     with _locked(files[0]), _locked(files[1]):
         taken = [(s, n) for file in files for _, s, n in ranges(file)]
-        taken += [(id, 1) for id in (identity.uid, *identity.groups, *(entry.pw_uid for entry in pwd.getpwall()))]
+        taken += [(id, 1) for id in (identity.uid, *identity.groups, *(id for id, _ in _listed()))]
         starts = range(lowest, last - SIZE + 1, SIZE)
         free = (s for s in starts if all(s + SIZE <= first or first + n <= s for first, n in taken))
         start = next(free, None)
