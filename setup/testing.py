@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import host
+from . import host, installed
 
 _MARK = "BEAKER_TEST_RUN"
 
@@ -24,6 +24,8 @@ def run(arguments: list[str]) -> int:
     """Run pytest with these arguments: its exit status, or 1 when it passed but left something behind."""
     with _checkout() as (checkout, directory):
         environment = {**os.environ, _MARK: str(directory), "TMPDIR": str(directory)}
+        # What is tested is an installed copy, as `make session` would install it.
+        environment["BEAKER_TEST_BIN"] = str(installed.install(lambda _: None, directory / "opt", checkout) / "bin")
         command = [".venv/bin/python", "-m", "pytest", f"--basetemp={directory}/pytest", *arguments]
         before = _networks()
         status = subprocess.run(command, cwd=checkout, env=environment).returncode
