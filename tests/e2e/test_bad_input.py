@@ -152,7 +152,6 @@ def test_what_is_wrong_with_a_machine_is_for_administrators(stack: Stack, ada: U
     assert (done.returncode, done.stdout) == (77, b"")
     assert b"administrators" in done.stderr
     assert b"sudo beaker executor doctor" in done.stderr
-    root = subprocess.run(
-        [BIN / "beaker", "executor", "doctor"], env={**os.environ, "BEAKER_SOCKET": str(stack.socket)}, capture_output=True
-    )  # fmt: skip
+    environment = {**os.environ, "BEAKER_SOCKET": str(stack.socket)}
+    root = subprocess.run([BIN / "beaker", "executor", "doctor"], env=environment, capture_output=True)
     assert b"can change what root runs here" in root.stdout
