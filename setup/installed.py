@@ -16,7 +16,7 @@ import shutil
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from . import daemon, host
@@ -88,9 +88,9 @@ def install(report: Report, base: Path = BASE, checkout: Path = host.ROOT) -> Pa
 def clean_up(base: Path = BASE) -> None:
     """Remove the versions that nothing runs from, but the current one."""
     with _locked(base):
-        current = (base / CURRENT.name).resolve()
+        used = os.readlink(base / CURRENT.name)
         for place in base.iterdir():
-            if place.is_dir() and not place.is_symlink() and place != current and not _in_use(place):
+            if place.is_dir() and not place.is_symlink() and place.name != used and not _in_use(place):
                 _remove(place)
 
 
@@ -152,13 +152,13 @@ def _in_use(place: Path) -> bool:
     """
     path = str(place).encode()
     for process in Path("/proc").glob("[0-9]*"):
-        try:
+        with suppress(OSError):  # it has ended meanwhile
             if any(path in (process / name).read_bytes() for name in ("cmdline", "maps")):
                 return True
-            if any(path in os.readlink(fd).encode() for fd in (process / "fd").iterdir()):
-                return True
-        except OSError:
-            continue  # it has ended meanwhile
+            for fd in (process / "fd").iterdir():
+                with suppress(OSError):  # closed meanwhile
+                    if path in os.readlink(fd).encode():
+                        return True
     return False
 
 
@@ -166,8 +166,7 @@ def _in_use(place: Path) -> bool:
 def _locked(base: Path) -> Iterator[None]:
     """Nobody else installs or removes meanwhile. Raises Failed where others than root could write."""
     base.mkdir(mode=0o755, parents=True, exist_ok=True)
-    for path in (base, base.parent):
-        now = path.lstat()
+    for path, now in ((base, base.lstat()), (base.parent, base.parent.stat())):
         shared = now.st_mode & 0o022 and not (path != base and now.st_mode & stat.S_ISVTX)
         if not stat.S_ISDIR(now.st_mode) or now.st_uid != 0 or shared:
             raise Failed(f"{path} is not a directory that root alone writes: chown root {path}; chmod go-w {path}")
@@ -178,7 +177,7 @@ def _locked(base: Path) -> Iterator[None]:
 
 
 def _python() -> bytes:
-    return f"{sys.executable} {sys.version}".encode()
+    return f"{sys.executable} {sys.version_info[:2]}".encode()
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import host
+from . import host, installed
 
 MARK = "BEAKER_TEST_RUN"
 WORKERS = 4  # on two cores: tests wait more than they compute
@@ -29,6 +29,8 @@ def run(arguments: list[str]) -> int:
     """Run pytest with these arguments: its exit status, or 1 when it passed but left something behind."""
     with _checkout() as (checkout, directory):
         environment = {**os.environ, MARK: str(directory), "TMPDIR": str(directory)}
+        # What is tested is an installed copy, as `make session` would install it.
+        environment["BEAKER_TEST_BIN"] = str(installed.install(lambda _: None, directory / "opt", checkout) / "bin")
         command = [".venv/bin/python", "-m", "pytest", f"--basetemp={directory}/pytest", *arguments]
         images = None
         if all((checkout / argument).is_dir() for argument in arguments):  # else somebody looks at some tests

@@ -53,7 +53,7 @@ printf '%s\n' tests/contract -q -rs -k 'oci and not docker' -p no:cacheprovider 
 if [ "$what" = units ]; then
     # Installed here, where there is a network, in the place where it will be there.
     mkdir -p "$work/opt" /opt/beaker-sessions
-    unshare --mount sh -c 'mount --bind "$0" /opt/beaker-sessions && python3 -B -c "from setup import installed; installed.install(print)"' "$work/opt"
+    unshare --mount sh -c 'mount --bind "$0" /opt/beaker-sessions && /usr/bin/python3 -B -c "from setup import installed; installed.install(print)"' "$work/opt"
     rmdir /opt/beaker-sessions 2> /dev/null || true
     echo sh tests/units.sh > "$work/command"
 else

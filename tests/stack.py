@@ -33,7 +33,7 @@ from beaker_sessions.transport import Endpoint
 from setup import testing
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-BIN = Path(sys.executable).parent
+BIN = Path(os.environ.get("BEAKER_TEST_BIN") or Path(sys.executable).parent)  # of what `make test` installs
 GPU_MAJOR = 240  # for local use, no driver: open(2) says ENXIO where the device is allowed and EPERM where it is not
 
 

@@ -7,16 +7,21 @@ say() { echo "== $*"; }
 ada() { runuser -u ada -- env HOME=/home/ada "$@"; }
 
 cp -a build/guest/opt /opt/beaker-sessions
-cp -r "$PWD/setup" "$PWD/images" "$PWD/beaker_sessions" /root/
-cd /root
-for step in settings "sandbox driver" server account executor "the command for everybody"; do
-    python3 -B -m setup step "$step"
-done
-say "$(systemctl show -p ExecMainPID,TasksMax,ActiveState beaker-server beaker-executor | tr '\n' ' ')"
-beaker executor images load "$OLDPWD/build/images/debian.tar" debian > /dev/null
+repository=$PWD
+say "set up by an ordinary user with sudo, from a home that nobody else may enter"
 useradd --create-home ada
-token=$(beaker account create ada | tail -n 1)
-ada beaker config set user_token "$token" > /dev/null
+chmod 0700 /home/ada
+echo 'ada ALL=(ALL) NOPASSWD: ALL' > /etc/sudoers.d/ada
+mkdir "/home/ada/check out"
+cd "/home/ada/check out"
+cp -r "$repository/setup" "$repository/images" "$repository/beaker_sessions" "$repository/requirements.txt" .
+chown -R ada: .
+ada python3 -B -c '
+from setup import __main__, steps
+names = ("system packages", "default image")  # which need a network
+steps.run(step for step in __main__.SESSION if step.name not in names)'
+say "$(systemctl show -p ExecMainPID,TasksMax,ActiveState beaker-server beaker-executor | tr '\n' ' ')"
+beaker executor images load "$repository"/build/images/debian-*.tar debian > /dev/null
 [ "$(ada beaker session create --gpus 0 --image debian -- id -un)" = ada ]
 say "sudo and set-uid programs are not cut off"
 ada beaker session create --gpus 0 --image debian -- sh -c '! grep -q "NoNewPrivs:.*1" /proc/self/status'
@@ -34,7 +39,6 @@ ada beaker session exec "$session" -- true
 [ "$(pgrep -f 'sleep 1000' | head -n 1)" = "$pid" ]
 say "all sessions: $(cat /sys/fs/cgroup/beaker-var-lib-beaker/pids.max) processes of $(cat /proc/sys/kernel/pid_max)"
 ada beaker session stop "$session" > /dev/null
-if ada beaker executor doctor; then exit 1; fi
 beaker executor doctor || true
 for unit in beaker-server beaker-executor; do
     systemd-analyze security --no-pager "$unit" | grep -v '^✓' | cut -c1-150

@@ -19,7 +19,7 @@ import pytest
 from beaker_sessions.errors import Error
 from beaker_sessions.model import Pull
 from beaker_sessions.sandbox import Status
-from beaker_sessions.sandbox.oci import userns
+from beaker_sessions.sandbox.oci import cgroups, userns
 from tests import images
 
 from .conftest import ADA, CALL, ROOT, SECONDS, Inside, Maker, OciLab, pinned
@@ -70,6 +70,27 @@ def test_other_peoples_files_stay_closed(make: Maker, tmp_path: Path) -> None:
         code, out = inside.run("chown", "0", "/homes/ben", identity=identity)
         assert code == 1
     assert (homes / "ben").stat().st_uid == BEN_UID
+
+
+def test_fork_bombs_in_several_sessions_leave_the_machine_ids_of_processes(
+    make: Maker, oci_lab: OciLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has its own limit; that of all together is set where a driver starts, also below what runs already."""
+    bomb = ("sh", "-c", "n=0; while [ $n -lt 25 ]; do sleep 1000 & n=$((n + 1)); done; echo all; wait")
+    with monkeypatch.context() as patch:
+        patch.setattr(cgroups, "room", lambda: 40)
+        driver = oci_lab.again()
+    try:
+        first, second = make.spec(*bomb, stdin=False), make.spec(*bomb, stdin=False)
+        make.start(first).read(b"all")
+        stream = make.start(second)
+        assert make.exit_code(second.id) != 0
+        stream.read()
+        assert b"fork" in stream.err, "one process more is refused, though it has less than its own limit"
+        assert make.wait(first.id, Status.RUNNING)
+    finally:
+        oci_lab.again()
+    assert any("sessions together have at most" in found.what for found in driver.check())
 
 
 def test_what_only_the_machines_root_may(inside: Inside) -> None:

@@ -145,3 +145,13 @@ def test_the_token_is_not_echoed(ada: User, tty: type[Tty]):
     terminal.sendline(ada.token)
     terminal.expect(pexpect.EOF)
     assert ada.token not in terminal.before
+
+
+def test_what_is_wrong_with_a_machine_is_for_administrators(stack: Stack, ada: User):
+    done = ada.beaker("executor", "doctor")
+    assert (done.returncode, done.stdout) == (77, b"")
+    assert b"administrators" in done.stderr
+    assert b"sudo beaker executor doctor" in done.stderr
+    environment = {**os.environ, "BEAKER_SOCKET": str(stack.socket)}
+    root = subprocess.run([BIN / "beaker", "executor", "doctor"], env=environment, capture_output=True)
+    assert b"can change what root runs here" in root.stdout

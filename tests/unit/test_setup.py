@@ -156,6 +156,7 @@ def test_a_daemon_runs_on_logs_and_is_stopped() -> None:
     number = daemon.start("sleeper", ["sh", "-c", "echo started; exec sleep 60"])
     assert daemon.pid("sleeper") == number
     assert os.getsid(number) == number
+    assert daemon.log("sleeper").stat().st_mode & 0o777 == 0o640
     steps.wait("its first line", lambda: bool(daemon.tail("sleeper")), lambda: daemon.alive(number))
     assert daemon.stop("sleeper")
     assert not daemon.alive(number)
