@@ -14,7 +14,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -29,6 +29,7 @@ SO_PEERPIDFD = 77  # asm-generic/socket.h
 PATIENCE = 3.0  # seconds that the server is given to answer
 AWAY = 10.0  # seconds that a server which did not answer is left alone, so that nobody here waits for it each time
 FRESH = 4.0  # seconds that the server's word on a token is good for: a revoked one is refused within 5 s
+VOUCHED = 1000  # tokens that the server is asked about at each heartbeat
 LATELY = timedelta(days=7)  # how long an account seen by the server may start sessions while the server is away
 
 
@@ -128,6 +129,17 @@ class Access:
         if not known_before:
             self._ledger.vouch(digest, account)
         return account
+
+    def vouched(self) -> list[str]:
+        """Hashes of the tokens that would be let in while the server is away, the latest first, at most VOUCHED."""
+        return self._ledger.vouched_hashes(datetime.now(UTC) - LATELY, VOUCHED)
+
+    def revoke(self, hashes: Iterable[str]) -> None:
+        """Tokens with these hashes have ended, says the server: forget them."""
+        for digest in hashes:
+            with self._lock:
+                self._known.pop(digest, None)
+            self._ledger.refuse(digest)
 
     def check(self, token: str, unix_name: str) -> dict:
         """The token's account, which must be the one of this Unix user (the same name, or as the settings map it)."""
