@@ -196,13 +196,15 @@ class AccountBody(Body):
 class TokenBody(Body):
     """expiry: how long it lives. scope: never more than the caller may. account: whose, for administrators.
 
-    session: for the scope session, the id of the session that it lives as long as.
+    session: for the scope session, the id of the session that it lives as long as. hostname: for the scope executor,
+    the machine that it is for, which it may take over where that is known; else it is for the first that it registers.
     """
 
     account: Name | None = None
     name: Line = ""
     scope: Literal["user", "executor", "admin", "session"] = "user"
     session: Ulid | None = None
+    hostname: Hostname | None = None
     expiry: Duration | None = None
 
 
@@ -295,7 +297,8 @@ class Heartbeat(Report):
     """instance: the executor's start. free: what could be claimed now. queue: how many sessions wait. drained: why the
     node itself starts nothing new.
 
-    samples: those that the server does not have, the oldest first.
+    samples: those that the server does not have, the oldest first. vouched: hashes of tokens that the node would let in
+    while the server is away.
     """
 
     instance: Ulid
@@ -304,6 +307,7 @@ class Heartbeat(Report):
     queue: Count = 0
     drained: Text = ""
     samples: Annotated[list[Sample], Field(max_length=360)] = []
+    vouched: Annotated[list[Annotated[str, Field(pattern="^[0-9a-f]{64}$")]], Field(max_length=1000)] = []
 
 
 class JobStatusPatch(Body):

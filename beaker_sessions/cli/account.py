@@ -35,9 +35,17 @@ def token(options: Options) -> int:
     return 0
 
 
-@command("")
+@command(
+    "",
+    Flag("executor", "text", "leave it, and make one for that machine's executor (administrators)", value="HOSTNAME"),
+)
 def generate_token(options: Options) -> int:
     settings = config.load()
+    if options["executor"]:
+        body = {"name": options["executor"], "scope": "executor", "hostname": options["executor"]}
+        value = rest.client(settings).create_token(body)["token"]
+        output.json({"token": value}) if options.json else output.line(value)
+        return 0
     saved = settings.source("user_token") != "BEAKER_TOKEN"
     if saved and (token := settings.token):
         settings.set("user_token", token)  # a file that cannot be written is told while the old token is good

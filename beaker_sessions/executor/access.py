@@ -37,6 +37,7 @@ FRESH = 4.0  # seconds that the server's word on a token is good for: a revoked 
 LATELY = timedelta(days=7)
 NOTED = timedelta(minutes=1)  # between two notes in the ledger that the server knew a token
 EVICTED = 60.0  # seconds in which an answer that was under way when a token ended is not believed; none takes so long
+VOUCHED = 1000  # tokens that the server is asked about at each heartbeat
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,10 @@ class Access:
         if not self._vouch(digest, account, asked):
             return self.account(token, within)
         return account
+
+    def vouched(self) -> list[str]:
+        """Hashes of the tokens that would be let in while the server is away, the latest first, at most VOUCHED."""
+        return self._ledger.vouched_hashes(datetime.now(UTC) - LATELY, VOUCHED)
 
     def revoke(self, hashes: Iterable[str]) -> None:
         """Forget tokens that have ended, by their hashes. No answer that was under way brings them back."""

@@ -230,6 +230,11 @@ class Ledger:
         rows = self._rows("SELECT account, seen FROM accounts WHERE token_hash = ?", token_hash)
         return (json.loads(rows[0][0]), datetime.fromisoformat(rows[0][1])) if rows else None
 
+    def vouched_hashes(self, since: datetime, limit: int) -> list[str]:
+        """Of the tokens that the server knew since then, the latest first."""
+        query = "SELECT token_hash FROM accounts WHERE seen > ? ORDER BY seen DESC LIMIT ?"
+        return [hash for (hash,) in self._rows(query, since.isoformat(), limit)]
+
     def refuse(self, token_hash: str) -> None:
         """Forget a token that the server refused."""
         with self.transaction() as db:

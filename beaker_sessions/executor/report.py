@@ -125,6 +125,7 @@ class Reporter:
             "free": wire.free(self._positive()),
             "queue": waiting,
             "drained": self.sessions.drained[:REASON],
+            "vouched": self.access.vouched(),
         }
         try:
             answer = client.heartbeat(self.ledger.fact("node") or "", body)
@@ -137,6 +138,7 @@ class Reporter:
         self.heard = time.time()
         self.metrics.sent(samples)
         self.sessions.cordon("fence", "")
+        self.access.revoke(answer.get("refused", []))
         reason = answer.get("cordonReason") or "an administrator has cordoned it"
         self.sessions.cordon("administrator", reason if answer.get("cordoned") else "")
         self._others = answer.get("nodes", [])

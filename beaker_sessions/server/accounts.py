@@ -81,6 +81,8 @@ class Accounts(Rules):
             caller.need_admin()
         if body is not None and (body.scope == "session") != (body.session is not None):
             raise Error("invalid", "session: goes with the scope session, and only with it", "name both, or neither")
+        if body is not None and body.hostname is not None and body.scope != "executor":
+            raise Error("invalid", "hostname: goes with the scope executor alone", "name both, or neither")
         token = caller.new_token()
 
         def make(rows: Rows) -> JSON:
@@ -102,9 +104,11 @@ class Accounts(Rules):
                 id = add_token(rows, account.id, token, body.name, Scope(body.scope), expiry, body.session)
                 if body.session is not None:
                     rows.update(tables.tokens, id, parent=asking.id)
-            self.record(
-                rows, caller, "create_token", id, scope=body.scope if body else asking.scope, rotated=body is None
-            )
+                if body.hostname is not None:
+                    rows.update(tables.tokens, id, hostname=body.hostname)
+            host = {"hostname": body.hostname} if body and body.hostname else {}
+            scope = body.scope if body else asking.scope
+            self.record(rows, caller, "create_token", id, scope=scope, rotated=body is None, **host)
             return token_json(rows.the(tables.tokens, id))
 
         return self._with_token(self.once(caller, "create_token", body.model_dump() if body else {}, make), token)
@@ -193,4 +197,5 @@ def organization_json(row: Row) -> JSON:
 
 def token_json(row: Row) -> JSON:
     times = {"created": wire.time(row.created)} | ({"expiry": wire.time(row.expiry)} if row.expiry else {})
-    return {"id": row.id, "name": row.name, "scope": row.scope} | times
+    host = {"hostname": row.hostname} if row.hostname else {}
+    return {"id": row.id, "name": row.name, "scope": row.scope} | host | times

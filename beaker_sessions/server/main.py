@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import socket
 import sys
 from pathlib import Path
 
 from .. import __version__, ids, trust
 from ..errors import Error
 from ..model import Scope
-from ..settings import ServerSettings, load
+from ..settings import ExecutorSettings, ServerSettings, load
 from .oidc import provider
 from .seal import Seal
 from .service import Service
@@ -31,7 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
         service = _service(settings)
         try:
             if options.command == "init":
-                initialize(service, options.account, options.token_file, options.executor_token_file)
+                hostname = options.hostname or load(ExecutorSettings, options.config).hostname or socket.gethostname()
+                initialize(service, options.account, options.token_file, options.executor_token_file, hostname)
             else:
                 from . import web  # here, because `init` needs no web server
                 from .routes import api
@@ -45,17 +47,20 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def initialize(service: Service, account: str, token_file: Path, executor_token_file: Path) -> None:
-    """The first organization, cluster and administrator. What is there already stays, tokens that work included."""
+def initialize(service: Service, account: str, token_file: Path, executor_token_file: Path, hostname: str) -> None:
+    """The first organization, cluster and administrator. What is there already stays, tokens that work included.
+
+    hostname: of the machine whose executor gets the token.
+    """
     for path, scope in ((token_file, Scope.ADMIN), (executor_token_file, Scope.EXECUTOR)):
         token = _read(path)
         if token is None:
             token = _write(path, ids.mint_token())
-        service.initialize(account, {scope: token})
+        service.initialize(account, {scope: token}, hostname)
         try:
             service.authenticate(token)
         except Error:  # revoked or expired: what the file is for needs one that works
-            service.initialize(account, {scope: _write(path, ids.mint_token())})
+            service.initialize(account, {scope: _write(path, ids.mint_token())}, hostname)
 
 
 def _service(settings: ServerSettings) -> Service:
@@ -120,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--account", required=True, metavar="NAME")
     command.add_argument("--token-file", required=True, type=Path, metavar="FILE", help="where to write its token")
     command.add_argument("--executor-token-file", required=True, type=Path, metavar="FILE", help="and an executor's")
+    command.add_argument("--hostname", help="the executor's machine (default hostname in the settings, or this one)")
     return parser
 
 

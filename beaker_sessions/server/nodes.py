@@ -84,18 +84,24 @@ class Nodes(Rules):
     def register_node(self, caller: Caller, cluster: str, body: NodeBody) -> JSON:
         """The node with this hostname, made when missing. From now on only `instance` may speak for it.
 
-        A token stays with the node that it registered first, so that no machine can speak for another.
+        A token is for the machine that it was made for, else for the first that it registers, which must be one that
+        nobody knows yet: so no machine can speak for another.
         """
-        if caller.node is not None:
-            caller.need_node()
-        elif caller.scope != "executor":
+        if caller.scope != Scope.EXECUTOR:
             raise Error("forbidden", "only an executor can register a node", "use a token of scope executor")
         with self.store.write() as rows:
             home = cluster_of(rows, cluster)
             known = next(iter(rows.nodes(hostname=body.hostname)), None)
-            if caller.node is not None and (known is None or known.id != caller.node):
+            token = rows.the(tables.tokens, caller.token_id)  # as it is now, after whatever else it was just used for
+            of_another = token.node_id is not None and (known is None or known.id != token.node_id)
+            if of_another or token.hostname not in (None, body.hostname):
                 hint = "give each machine a token of its own, or rename the node"
                 raise Error("conflict", f"this token belongs to another node than {body.hostname}", hint)
+            if known is not None and token.hostname is None:
+                hint = (
+                    f"make one for it: `beaker account generate-token --executor {body.hostname}`; or delete the node"
+                )
+                raise Error("conflict", f"this token was not made for {body.hostname}, which is known already", hint)
             values = {
                 "cluster_id": home.id,
                 "limits": json.dumps(body.limits.as_json()),
@@ -110,7 +116,7 @@ class Nodes(Rules):
             else:
                 id = known.id
                 rows.update(tables.nodes, id, **values)
-            rows.update(tables.tokens, caller.token_id, node_id=id)
+            rows.update(tables.tokens, caller.token_id, node_id=id, hostname=body.hostname)
             rows.touch(home.id)
             self.record(rows, caller, "register_node", id, hostname=body.hostname, instance=body.instance or "")
             return node_json(node_of(rows, id), rows.now)
@@ -121,6 +127,8 @@ class Nodes(Rules):
             row = node_of(rows, node)
             if caller.scope == Scope.EXECUTOR:
                 caller.need_node(row.id)
+                if body.hostname not in (None, row.hostname):
+                    raise Error("forbidden", "hostname: an executor cannot rename its node", "ask an administrator")
             else:
                 caller.need_admin()
             if body.hostname not in (None, row.hostname) and rows.nodes(hostname=body.hostname):
@@ -128,6 +136,7 @@ class Nodes(Rules):
             values: JSON = {}
             if body.hostname is not None:
                 values["hostname"] = body.hostname
+                rows.rename_node_of_tokens(row.id, body.hostname)
             if body.limits is not None:
                 values["limits"] = json.dumps(body.limits.as_json())
             if body.ttl is not None:
@@ -175,6 +184,7 @@ class Nodes(Rules):
             return {
                 "jobs": [json.loads(job.body) | {"token": session_token(rows, caller, job)} for job in waiting],
                 "cancel": list(rows.to_cancel(row.id)),
+                "refused": rows.refused(body.vouched),
                 "output": {id: wire.time(at) for id, at in rows.watched(row.id, rows.now - WATCHED).items()},
                 "cordoned": row.cordoned is not None,
                 "cordonReason": row.cordon_reason,

@@ -29,11 +29,11 @@ class Service(Accounts, Signins, Workspaces, Nodes, Jobs, Metrics, Audit):
         with self.store.read() as rows:
             rows.one(tables.organizations, name=ORGANIZATION)
 
-    def initialize(self, account: str, tokens: dict[Scope, str]) -> None:
+    def initialize(self, account: str, tokens: dict[Scope, str], hostname: str | None = None) -> None:
         """Make sure that the organization, its cluster and an administrator called `account` exist, and give it tokens.
 
         tokens: minted by the caller, who has them on disk already, so that an interruption loses none; one that is
-        known is left as it is.
+        known is left as it is. hostname: the machine that an executor's is for.
         """
         body = check(AccountBody, {"name": account, "role": "admin"})
         with self.store.write() as rows:
@@ -52,4 +52,6 @@ class Service(Accounts, Signins, Workspaces, Nodes, Jobs, Metrics, Audit):
             for scope, token in tokens.items():
                 if rows.token(ids.hash_token(token)) is None:
                     token_id = add_token(rows, id, token, "first", scope)
+                    if scope == Scope.EXECUTOR:
+                        rows.update(tables.tokens, token_id, hostname=hostname)
                     rows.record(id, token_id, "initialize", account, scope=scope.value)

@@ -110,6 +110,17 @@ class Rows:
             sa.update(tokens).where(tokens.c.node_id == node, tokens.c.revoked.is_(None)).values(revoked=self.now)
         )
 
+    def rename_node_of_tokens(self, node: str, hostname: str) -> None:
+        self.connection.execute(sa.update(tokens).where(tokens.c.node_id == node).values(hostname=hostname))
+
+    def refused(self, hashes: Sequence[str]) -> list[str]:
+        """Those that are of no token that works."""
+        if not hashes:
+            return []
+        works = tokens.c.revoked.is_(None) & (tokens.c.expiry.is_(None) | (tokens.c.expiry > self.now))
+        query = sa.select(tokens.c.hash).where(tokens.c.hash.in_(hashes), works)
+        return sorted(set(hashes) - set(self.connection.execute(query).scalars()))
+
     # clusters and nodes
 
     def clusters(self, **where: Any) -> Sequence[Row]:

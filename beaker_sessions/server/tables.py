@@ -107,6 +107,7 @@ tokens = sa.Table(
     _id(),
     _ref("accounts"),
     _ref("nodes", nullable=True),  # an executor's token: the node that it registered
+    sa.Column("hostname", sa.Text),  # and the machine that it is for; null: for one that is not known yet
     sa.Column("hash", sa.String(64), nullable=False, unique=True),
     sa.Column("name", sa.Text, nullable=False),
     sa.Column("scope", sa.Text, nullable=False),

@@ -31,7 +31,17 @@ from beaker_sessions.transport import Endpoint
 
 from .test_permissions import call
 
-INIT = ("init", "--account", "ann", "--token-file", "{}/token", "--executor-token-file", "{}/executor.token")
+INIT = (
+    "init",
+    "--account",
+    "ann",
+    "--hostname",
+    "gpu-1",
+    "--token-file",
+    "{}/token",
+    "--executor-token-file",
+    "{}/executor.token",
+)
 
 
 def serve(path: Path, port: int = 0) -> tuple[subprocess.Popen[str], int]:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from beaker_sessions import ids
+from beaker_sessions.bodies import NodeBody, check
+from beaker_sessions.client import Client
 from beaker_sessions.errors import Error
+from beaker_sessions.model import Scope
 from beaker_sessions.server import tables
+from beaker_sessions.server.seal import Seal
+from beaker_sessions.server.service import Service
+from beaker_sessions.server.store import Store, sqlite_url
 
 
 def code(call: object, *args: object, **kwargs: object) -> str:
@@ -141,3 +150,108 @@ def test_created_cluster_is_made_once(server: SimpleNamespace) -> None:
     assert root.create_cluster("lab", body, key="once") == one
     assert one["nodeSpec"] == {"gpuCount": 8, "memory": "1TiB"}
     assert code(root.create_cluster, "lab", body) == "conflict"
+
+
+def executor(server: SimpleNamespace, **more: str) -> Client:
+    body = {"name": "an executor", "scope": "executor", **more}
+    client: Client = server.client(server.client(server.admin).create_token(body)["token"])
+    return client
+
+
+def test_a_rogue_executor_takes_over_no_node(server: SimpleNamespace, node: SimpleNamespace) -> None:
+    """Its token is good, and has registered nothing yet."""
+    job = server.client(server.ann).create_job({"session": {"node": "gpu-1"}})
+    rogue, instance = executor(server), ids.ulid()
+    body = {"hostname": "gpu-1", "limits": {}, "instance": instance}
+    assert code(rogue.register_node, "lab/main", body) == "conflict"
+    for attempt in (lambda: rogue.heartbeat(node.id, {"instance": instance}), lambda: rogue.get_logs(job["id"])):
+        assert code(attempt) == "forbidden"
+    assert code(rogue.report_job, job["id"], node.beat()["jobs"][0]) == "forbidden"
+    assert code(rogue.put_logs, job["id"], b"owned") == "forbidden"
+    mine = rogue.register_node("lab/main", body | {"hostname": "rogue"})["id"]
+    assert rogue.heartbeat(mine, {"instance": instance})["jobs"] == []
+    assert code(rogue.report_job, job["id"], node.beat()["jobs"][0] | {"node": mine}) == "forbidden"
+    assert code(rogue.heartbeat, node.id, {"instance": node.instance}) == "forbidden"
+    assert code(rogue.register_node, "lab/main", body) == "conflict"
+    assert code(rogue.update_node, mine, {"hostname": "gpu-7"}) == "forbidden"
+    assert [one["id"] for one in node.beat()["jobs"]] == [job["id"]], "the true node goes on"
+
+
+def test_a_token_is_for_the_machine_that_it_was_made_for(server: SimpleNamespace) -> None:
+    one = executor(server, hostname="gpu-5")
+    assert code(one.register_node, "lab/main", {"hostname": "gpu-6", "limits": {}}) == "conflict"
+    assert one.register_node("lab/main", {"hostname": "gpu-5", "limits": {}})["hostname"] == "gpu-5"
+    root = server.client(server.admin)
+    [shown] = [token for token in root.list_tokens()["data"] if token.get("hostname") == "gpu-5"]
+    assert shown["scope"] == "executor"
+    assert code(root.create_token, {"scope": "user", "hostname": "gpu-5"}) == "invalid"
+    assert code(server.client(server.ann).create_token, {"scope": "executor", "hostname": "gpu-5"}) == "forbidden"
+
+
+def test_an_administrator_lets_another_token_take_over(server: SimpleNamespace, node: SimpleNamespace) -> None:
+    """By a token made for that host name, or by deleting the node."""
+    instance = ids.ulid()
+    body = {"hostname": "gpu-1", "limits": {}, "instance": instance}
+    successor = executor(server, hostname="gpu-1")
+    assert successor.register_node("lab/main", body)["id"] == node.id
+    assert code(node.beat) == "conflict"
+    root = server.client(server.admin)
+    root.delete_node("gpu-1")
+    assert code(successor.heartbeat, node.id, {"instance": instance}) == "unauthorized"
+    assert executor(server).register_node("lab/main", body)["id"] != node.id
+
+
+def test_a_new_token_registers_one_node_however_often_at_once(server: SimpleNamespace) -> None:
+    rogue = executor(server)
+    caller = server.service.authenticate(rogue.token)  # both requests have come this far
+    body = {"limits": {}, "instance": ids.ulid()}
+    server.service.register_node(caller, "lab/main", check(NodeBody, body | {"hostname": "gpu-5"}))
+    with pytest.raises(Error):
+        server.service.register_node(caller, "lab/main", check(NodeBody, body | {"hostname": "gpu-6"}))
+
+
+def test_a_renamed_node_keeps_its_tokens(server: SimpleNamespace, node: SimpleNamespace) -> None:
+    server.client(server.admin).update_node("gpu-1", {"hostname": "gpu-one"})
+    body = {"hostname": "gpu-one", "limits": {}, "instance": node.instance}
+    assert node.executor.register_node("lab/main", body)["id"] == node.id
+
+
+def test_existing_tokens_are_of_the_nodes_that_they_registered(tmp_path: Path) -> None:
+    store = Store(sqlite_url(tmp_path / "server.db"))
+    service, token = Service(store, Seal(tmp_path / "key")), ids.mint_token()
+    service.initialize("root", {Scope.EXECUTOR: token, Scope.ADMIN: ids.mint_token()})
+    service.register_node(
+        service.authenticate(token), "lab/main", check(NodeBody, {"hostname": "gpu-1", "limits": {}})
+    )  # fmt: skip
+    with store.engine.begin() as connection:  # as version 0007 left it
+        connection.exec_driver_sql("ALTER TABLE tokens DROP COLUMN hostname")
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0007'")
+    store.close()
+    store = Store(sqlite_url(tmp_path / "server.db"))
+    with store.read() as rows:
+        assert {row.scope: row.hostname for row in rows.all(tables.tokens)} == {"executor": "gpu-1", "admin": None}
+    store.close()
+
+
+def test_a_heartbeat_says_which_tokens_have_ended(server: SimpleNamespace, node: SimpleNamespace) -> None:
+    ann, root = server.client(server.ann), server.client(server.admin)
+    brief = ann.create_token({"name": "brief", "expiry": "1s"})["token"]
+    second = ann.create_token({"name": "second"})
+    known = [ids.hash_token(token) for token in (server.ann, second["token"], brief)]
+    until = time.monotonic() + 10
+    while code_or_none(server.client(brief).whoami) is None and time.monotonic() < until:
+        time.sleep(0.1)
+    strange = "0" * 64
+    assert node.beat(vouched=[*known, strange])["refused"] == sorted([known[2], strange])
+    root.revoke_token(second["id"])
+    assert node.beat(vouched=known)["refused"] == sorted(known[1:])
+    assert node.beat()["refused"] == []  # nothing is told of tokens that the node does not know
+    assert code(node.beat, vouched=["no hash"]) == "invalid"
+
+
+def code_or_none(call: Callable[[], object]) -> str | None:
+    try:
+        call()
+    except Error as error:
+        return error.code
+    return None
