@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,8 +43,8 @@ class Store(Protocol):
     def remove(self, id: str) -> None: ...
 
 
-def answer(caller: Caller, request: dict[str, Any], lifecycle: Lifecycle) -> None:
-    """Serve the door's `images`: `action` is list, load or prune (docs/architecture.md, "The door")."""
+def answer(caller: Caller, request: dict[str, Any], lifecycle: Lifecycle) -> Iterator[dict[str, Any]]:
+    """The answers to the door's `images`: `action` is list, load or prune (docs/architecture.md, "The door")."""
     store: Store | None = getattr(lifecycle.sandboxes, "images", None)
     if store is None:
         raise Error("conflict", "images of this node are kept by Docker Engine", "docker image list")
@@ -52,9 +52,9 @@ def answer(caller: Caller, request: dict[str, Any], lifecycle: Lifecycle) -> Non
         case "list":
             pinned = needed(store, lifecycle)
             for image in store.stored():
-                caller.send({"image": {**_json(image), "needed": image.id in pinned}})
+                yield {"image": {**_json(image), "needed": image.id in pinned}}
         case "load":
-            caller.send({"image": _load(caller, str(request.get("name")), store)})
+            yield {"image": _load(caller, str(request.get("name")), store)}
         case "prune":
             older, keep = (
                 _limit(request, "olderThan", grammar.parse_duration),
@@ -62,10 +62,10 @@ def answer(caller: Caller, request: dict[str, Any], lifecycle: Lifecycle) -> Non
             )
             for image in surplus(store.stored(), needed(store, lifecycle), older, keep, datetime.now(UTC)):
                 store.remove(image.id)
-                caller.send({"image": _json(image)})
+                yield {"image": _json(image)}
         case action:
             raise Error("invalid", f"images: {action!r} is none of list, load, prune", "choose one of them")
-    caller.send({"end": True})
+    yield {"end": True}
 
 
 def needed(store: Store, lifecycle: Lifecycle) -> set[str]:

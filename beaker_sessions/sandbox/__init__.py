@@ -223,6 +223,9 @@ class Sandboxes(Protocol):
     def logs(self, id: str, limit: int) -> bytes:
         """The last `limit` bytes of output, standard output and errors in the order they came."""
 
+    def init(self, id: str) -> int:
+        """The pid on this machine of the sandbox's first process, from before `start` runs anything; 0 for none."""
+
     def disk(self, id: str) -> int | None:
         """Bytes on the disk that the sandbox has written outside of its mounts; None when the engine does not tell."""
 

@@ -167,6 +167,9 @@ class FakeSandboxes:
     def logs(self, id: str, limit: int) -> bytes:
         return self._process(id).said[-limit:]
 
+    def init(self, id: str) -> int:
+        return self._found[id].pid if id in self._found else 0
+
     def disk(self, id: str) -> int | None:
         return len(self._process(id).said)
 

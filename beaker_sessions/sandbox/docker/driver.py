@@ -200,6 +200,9 @@ class DockerSandboxes:
         tty = self._inspect(id)["Config"]["Tty"]
         return b"".join(data for _, data in self._tail(id, limit, tty))[-limit:]
 
+    def init(self, id: str) -> int:
+        return int(self._inspect(id)["State"]["Pid"])
+
     def disk(self, id: str) -> int | None:
         size = self.engine.call("GET", f"{_path(id)}/json", {"size": "1"}, timeout=SIZING).get("SizeRw")
         return None if size is None else int(size)

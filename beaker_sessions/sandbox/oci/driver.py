@@ -238,6 +238,10 @@ class OciSandboxes:
         self._record(id)
         return logs.tail(self._directory(id), limit)
 
+    def init(self, id: str) -> int:
+        first = self._record(id).init
+        return first.pid if first.alive() else 0
+
     def disk(self, id: str) -> int | None:
         sandbox = self._record(id)
         try:
