@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import os
+import select
 import socket
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
@@ -79,10 +80,13 @@ class Listener:
         self._loop.asyncio.remove_reader(self._socket.fileno())
 
     def _accept(self) -> None:
-        for _ in range(IN_A_ROW):
+        for taken in range(IN_A_ROW):
             try:
                 connection, _ = self._socket.accept()
             except (BlockingIOError, ConnectionAbortedError):
+                if not taken and _hung(self._socket):
+                    self._pause()
+                    self._failed(OSError(errno.EINVAL, "the socket does not listen any more"))
                 return
             except OSError as error:
                 self._pause()
@@ -105,3 +109,10 @@ class Listener:
         self._served.discard(task)
         if self._at_once:
             self._resume()
+
+
+def _hung(listening: socket.socket) -> bool:
+    """Whether it will never accept again, of which accept(2) says only that there is nobody."""
+    poll = select.poll()
+    poll.register(listening, 0)
+    return bool(poll.poll(0))
