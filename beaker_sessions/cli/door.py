@@ -14,6 +14,7 @@ from _socket import (
     MSG_CMSG_CLOEXEC,
     MSG_NOSIGNAL,
     SCM_RIGHTS,
+    SO_SNDTIMEO,
     SOCK_SEQPACKET,
     SOCK_STREAM,
     SOL_SOCKET,
@@ -52,7 +53,10 @@ class Door:
 
     def __init__(self, patience: float = ANSWER) -> None:
         self._socket = socket(AF_UNIX, SOCK_SEQPACKET)
-        self._socket.settimeout(patience)
+        # Not `settimeout`: with it, connecting would fail at once, instead of waiting, while many others connect.
+        # A `struct timeval` of a 64-bit machine.
+        limit = b"".join(int(part).to_bytes(8, sys.byteorder) for part in (patience, patience % 1 * 1e6))
+        self._socket.setsockopt(SOL_SOCKET, SO_SNDTIMEO, limit)
         try:
             self._socket.connect(path())
         except FileNotFoundError:

@@ -6,17 +6,10 @@ it is. So a stolen token does not open another person's home, and a Unix login a
 
 from __future__ import annotations
 
-import errno
-import io
-import os
-import signal
-import socket
-import struct
 import threading
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from .. import ids
@@ -28,7 +21,6 @@ from ..transport import Endpoint
 from . import admission
 from .ledger import Ledger
 
-SO_PEERPIDFD = 77  # asm-generic/socket.h
 PATIENCE = 3.0  # seconds that the server is given to answer
 AWAY = 10.0  # seconds that a server which did not answer is left alone, so that nobody here waits for it each time
 FRESH = 4.0  # seconds that the server's word on a token is good for: a revoked one is refused within 5 s
@@ -40,56 +32,8 @@ EVICTED = 60.0  # seconds in which an answer that was under way when a token end
 VOUCHED = 1000  # tokens that the server is asked about at each heartbeat
 
 
-@dataclass(frozen=True)
-class Peer:
-    """The process at the other end of a unix socket, as the kernel tells it."""
-
-    pid: int
-    uid: int
-    gid: int
-
-
-def peer(connection: socket.socket) -> Peer:
-    """Raises Error forbidden for a process in a sandbox, even if the socket was mounted into it.
-
-    A sandbox's processes live in other namespaces than the host's. A mount namespace alone is no sandbox: services with
-    a private /tmp have one. To be asked as soon as it has connected: its pid may be used again. Where the kernel holds
-    the process itself (Linux 6.5), no other can be taken for it.
-    """
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    result = Peer(*struct.unpack("3i", credentials))
-    try:
-        with closing(_held(connection, result.pid)) as process:
-            inside = [n for n in ("user", "pid") if _namespace(str(result.pid), n) != _namespace("self", n)]
-            signal.pidfd_send_signal(process.fileno(), 0)  # it is still there, so that is what we have read about
-    except OSError:
-        # Gone already, or its pid has no meaning here (0: it is in a namespace that we cannot see).
-        inside = ["pid"]
-    if inside:
-        raise Error(
-            "forbidden", "the executor does not serve processes inside a sandbox", "run this on the machine itself"
-        )
-    return result
-
-
-def _held(connection: socket.socket, pid: int) -> io.FileIO:
-    """A pidfd of the process at the other end. Raises OSError when it has ended."""
-    try:
-        fd = connection.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
-    except OSError as error:
-        if error.errno != errno.ENOPROTOOPT:
-            raise
-        fd = os.pidfd_open(pid)
-    return io.FileIO(fd)
-
-
-def _namespace(pid: str, name: str) -> str:
-    return os.readlink(f"/proc/{pid}/ns/{name}")
-
-
 class Access:
     """Turns tokens into accounts by asking the server, with a short memory, and a long one for when it is away.
-
 
     creates: how long after the server last knew a token it may start sessions while the server is away.
     """
@@ -103,6 +47,12 @@ class Access:
         self._evicted: dict[str, float] = {}  # by hash: when a token was found to have ended
         self._away_until = 0.0
         self._lock = threading.Lock()
+
+    def is_fresh(self, token: str) -> bool:
+        """Whether `account` answers at once, by what the server said just now."""
+        with self._lock:
+            checked, _ = self._known.get(ids.hash_token(token), (-FRESH, {}))
+        return _now() - checked < FRESH
 
     def account(self, token: str, within: timedelta = LATELY) -> dict:
         """The account (REST JSON, with the token's `scope`) of a token.

@@ -7,12 +7,13 @@ agent's socket itself, which the executor could do with more rights than the use
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import socket
 import struct
-import threading
-from contextlib import closing, suppress
+
+from .loop import Loop
 
 log = logging.getLogger(__name__)
 
@@ -25,12 +26,17 @@ REQUEST_IDENTITIES, IDENTITIES_ANSWER, FAILURE, EXTENSION = 11, 12, 5, 27
 class Agents:
     """The agents of one session, the latest last."""
 
-    def __init__(self) -> None:
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
         self._agents: list[socket.socket] = []
-        self._lock = threading.Lock()
+        self._closed = False
+        self._lock = asyncio.Lock()  # held for one question and its answer
 
     def add(self, descriptor: int) -> None:
-        """Take over a connection to an agent. Silent about anything else: it is whatever the user's variable named."""
+        """Take over a connection to an agent. Silent about anything else: it is whatever the user's variable named.
+
+        From any thread.
+        """
         try:
             agent = socket.socket(fileno=descriptor)
         except OSError:
@@ -39,61 +45,78 @@ class Agents:
         if (agent.family, agent.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
             agent.close()
             return
-        agent.settimeout(PATIENCE)
-        with self._lock:
-            self._agents.append(agent)
-            surplus = self._agents[:-LOGINS]
-            self._agents = self._agents[-LOGINS:]
-        for old in surplus:
-            old.close()
-
-    def serve(self, connection: socket.socket) -> None:
-        """Answer one program inside until it leaves."""
-        with closing(connection), suppress(OSError):
-            connection.settimeout(None)
-            while message := _receive(connection):
-                _send(connection, self._answer(message))
+        self._loop.soon(lambda: self._loop.spawn(self._add(agent)))
 
     def close(self) -> None:
-        with self._lock:
-            agents, self._agents = self._agents, []
-        for agent in agents:
-            agent.close()
+        """From any thread."""
+        self._loop.soon(lambda: self._loop.spawn(self._close()))
 
-    def _answer(self, message: bytes) -> bytes:
+    async def serve(self, connection: socket.socket) -> None:
+        """Answer one program inside until it leaves."""
+        try:
+            while message := await self._receive(connection, None):
+                await self._send(connection, await self._answer(message))
+        except OSError:
+            pass  # it left
+
+    async def _add(self, agent: socket.socket) -> None:
+        async with self._lock:
+            self._agents.append(agent)
+            while len(self._agents) > (0 if self._closed else LOGINS):
+                self._agents.pop(0).close()
+
+    async def _close(self) -> None:
+        async with self._lock:
+            self._closed = True
+            while self._agents:
+                self._agents.pop().close()
+
+    async def _answer(self, message: bytes) -> bytes:
         # A connection can be bound to one remote host by an extension; these serve many, so none is passed on.
         if message[0] != EXTENSION:
-            with self._lock:
+            async with self._lock:
                 while self._agents:
-                    agent = self._agents[-1]
+                    agent, answer = self._agents[-1], b""
                     try:
-                        _send(agent, message)
-                        if answer := _receive(agent):
-                            return answer
+                        async with asyncio.timeout(PATIENCE):
+                            await self._send(agent, message)
+                            answer = await self._receive(agent, PATIENCE)
                     except OSError as error:
                         log.info("an agent does not answer: %s", error)
-                    agent.close()
-                    self._agents.pop()  # that login has ended: the one before may still be there
+                    finally:
+                        if not answer:  # that login has ended, or is in the midst of an answer that nobody waits for
+                            agent.close()
+                            self._agents.pop()
+                    if answer:
+                        return answer
         if message[0] == REQUEST_IDENTITIES:
             return struct.pack(">BI", IDENTITIES_ANSWER, 0)
         return bytes([FAILURE])
 
+    async def _receive(self, connection: socket.socket, seconds: float | None) -> bytes:
+        """The next message, b"" at the end or for what is none. seconds: to wait for its beginning, None for ever."""
+        head = await self._exactly(connection, 4, seconds)
+        length = struct.unpack(">I", head)[0] if head else 0
+        return await self._exactly(connection, length, PATIENCE) if 0 < length <= LIMIT else b""
 
-def _send(connection: socket.socket, message: bytes) -> None:
-    connection.sendall(struct.pack(">I", len(message)) + message)
+    async def _exactly(self, connection: socket.socket, count: int, seconds: float | None) -> bytes:
+        data = b""
+        while len(data) < count:
+            try:
+                # This flag, because whoever handed the connection over can have it block again.
+                more = connection.recv(count - len(data), socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                await self._loop.ready(connection.fileno(), seconds)
+                continue
+            if not more:
+                return b""
+            data += more
+        return data
 
-
-def _receive(connection: socket.socket) -> bytes:
-    """The next message, b"" at the end or for what is none."""
-    head = _exactly(connection, 4)
-    length = struct.unpack(">I", head)[0] if head else 0
-    return _exactly(connection, length) if 0 < length <= LIMIT else b""
-
-
-def _exactly(connection: socket.socket, count: int) -> bytes:
-    data = b""
-    while len(data) < count:
-        if not (more := connection.recv(count - len(data))):
-            return b""
-        data += more
-    return data
+    async def _send(self, connection: socket.socket, message: bytes) -> None:
+        data = memoryview(struct.pack(">I", len(message)) + message)
+        while data:
+            try:
+                data = data[connection.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
+            except BlockingIOError:
+                await self._loop.ready(connection.fileno(), PATIENCE, to_write=True)

@@ -1,51 +1,91 @@
 """One process at the other end of the door: frames in and out, and the terminal that was handed to it.
 
-Owns the wire format of the door; knows no sessions.
+Owns the wire format of the door; knows no sessions. Everything here runs in the loop and waits for nobody: a caller
+that does not read is given PATIENCE seconds, and then its conversation ends.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import fcntl
 import json
+import logging
 import os
 import socket
 import termios
 import time
-from contextlib import suppress
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Hashable
+from contextlib import asynccontextmanager, suppress
+from typing import Any, ParamSpec, TypeVar
 
+from .. import ids
 from ..errors import Error
 from ..sandbox import Terminal
+from .loop import Loop, Workers
+
+P = ParamSpec("P")
+T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 FRAME = 128 * 1024  # bytes; a unix socket's packet is limited by its send buffer
+LATER = 4096  # bytes of a frame after the first: a size, a signal, a word
 PATIENCE = 10.0  # seconds that a silent or stuck client is given
 
 
 class Caller:
     """token: what it showed, checked again while it holds a terminal. agent: a descriptor that came with its first
-    frame, -1 for none; closed with the caller.
+    frame, -1 for none; closed with the caller. key: whose turn it is when `work` has to wait.
     """
 
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection = connection
+    def __init__(self, loop: Loop, connection: socket.socket, workers: Workers, key: Hashable) -> None:
+        self.loop, self.connection, self._workers, self._key = loop, connection, workers, key
         self.token, self.agent = "", -1
-        connection.settimeout(PATIENCE)
+        self.readable = False  # a frame is there, or the end
+        self._woken = asyncio.Event()
+        connection.setblocking(False)
+        self._expect()
 
-    def fileno(self) -> int:
-        return self.connection.fileno()
+    async def work(self, act: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Do something that blocks."""
+        return await self.loop.work(self._workers, self._key, act, *args, **kwargs)
 
-    def receive(self) -> dict[str, Any] | None:
-        """The next frame, None when the caller has closed. Raises Error invalid for anything but a JSON object."""
-        packet, descriptors, flags, _ = socket.recv_fds(self.connection, FRAME, 1, socket.MSG_CMSG_CLOEXEC)
+    def wake(self) -> None:
+        """End its `turn`. From any thread."""
+        self.loop.soon(self._woken.set)
+
+    async def turn(self, seconds: float) -> None:
+        """Wait until a frame has come or somebody called `wake`, but no longer than this."""
+        timer = self.loop.asyncio.call_later(seconds, self._woken.set)
+        try:
+            await self._woken.wait()
+        finally:
+            timer.cancel()
+        self._woken.clear()
+
+    async def first(self) -> dict[str, Any] | None:
+        """The request, None when the caller left instead. Raises TimeoutError when it says nothing."""
+        deadline = time.monotonic() + PATIENCE
+        while not self.readable:
+            if time.monotonic() > deadline:
+                raise TimeoutError
+            await self.turn(PATIENCE)
+        return self.receive(FRAME)
+
+    def receive(self, limit: int = LATER) -> dict[str, Any] | None:
+        """The frame that is there, None when the caller has left. Raises Error invalid for what is no JSON object."""
+        try:
+            packet, descriptors, flags, _ = socket.recv_fds(self.connection, limit, 1, socket.MSG_CMSG_CLOEXEC)
+        finally:
+            self._expect()
         for descriptor in descriptors:
-            self.close()
+            self._drop()
             self.agent = descriptor
         if not packet:
             return None
         if flags & socket.MSG_TRUNC:
             raise Error(
-                "invalid", f"this request is larger than {FRAME} bytes", "shorten the command or its environment"
+                "invalid", f"this request is larger than {limit} bytes", "shorten the command or its environment"
             )
         try:
             frame = json.loads(packet)
@@ -56,44 +96,98 @@ class Caller:
         return frame
 
     def close(self) -> None:
-        """Drop the descriptor, unless somebody has taken it."""
+        self.loop.asyncio.remove_reader(self.connection.fileno())
+        self.connection.close()
+        self._drop()
+
+    def _drop(self) -> None:
+        """Close the descriptor that came, unless somebody has taken it."""
         if self.agent >= 0:
             os.close(self.agent)
             self.agent = -1
 
-    def send(self, frame: dict[str, Any], descriptor: int | None = None) -> None:
-        """Raises OSError when the caller has left."""
-        packet = json.dumps(frame, separators=(",", ":")).encode()
-        if descriptor is None:
-            self.connection.sendall(packet)
-        else:
-            socket.send_fds(self.connection, [packet], [descriptor])
+    def _expect(self) -> None:
+        """One frame at a time: what has not been received yet waits in the kernel, which lets a caller send few."""
+        self.readable = False
+        self.loop.asyncio.add_reader(self.connection.fileno(), self._arrived)
 
-    def refuse(self, error: Error) -> None:
+    def _arrived(self) -> None:
+        self.loop.asyncio.remove_reader(self.connection.fileno())
+        self.readable = True
+        self._woken.set()
+
+    async def send(self, frame: dict[str, Any], descriptor: int | None = None) -> None:
+        """Raises OSError when the caller has left, TimeoutError when it does not read."""
+        packet = _encode(frame)
+        while True:
+            try:
+                if descriptor is None:
+                    self.connection.send(packet)
+                else:
+                    socket.send_fds(self.connection, [packet], [descriptor])
+                return
+            except BlockingIOError:  # it takes a packet whole or not at all
+                await self.loop.ready(self.connection.fileno(), PATIENCE, to_write=True)
+
+    def try_send(self, frame: dict[str, Any]) -> None:
+        """Nothing where the caller has left or does not read."""
         with suppress(OSError):
-            self.send({"error": error.as_dict()})
+            self.connection.send(_encode(frame))
+
+
+def _encode(frame: dict[str, Any]) -> bytes:
+    return json.dumps(frame, separators=(",", ":")).encode()
+
+
+@asynccontextmanager
+async def answering(caller: Caller) -> AsyncIterator[None]:
+    """A conversation: what fails in it is said to the caller, and in the end the connection is closed."""
+    try:
+        try:
+            yield
+        except (ConnectionError, TimeoutError):
+            pass  # the caller left, which ends nothing
+        except Error as error:
+            await _refuse(caller, error)
+        except Exception:
+            incident = ids.ulid()
+            log.exception("incident %s", incident)
+            message = f"the executor failed (incident {incident})"
+            await _refuse(
+                caller, Error("internal", message, "tell the administrator, who finds it in the executor's log")
+            )
+    finally:
+        caller.close()
+
+
+async def _refuse(caller: Caller, error: Error) -> None:
+    with suppress(OSError):
+        await caller.send({"error": error.as_dict()})
 
 
 class Held:
     """The executor's own handle on a terminal that a caller uses: to see it close, and to cut it off.
 
     It never reads. It must be closed with the conversation, or the engine would go on filling a pipe that nobody
-    empties.
+    empties. tty: what reads it must keep up; a pipe may take its time.
     """
 
-    def __init__(self, caller: Caller) -> None:
-        self.caller = caller
+    def __init__(self, caller: Caller, tty: bool = False) -> None:
+        self.caller, self.tty = caller, tty
         self.fd = -1
         self.is_cut = False
+        self.hung_up = False  # the other side has closed it
         self.asked: float | None = None  # when it was last asked whether it reads, None once it has answered
 
-    def hand_over(self, terminal: Terminal, handle: str = "") -> None:
+    async def hand_over(self, terminal: Terminal, handle: str = "") -> None:
         """Give `terminal` to the caller, descriptor included."""
-        self.fd = os.dup(terminal.fd)
         try:
+            self.close()
+            self.fd = os.dup(terminal.fd)
+            self.caller.loop.on_hangup(self.fd, self._closed)
             replay = base64.b64encode(terminal.replay).decode()
             event = {"event": "terminal", "framing": terminal.framing, "handle": handle, "replay": replay}
-            self.caller.send(event, terminal.fd)
+            await self.caller.send(event, terminal.fd)
         finally:
             os.close(terminal.fd)
 
@@ -103,14 +197,13 @@ class Held:
         Without output, or an open question, nothing is asked.
         """
         count = bytearray(4)
-        if self.fd >= 0:
+        if self.fd >= 0 and self.tty:
             fcntl.ioctl(self.fd, termios.FIONREAD, count)
         if not any(count):
             self.asked = None
         elif self.asked is None:
             self.asked = time.monotonic()
-            with suppress(OSError):
-                self.caller.send({"event": "read_on"})
+            self.caller.try_send({"event": "read_on"})
 
     def silent(self, seconds: float) -> bool:
         """Whether a question is open for so long."""
@@ -119,11 +212,17 @@ class Held:
     def cut(self) -> None:
         """End the connection for everybody who holds it; what runs in the sandbox goes on."""
         self.is_cut = True
+        self.caller.wake()
         if self.fd >= 0:
             with suppress(OSError), socket.socket(fileno=os.dup(self.fd)) as shared:
                 shared.shutdown(socket.SHUT_RDWR)
 
+    def _closed(self) -> None:
+        self.hung_up = True
+        self.caller.wake()
+
     def close(self) -> None:
         if self.fd >= 0:
+            self.caller.loop.forget_hangup(self.fd)
             os.close(self.fd)
             self.fd = -1

@@ -1,19 +1,23 @@
 """The executor's door: a unix socket that speaks one JSON frame per packet (protocol: docs/architecture.md).
 
-Owns who is calling and what they may do; a thread each. What then happens is the business of `sessions`, `lifecycle`
-and `following`. Terminal bytes never pass through.
+Owns who is calling, what they may do and how many at once. What then happens is the business of `sessions`, `lifecycle`
+and `following`. Terminal bytes never pass through. Each connection is a coroutine in the loop. A handler runs in a
+worker, as it may block. It returns the frames of its answer, an iterator of them that may block too, or a coroutine
+that the loop goes on with.
 """
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
 import logging
 import os
-import select
+import resource
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import closing, suppress
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +26,29 @@ from ..errors import Error
 from ..model import Identity, Session, State
 from ..sandbox import Finding
 from . import admission, images
-from .access import Access, Peer, peer
-from .caller import PATIENCE, Caller
+from .access import Access
+from .caller import PATIENCE, Caller, answering
 from .following import Following
 from .lifecycle import Lifecycle
+from .listener import Listener
+from .loop import Loop, Workers
+from .peers import Peer, credentials, peer
 from .sessions import View
 
 log = logging.getLogger(__name__)
 
 STOP_PATIENCE = 35.0  # seconds without any news of a session that was told to stop
+CALLERS = 2048  # connections at once: each may hold two descriptors and 30 kB. Root's are not counted
+CALLERS_EACH = 512  # of one user: more than there are sessions on a machine, each followed by somebody
+DESCRIPTORS = 4  # of what the process may open, one in so many is for a connection
+REFUSED = 256  # callers who are told that they are too many; those beyond are not told
+REFUSED_FOR = 1.0  # seconds that such a caller has to say what it came to say, before it hears
+# Threads. What takes milliseconds, and what may wait long for a file system of homes, the server or an image: so nobody
+# who wants to end, list or attach waits for that. One user has few at once, and some are root's alone.
+QUICK, QUICK_EACH, SLOW, SLOW_EACH, ROOTS = 16, 4, 24, 6, 4
+
+Frame = dict[str, Any]
+Answer = list[Frame] | Iterator[Frame] | Coroutine[Any, Any, None]
 
 
 class Door:
@@ -40,13 +58,20 @@ class Door:
     """
 
     def __init__(
-        self, path: str, lifecycle: Lifecycle, access: Access, nodes: Callable[[int], list[str]],
+        self, loop: Loop, path: str, lifecycle: Lifecycle, access: Access, nodes: Callable[[int], list[str]],
         findings: Callable[[], Iterable[Finding]], usage: Callable[[], dict],
     ) -> None:  # fmt: skip
         self.path, self.lifecycle, self.access, self.findings, self.usage = path, lifecycle, access, findings, usage
+        self.loop = loop
         self.sessions = lifecycle.sessions
-        self.following = Following(lifecycle, access.account, nodes, self._job)
+        self.following = Following(lifecycle, access, nodes, self._job)
         lifecycle.inside.answer = self.answer_inside
+        self._quick = Workers("quick", QUICK, QUICK_EACH, ROOTS)
+        self._slow = Workers("slow", SLOW, SLOW_EACH, ROOTS)
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most = min(CALLERS, files // DESCRIPTORS)
+        self._callers: Counter[int] = Counter()  # connections, by uid
+        self._refused = 0  # callers who are being told so
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
     def listen(self) -> None:
@@ -63,66 +88,92 @@ class Door:
                 )
         self._socket.bind(self.path)
         os.chmod(self.path, 0o666)  # the kernel says who calls; the token says which account
-        self._socket.listen(128)
-        threading.Thread(target=self._accept, name="door", daemon=True).start()
+        self._socket.listen(1024)
+        Listener(self.loop, self._socket, self._connected, self.loop.fail)
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._socket.accept()
-            except OSError:
-                log.exception("the door cannot accept")
-                time.sleep(0.1)
-                continue
-            threading.Thread(target=self._serve, args=(connection,), name="caller", daemon=True).start()
+    def _connected(self, connection: socket.socket) -> Coroutine[Any, Any, None] | None:
+        uid = credentials(connection).uid
+        others = self._callers.total() - self._callers[0]
+        # A user may hold as many as nobody holds, so there is always room for one more user.
+        if uid and self._callers[uid] >= min(CALLERS_EACH, self._most - others):
+            if self._refused >= REFUSED:
+                connection.close()
+                return None
+            self._refused += 1
+            return self._refuse(connection, uid)
+        self._callers[uid] += 1
+        return self._serve(connection, uid)
 
-    def _serve(self, connection: socket.socket) -> None:
-        caller = Caller(connection)
-        with closing(connection), closing(caller):
-            try:
-                self._converse(caller)
-            except Error as error:
-                caller.refuse(error)
-            except (ConnectionError, TimeoutError):
-                pass  # the caller left, which ends nothing
-            except Exception:
-                incident = ids.ulid()
-                log.exception("incident %s", incident)
-                message = f"the executor failed (incident {incident})"
-                caller.refuse(Error("internal", message, "tell the administrator, who finds it in the executor's log"))
+    async def _serve(self, connection: socket.socket, uid: int) -> None:
+        try:
+            caller = Caller(self.loop, connection, self._quick, uid)
+            async with answering(caller):
+                await self._converse(caller)
+        finally:
+            self._callers[uid] -= 1
+            if not self._callers[uid]:
+                del self._callers[uid]
 
-    def _converse(self, caller: Caller) -> None:
+    async def _refuse(self, connection: socket.socket, uid: int) -> None:
+        try:
+            with closing(Caller(self.loop, connection, self._quick, uid)) as caller:
+                what = f"user {uid} has {self._callers[uid]} connections to the executor, and may have no more now"
+                error = Error("unavailable", what, "close some, or try again a little later")
+                caller.try_send({"error": error.as_dict()})
+                await caller.turn(REFUSED_FOR)  # a caller that cannot ask would not hear
+        finally:
+            self._refused -= 1
+
+    async def _converse(self, caller: Caller) -> None:
         who: Peer | Error
         try:
             who = peer(caller.connection)
         except Error as error:
             who = error
-        request = caller.receive()  # before any answer: one to what was not read is lost with the connection
+        request = await caller.first()  # before any answer: one to what was not read is lost with the connection
         if request is None:
             return
         if isinstance(who, Error):
             raise who
-        operation = request.get("op")
-        handler = HANDLERS.get(str(operation))
+        operation = str(request.get("op"))
+        handler = HANDLERS.get(operation)
         if request.get("v") != 1 or handler is None:
             raise Error(
                 "invalid", f"the executor does not know {operation!r} of version {request.get('v')!r}", "update beaker"
             )
         if operation in ("doctor", "images") and who.uid == 0:
-            handler(self, caller, request, admission.ROOT, None)
-            return
+            account: dict = admission.ROOT
+            identity = None
+        else:
+            account, identity = await caller.work(self._known, caller, who, str(operation), request)
+            deadline = time.monotonic() + PATIENCE
+            while not self.lifecycle.ready.is_set():
+                if time.monotonic() > deadline:
+                    what = "the container engine of this node does not answer"
+                    raise Error("unavailable", what, "beaker executor doctor")
+                await asyncio.sleep(0.05)
+        workers = self._slow if operation in WAITING else self._quick
+        answer = await self.loop.work(workers, who.uid, handler, self, caller, request, account, identity)
+        if isinstance(answer, Coroutine):
+            await answer
+        elif isinstance(answer, list):
+            for frame in answer:
+                await caller.send(frame)
+        else:
+            while (found := await self.loop.work(workers, who.uid, next, answer, None)) is not None:
+                await caller.send(found)
+
+    def _known(self, caller: Caller, who: Peer, operation: str, request: dict) -> tuple[dict, Identity]:
         name, identity = admission.caller(who.uid, request.get("user"), self.lifecycle.settings.session_home)
         token = request.get("token")
         caller.token = token if isinstance(token, str) else ""
         account = self.access.check(caller.token, name, creates=operation == "create")
-        admission.allow(str(operation), account)
-        if not self.lifecycle.ready.wait(PATIENCE):
-            raise Error("unavailable", "the container engine of this node does not answer", "beaker executor doctor")
-        handler(self, caller, request, account, identity)
+        admission.allow(operation, account)
+        return account, identity
 
     # -- operations
 
-    def _create(self, caller: Caller, request: dict, account: dict, identity: Identity) -> None:
+    def _create(self, caller: Caller, request: dict, account: dict, identity: Identity) -> Answer:
         wanted = wire.request(
             request.get("session"),
             tty=request.get("tty", False),
@@ -148,20 +199,22 @@ class Door:
             inside.forget(id)
         self._admit(session.id, caller)
         created = {"event": "created", "job": self._job(self.sessions.view(session.id))}
-        caller.send(created | ({"warning": admitted.warning} if admitted.warning else {}))
+        created |= {"warning": admitted.warning} if admitted.warning else {}
         detach = bool(request.get("detach"))
-        self.following.session(caller, session.id, terminal=not detach, size=wanted.size, brief=detach)
+        return self.following.session(
+            caller, session, terminal=not detach, size=wanted.size, brief=detach, first=created
+        )
 
-    def _attach(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> None:
+    def _attach(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> Answer:
         session = self._own(request, account)
         self._admit(session.id, caller)
         size = wire.window(request["size"]) if request.get("size") else None
         replay = request.get("replay", True) is True
-        self.following.session(
-            caller, session.id, terminal=request.get("stream", True) is True, size=size, replay=replay
+        return self.following.session(
+            caller, session, terminal=request.get("stream", True) is True, size=size, replay=replay
         )
 
-    def _exec(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> None:
+    def _exec(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> Answer:
         session = self._own(request, account)
         if session.state != State.STARTED:
             raise Error(
@@ -171,69 +224,71 @@ class Door:
         body = {"command": request.get("command"), "envVars": request.get("env"), "workDir": request.get("workdir")}
         terminal = request.get("size") is not None
         wanted = wire.request(body, tty=terminal, stdin=request.get("stdin", False), size=request.get("size"))
-        self.following.process(caller, session, wanted, terminal, root=request.get("root") is True)
+        return self.following.process(caller, session, wanted, terminal, root=request.get("root") is True)
 
-    def _exec_exit(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> None:
+    def _exec_exit(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> Answer:
         session = self._own(request, account)
-        self.following.rejoined(caller, session, str(request.get("handle")))
+        return self.following.rejoined(caller, session, str(request.get("handle")))
 
-    def _stop(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> None:
-        session = self._own(request, account)
-        with self.sessions.follow(session.id, False, None) as news:
-            self.lifecycle.stop(session.id, account["name"])
-            while self.sessions.view(session.id).session.state != State.FINALIZED:
-                ready = select.select([news.fd, caller.fileno()], [], [], STOP_PATIENCE)[0]
-                if not ready:
-                    why = self.sessions.cordoned or "see beaker executor doctor"
-                    raise Error("unavailable", f"session {session.id} has not ended yet", why)
-                if caller.fileno() in ready:
-                    return  # it left; the session is stopped all the same
-                news.clear()
-        caller.send({"job": self._job(self.sessions.view(session.id))})
+    def _stop(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> Answer:
+        return self._stopped(caller, self._own(request, account).id, account["name"])
 
-    def _list(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> None:
-        ended = request.get("finalized")
+    async def _stopped(self, caller: Caller, id: str, actor: str) -> None:
+        """End a session, and say when it has ended. A caller that leaves meanwhile ends it all the same."""
+        async with self.following.subscribed(caller, id, False, None) as news:
+            await caller.work(self.lifecycle.stop, id, actor)
+            while (view := await caller.work(self.sessions.view, id)).session.state != State.FINALIZED:
+                heard = time.monotonic()
+                while not news.news:
+                    if caller.readable:
+                        return
+                    if time.monotonic() - heard >= STOP_PATIENCE:
+                        why = self.sessions.cordoned or "see beaker executor doctor"
+                        raise Error("unavailable", f"session {id} has not ended yet", why)
+                    await caller.turn(STOP_PATIENCE)
+                news.news = False
+        await caller.send({"job": await caller.work(self._job, view)})
+
+    def _list(self, _caller: Caller, request: dict, account: dict, _identity: Identity) -> Answer:
+        ended, frames = request.get("finalized"), list[Frame]()
         for view in map(View, self.sessions.ledger.final(200)) if ended else self.sessions.views():
             own = view.session.account == account["name"]
             if own or request.get("all"):
                 job = self._job(view)
-                caller.send({"job": job if own else wire.redacted(job)})
-        caller.send({"end": True})
+                frames.append({"job": job if own else wire.redacted(job)})
+        return [*frames, {"end": True}]
 
-    def _get(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> None:
+    def _get(self, _caller: Caller, request: dict, account: dict, _identity: Identity) -> Answer:
         session = self._own(request, account)
-        caller.send({"job": self._job(self.sessions.view(session.id))})
+        return [{"job": self._job(self.sessions.view(session.id))}]
 
-    def _logs(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> None:
+    def _logs(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> Answer:
         session = self._own(request, account)
         output = self.lifecycle.logs(session) or (
             self.access.logs(caller.token, session.id) if session.state == State.FINALIZED else b""
         )
-        reader, writer = os.pipe()
-        try:
-            caller.send({"logs": True}, reader)
-        finally:
-            os.close(reader)
-        with open(writer, "wb") as pipe, suppress(BrokenPipeError):
-            pipe.write(output)
+        return self._handed_over(caller, sealed(output))
 
-    def _node(self, caller: Caller, _request: dict, _account: dict, _identity: Identity) -> None:
+    async def _handed_over(self, caller: Caller, descriptor: int) -> None:
+        try:
+            await caller.send({"logs": True}, descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _node(self, _caller: Caller, _request: dict, _account: dict, _identity: Identity) -> Answer:
         has = self.sessions.inventory
         limits = wire.limits(has.gpus, has.cpus, has.memory)
         reason = self.sessions.cordoned
-        caller.send({"node": {**self.lifecycle.node(), "limits": limits, "free": wire.free(self.sessions.free()),
-                              "cordoned": bool(reason), "cordonReason": reason, "usage": self.usage()}})  # fmt: skip
+        return [{"node": {**self.lifecycle.node(), "limits": limits, "free": wire.free(self.sessions.free()),
+                              "cordoned": bool(reason), "cordonReason": reason, "usage": self.usage()}}]  # fmt: skip
 
-    def _doctor(self, caller: Caller, _request: dict, account: dict, *_: Any) -> None:
-        if account.get("role") != "admin":
-            hint = "sudo beaker executor doctor"
-            raise Error("forbidden", "what is wrong with a node is its administrators' business", hint)
+    def _doctor(self, *_: Any) -> Iterator[Frame]:
         for finding in self.findings():
-            caller.send({"finding": finding.__dict__})
-        caller.send({"end": True})
+            yield {"finding": finding.__dict__}
+        yield {"end": True}
 
-    def _images(self, caller: Caller, request: dict, _account: dict, _identity: Identity | None) -> None:
-        images.answer(caller, request, self.lifecycle)
+    def _images(self, caller: Caller, request: dict, _account: dict, _identity: Identity | None) -> Answer:
+        return images.answer(caller, request, self.lifecycle)
 
     def _admit(self, id: str, caller: Caller) -> None:
         """What a session may have of its author who is here: their token, to get its own, and their SSH agent."""
@@ -273,7 +328,23 @@ class Door:
         )
 
 
-HANDLERS: dict[str, Callable[..., None]] = {
+def sealed(data: bytes) -> int:
+    """A descriptor of these bytes in memory, unchangeable, at their beginning. They go with its last holder."""
+    descriptor = os.memfd_create("output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(data)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+WAITING = ("create", "doctor", "images", "logs")  # operations that may wait for what is slow
+HANDLERS: dict[str, Callable[..., Answer]] = {
     "create": Door._create, "attach": Door._attach, "exec": Door._exec, "exec_exit": Door._exec_exit,
     "stop": Door._stop, "list": Door._list, "get": Door._get, "logs": Door._logs, "node": Door._node, "doctor":
     Door._doctor, "images": Door._images, }  # fmt: skip

@@ -1,26 +1,29 @@
 """Conversations that last: following a session through its life, and a second process in it.
 
-Each blocks its caller's thread, woken by news, by what the caller says, and often enough to notice a revoked token.
+Each is a coroutine, woken by news, by what the caller says, and often enough to notice a revoked token. While nothing
+happens it costs no thread.
 """
 
 from __future__ import annotations
 
-import select
+import asyncio
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, closing
 from dataclasses import replace
+from typing import Any
 
 from .. import wire
 from ..errors import Error
 from ..model import LIVE, Claim, Identity, Request, Session, State
 from ..sandbox import Terminal
 from . import plan
-from .access import FRESH
+from .access import Access
 from .caller import Caller, Held
 from .lifecycle import Lifecycle
 from .sessions import Subscription, View
 
+LOOK = 1.0  # seconds between looks at what wakes nobody: the token, and whether output waits
 FROZEN = 10.0  # seconds in which a command line must answer, lest what it does not read stops the session,
 SILENT = 2.0  # and when somebody attaches
 AWAIT = 0.2  # seconds between looks at a process of which no terminal says that it has ended
@@ -29,93 +32,133 @@ ROOT = Identity("root", 0, 0, "/root", {0: "root"})
 
 
 class Following:
-    """recheck(token) raises Error unauthorized once a token is revoked. nodes(gpus): other machines that have them
-    free.
-    """
+    """access: says whether a token was revoked meanwhile. nodes(gpus): other machines that have them free."""
 
     def __init__(
         self,
         lifecycle: Lifecycle,
-        recheck: Callable[[str], object],
+        access: Access,
         nodes: Callable[[int], list[str]],
         job: Callable[[View], dict],
     ) -> None:
-        self.lifecycle, self.recheck, self.nodes, self.job = lifecycle, recheck, nodes, job
+        self.lifecycle, self.access, self.nodes, self.job = lifecycle, access, nodes, job
         self.sessions, self.sandboxes = lifecycle.sessions, lifecycle.sandboxes
         self._held: set[tuple[str, Held]] = set()  # the terminals of main processes that callers use, by session
 
-    def session(
+    async def session(
         self,
         caller: Caller,
-        id: str,
+        session: Session,
         *,
         terminal: bool,
         size: tuple[int, int] | None,
         replay: bool = True,
         brief: bool = False,
+        first: dict[str, Any] | None = None,
     ) -> None:
-        """Tell `caller` of a session until it has ended, or (brief) until it runs or waits."""
-        said: dict[str, dict] = {}
-        tty = self.sessions.view(id).session.request.tty
-        with self.sessions.follow(id, terminal, size) as news, self._holding(caller, id) as held:
-            for ready in self._turns(caller, held, news.fd):
-                if tty:
-                    held.ask()
-                if held.is_cut or held.silent(FROZEN):
-                    held.cut()
-                    what = f"this terminal of session {id} took no output, and the session did not wait for it"
-                    raise Error("conflict", what, f"the session goes on: beaker session attach {id}")
-                if caller.fileno() in ready and not self._heard(held, id, news):
-                    return
-                if news.fd not in ready:
-                    continue
-                news.clear()
-                view = self.sessions.view(id)
-                for event in self._events(view):
-                    if said.get(event["event"]) != event:
-                        said[event["event"]] = event
-                        caller.send(event)
-                if news.wants_terminal and (given := self._given(view, news, replay)):
-                    news.wants_terminal = False
-                    held.hand_over(given)
-                if view.session.state in (State.EXITED, State.FINALIZED):
-                    self._farewell(caller, view)
-                    return
-                if brief and (view.session.state == State.STARTED or view.position):
-                    return
+        """Tell `caller` of a session until it has ended, or (brief) until it runs or waits. first: said before all."""
+        id, said = session.id, dict[str, dict]()
+        if first:
+            await caller.send(first)
+        async with self.subscribed(caller, id, terminal, size) as news:
+            with closing(Held(caller, session.request.tty)) as held:
+                self._held.add((id, held))
+                try:
+                    while await self._turn(caller, held, id, news):
+                        if not news.news:
+                            continue
+                        news.news = False
+                        view, events = await caller.work(self._look, id)
+                        for event in events:
+                            if said.get(event["event"]) != event:
+                                said[event["event"]] = event
+                                await caller.send(event)
+                        if news.wants_terminal and (given := await self._given(caller, view, news, replay)):
+                            news.wants_terminal = False
+                            await held.hand_over(given)
+                        if view.session.state in (State.EXITED, State.FINALIZED):
+                            await self._farewell(caller, view)
+                            return
+                        if brief and (view.session.state == State.STARTED or view.position):
+                            return
+                finally:
+                    self._held.discard((id, held))
 
-    @contextmanager
-    def _holding(self, caller: Caller, id: str) -> Iterator[Held]:
-        held = Held(caller)
-        self._held.add((id, held))
+    @asynccontextmanager
+    async def subscribed(
+        self, caller: Caller, id: str, terminal: bool, size: tuple[int, int] | None
+    ) -> AsyncIterator[Subscription]:
+        news = Subscription(caller.wake, terminal, size)
         try:
-            yield held
+            await caller.work(self.sessions.follow, id, news)
+            yield news
         finally:
-            self._held.discard((id, held))
-            held.close()
+            await caller.work(self.sessions.leave, id, news)
 
-    def _release(self, session: Session) -> None:
+    async def _turn(self, caller: Caller, held: Held, id: str, news: Subscription) -> bool:
+        """Wait for something to do for a follower, and do what it says. False when it has left."""
+        await self._wait(caller, held, LOOK)
+        if held.is_cut or held.silent(FROZEN):
+            held.cut()
+            what = f"this terminal of session {id} took no output, and the session did not wait for it"
+            raise Error("conflict", what, f"the session goes on: beaker session attach {id}")
+        if not caller.readable:
+            return True
+        frame = caller.receive()
+        if frame is None:
+            return False
+        if "reading" in frame:
+            held.asked = None
+        elif "resize" in frame:
+            news.size = wire.window(frame["resize"])
+        await caller.work(self._heard, id, frame)
+        return True
+
+    async def _wait(self, caller: Caller, held: Held, seconds: float) -> None:
+        """Wait until a caller is woken, with an eye on its token and its terminal. Raises Error unauthorized."""
+        await caller.turn(seconds)
+        held.ask()
+        if self.access.is_fresh(caller.token):
+            return
+        try:
+            await caller.work(self.access.account, caller.token)
+        except Error as error:
+            if error.code == "unauthorized":  # a revoked token closes terminals; the session itself goes on
+                held.cut()
+                raise
+
+    async def _release(self, session: Session) -> None:
         """Cut off whoever has the session's terminal and does not read: engines wait for the slowest of its readers.
 
         That is a command line that was stopped. One whose own terminal is stuck reads on, and so says. A pipe may take
         its time, and is left alone.
         """
-        others = [held for id, held in list(self._held) if id == session.id and session.request.tty]
+        others = [held for id, held in self._held if id == session.id and held.tty]
         for held in others:
             held.ask()
         deadline = time.monotonic() + SILENT
         while any(held.asked is not None for held in others) and time.monotonic() < deadline:
-            time.sleep(SILENT / 20)
+            await asyncio.sleep(SILENT / 20)
         for held in others:
             if held.silent(SILENT):
                 held.cut()
 
-    def process(self, caller: Caller, session: Session, wanted: Request, terminal: bool, root: bool) -> None:
+    async def process(self, caller: Caller, session: Session, wanted: Request, terminal: bool, root: bool) -> None:
         """Run a second process in a running session, and tell `caller` how it ended.
 
         wanted: a request of which only command, env, workdir, stdin and size matter. terminal: it gets one, of that
         size. root: as root of the sandbox instead of oneself. Raises Error forbidden where that root would be real.
         """
+        handle, given = await caller.work(self._execute, session, wanted, terminal, root)
+        with closing(Held(caller)) as held:
+            await held.hand_over(given, handle)
+            while not held.hung_up:
+                await self._wait(caller, held, LOOK)
+                if not held.hung_up and caller.readable and not await self._resized(caller, session.id, handle):
+                    return
+        await self._ended(caller, session.id, handle)
+
+    def _execute(self, session: Session, wanted: Request, terminal: bool, root: bool) -> tuple[str, Terminal]:
         if root and not self.sandboxes.root:
             why = f"the {self.sandboxes.name} driver of this node gives no root, which would be the machine's"
             raise Error("forbidden", why, "leave --root out, or use an image that holds what you need")
@@ -125,75 +168,56 @@ class Following:
             identity = ROOT
         merged = replace(session.request, env=session.request.env + wanted.env)
         env = plan.environment(session.id, merged, claim, identity, self.lifecycle.node())
-        handle, given = self.sandboxes.exec(
+        return self.sandboxes.exec(
             session.id, wanted.command, env=env, identity=identity,
             workdir=workdir,
             size=wanted.size if terminal else None, stdin=wanted.stdin,
         )  # fmt: skip
-        with closing(Held(caller)) as held:
-            held.hand_over(given, handle)
-            for ready in self._turns(caller, held):
-                if held.fd in ready:
-                    code = self.sandboxes.exec_exit(session.id, handle)
-                    caller.send({"event": "ended", "exitCode": code, "message": ""})
-                    return
-                if caller.fileno() in ready and not self._resized(caller, session.id, handle):
-                    return
 
-    def rejoined(self, caller: Caller, session: Session, handle: str) -> None:
+    async def rejoined(self, caller: Caller, session: Session, handle: str) -> None:
         """Wait for the end of a second process whose terminal `caller` has had since before this executor started."""
-        while self.sandboxes.exec_running(session.id, handle):
-            self.recheck(caller.token)
-            if select.select([caller.fileno()], [], [], AWAIT)[0] and not self._resized(caller, session.id, handle):
+        nothing = Held(caller)
+        while await caller.work(self.sandboxes.exec_running, session.id, handle):
+            await self._wait(caller, nothing, AWAIT)
+            if caller.readable and not await self._resized(caller, session.id, handle):
                 return
-        code = self.sandboxes.exec_exit(session.id, handle)
-        caller.send({"event": "ended", "exitCode": code, "message": ""})
+        await self._ended(caller, session.id, handle)
 
-    def _resized(self, caller: Caller, id: str, handle: str) -> bool:
+    async def _ended(self, caller: Caller, id: str, handle: str) -> None:
+        code = await caller.work(self.sandboxes.exec_exit, id, handle)
+        await caller.send({"event": "ended", "exitCode": code, "message": ""})
+
+    async def _resized(self, caller: Caller, id: str, handle: str) -> bool:
         """Act on what the caller of a second process says, which is its size. False when it has left."""
         frame = caller.receive()
         if frame and "resize" in frame:
-            self.sandboxes.resize(id, wire.window(frame["resize"]), handle)
+            await caller.work(self.sandboxes.resize, id, wire.window(frame["resize"]), handle)
         return frame is not None
 
-    def _turns(self, caller: Caller, held: Held, *others: int) -> Iterator[set[int]]:
-        """What is readable, again and again. A terminal that was held is in it once the other side has closed it."""
-        watched = -1
-        poll = select.poll()
-        for descriptor in (caller.fileno(), *others):
-            poll.register(descriptor, select.POLLIN)
-        while True:
-            if held.fd >= 0 and watched < 0:
-                watched = held.fd
-                poll.register(watched, select.POLLRDHUP)
-            ready = {descriptor for descriptor, _ in poll.poll(FRESH * 1000)}
-            try:
-                self.recheck(caller.token)
-            except Error as error:
-                if error.code == "unauthorized":  # a revoked token closes terminals; the session itself goes on
-                    held.cut()
-                    raise
-            if watched in ready and watched >= 0:
-                poll.unregister(watched)  # said once
-            yield ready
+    def _look(self, id: str) -> tuple[View, list[dict]]:
+        view = self.sessions.view(id)
+        return view, list(self._events(view))
 
-    def _given(self, view: View, news: Subscription, replay: bool) -> Terminal | None:
+    async def _given(self, caller: Caller, view: View, news: Subscription, replay: bool) -> Terminal | None:
         """The terminal that this follower should have now: the one it was offered at the start, or a new one."""
         if news.terminal:
             given, news.terminal = news.terminal, None
             return given
         if view.session.state != State.STARTED:
             return None
-        self._release(view.session)
+        await self._release(view.session)
+        return await caller.work(self._attach, view.session.id, news.size, replay)
+
+    def _attach(self, id: str, size: tuple[int, int] | None, replay: bool) -> Terminal | None:
         try:
-            given = self.sandboxes.attach(view.session.id, replay=replay)
+            given = self.sandboxes.attach(id, replay=replay)
         except Error as error:
             if error.code in ("not_found", "conflict"):
                 return None  # it ended just now, and the next news will say so
             raise
-        if news.size:  # a full-screen program repaints when the size changes, even if it comes back to what it was
-            self.sandboxes.resize(view.session.id, (news.size[0], news.size[1] + 1))
-            self.sandboxes.resize(view.session.id, news.size)
+        if size:  # a full-screen program repaints when the size changes, even if it comes back to what it was
+            self.sandboxes.resize(id, (size[0], size[1] + 1))
+            self.sandboxes.resize(id, size)
         return given
 
     def _events(self, view: View) -> Iterator[dict]:
@@ -212,29 +236,21 @@ class Following:
         if view.notice:
             yield {"event": "notice", "text": view.notice}
 
-    def _farewell(self, caller: Caller, view: View) -> None:
+    async def _farewell(self, caller: Caller, view: View) -> None:
         session = view.session
         if session.error:
             raise Error(session.error, session.message)
-        caller.send(
-            {"event": "ended", "exitCode": session.exit_code, "message": session.message, "job": self.job(view)}
-        )
+        job = await caller.work(self.job, view)
+        await caller.send({"event": "ended", "exitCode": session.exit_code, "message": session.message, "job": job})
 
-    def _heard(self, held: Held, id: str, news: Subscription) -> bool:
-        """Act on what a follower says. False when it has left."""
-        frame = held.caller.receive()
-        if frame is None:
-            return False
+    def _heard(self, id: str, frame: dict) -> None:
+        """Act on what a follower says."""
         session = self.sessions.view(id).session
         running = session.state == State.STARTED
         if "resize" in frame:
-            news.size = wire.window(frame["resize"])
             if running:
-                self.sandboxes.resize(id, news.size)
+                self.sandboxes.resize(id, wire.window(frame["resize"]))
         elif "signal" in frame and running:
             self.sandboxes.signal(id, wire.signal(frame["signal"]))
-        elif "reading" in frame:
-            held.asked = None
         elif frame.get("cancel"):
             self.lifecycle.stop(id, session.account)
-        return True

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,8 +47,8 @@ class Store(Protocol):
     needed: Callable[[], set[str]] | None
 
 
-def answer(caller: Caller, request: dict[str, Any], lifecycle: Lifecycle) -> None:
-    """Serve the door's `images`: `action` is list, load or prune (docs/architecture.md, "The door")."""
+def answer(caller: Caller, request: dict[str, Any], lifecycle: Lifecycle) -> Iterator[dict[str, Any]]:
+    """The answers to the door's `images`: `action` is list, load or prune (docs/architecture.md, "The door")."""
     store = _store(lifecycle)
     if store is None:
         raise Error("conflict", "images of this node are kept by Docker Engine", "docker image list")
@@ -56,9 +56,9 @@ def answer(caller: Caller, request: dict[str, Any], lifecycle: Lifecycle) -> Non
         case "list":
             pinned = needed(store, lifecycle)
             for image in store.stored():
-                caller.send({"image": {**_json(image), "needed": image.id in pinned}})
+                yield {"image": {**_json(image), "needed": image.id in pinned}}
         case "load":
-            caller.send({"image": _load(caller, str(request.get("name")), store)})
+            yield {"image": _load(caller, str(request.get("name")), store)}
         case "prune":
             older, keep = (
                 _limit(request, "olderThan", grammar.parse_duration),
@@ -66,10 +66,10 @@ def answer(caller: Caller, request: dict[str, Any], lifecycle: Lifecycle) -> Non
             )
             for image in surplus(store.stored(), needed(store, lifecycle), older, keep, datetime.now(UTC)):
                 if store.remove(image.id):  # else somebody has begun to use it since
-                    caller.send({"image": _json(image)})
+                    yield {"image": _json(image)}
         case action:
             raise Error("invalid", f"images: {action!r} is none of list, load, prune", "choose one of them")
-    caller.send({"end": True})
+    yield {"end": True}
 
 
 def limits(settings: ExecutorSettings) -> Limits:

@@ -1,8 +1,8 @@
 """What a session may ask from inside, through a socket of its own: about itself, and the server in its account's name.
 
-Owns these sockets and the sessions' tokens. Which session asks is known by the socket that it asks through, which no
-other session and no other user of the machine can reach; nothing that is said is believed. What the server is asked
-goes there with the session's own token, so the server decides what a session may. Frames are the door's.
+Owns these sockets and the sessions' tokens. Which session asks is known by the socket that it asks through, which takes
+processes of that session alone; nothing that is said is believed. What the server is asked goes there with the
+session's own token, so the server decides what a session may. Frames are the door's.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 from .. import ids
@@ -22,22 +23,30 @@ from ..errors import Error
 from ..model import Identity, Request
 from ..transport import Endpoint
 from .agent import Agents
-from .caller import FRAME, Caller
-from .listener import Listener
+from .caller import FRAME, Caller, answering
+from .listener import Listener, bind
+from .loop import Loop, Workers
+from .peers import check_inside
 from .rundir import AGENT, SOCKET, RunDirectories
 
 log = logging.getLogger(__name__)
 
 PATIENCE = 10.0  # seconds that the server is given to answer
 TOKEN_AFTER = 1.0  # seconds until a session that has not asked for anything gets a token, for when the author is gone
+AT_ONCE, AGENTS_AT_ONCE = 8, 16  # callers of a session's sockets; further ones wait
+THREADS, EACH = 12, 3  # for what sessions ask of the server, which may be slow; so many for one session
 OUTSIDE = ("attach", "create", "doctor", "exec", "logs", "node")  # operations of the door that a session has not
 DEFAULT_WORKSPACE = "default"
 
 
 class Inside:
-    """answer(id, operation, request): the frames about a session that need no server, None for an unknown operation."""
+    """answer(id, operation, request): the frames about a session that need no server, None for an unknown operation.
 
-    def __init__(self, directory: Path, server: Endpoint) -> None:
+    init(id): a pidfd of a session's first process, as `Sandboxes.init`.
+    """
+
+    def __init__(self, loop: Loop, directory: Path, server: Endpoint, init: Callable[[str], int | None]) -> None:
+        self._loop, self._init = loop, init
         self.directories, self.server = RunDirectories(directory), server
         self.answer: Callable[[str, str, dict], list[dict] | None] = lambda _id, _operation, _request: None
         self._tokens: dict[str, str] = {}  # of the authors, in memory alone, until their sessions have their own
@@ -45,6 +54,7 @@ class Inside:
         self._listeners: dict[str, list[Listener]] = {}
         self._gone: set[str] = set()  # that did not live when last looked
         self._lock = threading.Lock()
+        self._workers = Workers("inside", THREADS, EACH)
 
     # -- a session's life
 
@@ -62,7 +72,7 @@ class Inside:
     def lend(self, id: str, agent: int) -> None:
         """Whoever attached has an SSH agent: take over the connection to it."""
         with self._lock:
-            self._agents.setdefault(id, Agents()).add(agent)
+            self._agents.setdefault(id, Agents(self._loop)).add(agent)
 
     def forget(self, id: str) -> None:
         with self._lock:
@@ -82,9 +92,8 @@ class Inside:
                 variables = {name: client.read_secret(workspace, secret) for name, secret in request.secret_env}
                 files = [client.read_secret(workspace, secret) for secret, _ in request.secret_mounts]
         else:  # its start need not wait for that, and a short session needs none
-            later = threading.Timer(TOKEN_AFTER, self._get_token, args=(id,))
-            later.daemon = True
-            later.start()
+            later = self._workers.submit, id, partial(self._get_token, id)
+            self._loop.soon(self._loop.asyncio.call_later, TOKEN_AFTER, *later)
         return path, self.directories.keep_secrets(id, identity, variables, files)
 
     def resume(self, live: Callable[[], Iterable[str]]) -> None:
@@ -113,6 +122,8 @@ class Inside:
             self._token(id)
         except Error as error:
             log.info("session %s has no token yet: %s", id, error)
+        except Exception:
+            log.exception("session %s has no token yet", id)
 
     def _token(self, id: str) -> str:
         """The session's own token, made now with its author's if need be. Raises Error."""
@@ -140,32 +151,48 @@ class Inside:
         with self._lock:
             if id in self._listeners:
                 return
-            path, agents = str(self.directories.path(id)), self._agents.setdefault(id, Agents())
-            own = Listener(path, SOCKET, socket.SOCK_SEQPACKET, lambda connection: self._serve(id, connection))
+            path, agents = str(self.directories.path(id)), self._agents.setdefault(id, Agents(self._loop))
+            own = bind(path, SOCKET, socket.SOCK_SEQPACKET)
             try:
-                agent = Listener(path, AGENT, socket.SOCK_STREAM, agents.serve)
+                agent = bind(path, AGENT, socket.SOCK_STREAM)
             except BaseException:
                 own.close()
                 raise
-            self._listeners[id] = [own, agent]
+            failed = partial(log.error, "a socket of session %s takes nobody any more: %s", id)
+            self._listeners[id] = [
+                Listener(self._loop, own, partial(self._serve, id), failed, AT_ONCE),
+                Listener(self._loop, agent, partial(self._serve_agent, id, agents), failed, AGENTS_AT_ONCE),
+            ]
 
-    def _serve(self, id: str, connection: socket.socket) -> None:
-        with closing(connection):
-            caller = Caller(connection)
+    async def _serve(self, id: str, connection: socket.socket) -> None:
+        caller = Caller(self._loop, connection, self._workers, id)
+        async with answering(caller):
+            refused = None
             try:
-                request = caller.receive()
-                if request is not None:
-                    for frame in self._frames(id, request):
-                        caller.send(frame)
+                await caller.work(self._check, id, connection)
             except Error as error:
-                caller.refuse(error)
-            except OSError:
-                pass  # it left
-            except Exception:
-                incident = ids.ulid()
-                log.exception("incident %s", incident)
-                message = f"the executor failed (incident {incident})"
-                caller.refuse(Error("internal", message, "tell the administrator, who finds it in the executor's log"))
+                refused = error
+            request = await caller.first()  # before any answer: one to what was not read is lost with the connection
+            if refused:
+                raise refused
+            if request is not None:
+                for frame in await caller.work(self._frames, id, request):
+                    await caller.send(frame)
+
+    async def _serve_agent(self, id: str, agents: Agents, connection: socket.socket) -> None:
+        with closing(connection):
+            try:
+                await self._loop.work(self._workers, id, self._check, id, connection)
+            except Error:
+                return
+            await agents.serve(connection)
+
+    def _check(self, id: str, connection: socket.socket) -> None:
+        try:
+            check_inside(connection, partial(self._init, id))
+        except Error as error:
+            log.warning("refused at a socket of session %s: %s", id, error.message)
+            raise
 
     def _frames(self, id: str, request: dict) -> Iterable[dict]:
         operation = str(request.get("op"))

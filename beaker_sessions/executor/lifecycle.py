@@ -83,7 +83,12 @@ class Lifecycle:
             if f"{act.__name__} {id}" in self._busy:
                 return
             self._busy.add(f"{act.__name__} {id}")
-        threading.Thread(target=guarded, name=f"{act.__name__} {id}", daemon=True).start()
+        try:
+            threading.Thread(target=guarded, name=f"{act.__name__} {id}", daemon=True).start()
+        except RuntimeError as error:  # the machine has no thread left; the next reconcile takes it up again
+            log.error("session %s: %s has to wait: %s", id, act.__name__, error)
+            with self._lock:
+                self._busy.discard(f"{act.__name__} {id}")
 
     # -- starting
 

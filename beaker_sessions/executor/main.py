@@ -22,6 +22,7 @@ from .door import Door
 from .inside import Inside
 from .ledger import Ledger
 from .lifecycle import Lifecycle
+from .loop import Loop
 from .metrics import Metrics
 from .report import Reporter
 from .sessions import Sessions
@@ -121,7 +122,8 @@ def serve(settings: ExecutorSettings) -> None:
     driver, why = sandboxes(settings, (ledger.fact("driver") or "") if ledger.live() else "")
     ledger.fact("driver", driver.name)
     sessions = Sessions(ledger, inventory.read(settings), limits, ports.of(settings))
-    inside = Inside(Path(settings.socket).parent / "sessions", server)
+    loop = Loop()
+    inside = Inside(loop, Path(settings.socket).parent / "sessions", server, driver.init)
     lifecycle = Lifecycle(sessions, driver, settings, inside, owner=settings.storage_path)
     images.guard(lifecycle)
     access = Access(ledger, server, settings.accounts, creates)
@@ -129,7 +131,8 @@ def serve(settings: ExecutorSettings) -> None:
     metrics = Metrics(sessions, driver, settings.storage_path, disk.use)
     reporter = Reporter(lifecycle, access, settings, metrics)
     findings = functools.partial(doctor.findings, settings, driver, why, sessions.inventory)
-    door = Door(settings.socket, lifecycle, access, reporter.nodes, findings, metrics.last)
+    door = Door(loop, settings.socket, lifecycle, access, reporter.nodes, findings, metrics.last)
+    loop.start()
     door.listen()
     lifecycle.run()
     disk.run()
@@ -139,6 +142,8 @@ def serve(settings: ExecutorSettings) -> None:
         exposition.serve(settings.metrics, sessions, metrics.last, lambda: reporter.heard)
     log.info("serving %s at %s, driver %s", sessions.inventory.hostname, settings.socket, driver.name)
     signal.sigwait(stop)
+    if loop.failure:
+        raise Error("internal", f"the door has failed: {loop.failure!r}", "start the executor again; sessions go on")
     ledger.close()
 
 

@@ -11,8 +11,7 @@ import hashlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
@@ -32,27 +31,24 @@ LONG = 1.0  # seconds on the way to a prompt after which a write more is not fel
 
 
 class Subscription:
-    """Someone who follows a session. `fd` becomes readable when there is something new in `Sessions.view`.
+    """Someone who follows a session. `news` is set, and `wake` called, when there is something new in `Sessions.view`.
 
-    wants_terminal: it asks for the main process's streams, before the first byte of output if it comes early enough.
-    terminal: what it was given; whoever takes it owns its descriptor.
+    wake: called in any thread, with a lock held. wants_terminal: it asks for the main process's streams, before the
+    first byte of output if it comes early enough. terminal: what it was given; whoever takes it owns its descriptor.
     """
 
-    def __init__(self, wants_terminal: bool, size: tuple[int, int] | None) -> None:
-        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    def __init__(self, wake: Callable[[], None], wants_terminal: bool, size: tuple[int, int] | None) -> None:
+        self.news, self._wake = False, wake
         self.wants_terminal = wants_terminal
         self.size = size
         self.terminal: Terminal | None = None
 
     def notify(self) -> None:
-        os.eventfd_write(self.fd, 1)
-
-    def clear(self) -> None:
-        with suppress(BlockingIOError):
-            os.eventfd_read(self.fd)
+        if not self.news:
+            self.news = True
+            self._wake()
 
     def close(self) -> None:
-        os.close(self.fd)
         if self.terminal:
             os.close(self.terminal.fd)
 
@@ -357,21 +353,18 @@ class Sessions:
 
     # -- following
 
-    @contextmanager
-    def follow(self, id: str, wants_terminal: bool, size: tuple[int, int] | None) -> Iterator[Subscription]:
-        subscription = Subscription(wants_terminal, size)
-        subscription.notify()
+    def follow(self, id: str, follower: Subscription) -> None:
+        """Tell `follower` of a session until `leave`, and once at first."""
         with self._lock:
-            live = self._live.get(id)
-            if live:
-                live.subscribers.add(subscription)
-        try:
-            yield subscription
-        finally:
-            with self._lock:
-                if live:
-                    live.subscribers.discard(subscription)
-                subscription.close()
+            if live := self._live.get(id):
+                live.subscribers.add(follower)
+            follower.notify()
+
+    def leave(self, id: str, follower: Subscription) -> None:
+        with self._lock:
+            if live := self._live.get(id):
+                live.subscribers.discard(follower)
+            follower.close()
 
     def progress(self, id: str, progress: Progress) -> None:
         """How far a session's image is. Raises Error limit, at the first word of one too many for its account."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import os
 import signal
 import socket
@@ -22,6 +23,7 @@ from .processes import Process
 KEEP = 8 << 20  # bytes of a log file
 REPLAY = 64 << 10  # bytes of recent output that an attach shows,
 LINE = 4 << 10  # and at most so many more, to begin with a line
+BLOCK = 256 << 10  # bytes of a log that are read at once
 PATIENCE = 5.0  # seconds for conmon to begin a new file
 PAUSE = 0.0005
 STREAMS = (b"stdout", b"stderr")
@@ -29,12 +31,12 @@ STREAMS = (b"stdout", b"stderr")
 
 def payload(text: bytes) -> bytes:
     """The output in a piece of a log that begins with a whole line."""
-    parts = []
-    for line in text.split(b"\n")[:-1]:
+    output = bytearray()
+    for line in io.BytesIO(text):  # one at a time: many short ones are many times as large as objects
         fields = line.split(b" ", 3)
-        if len(fields) == 4 and fields[1] in STREAMS:
-            parts.append(fields[3] if fields[2] == b"P" else fields[3] + b"\n")
-    return b"".join(parts)
+        if len(fields) == 4 and fields[1] in STREAMS and line.endswith(b"\n"):
+            output += fields[3][:-1] if fields[2] == b"P" else fields[3]
+    return bytes(output)
 
 
 def tail(directory: Path, limit: int) -> bytes:
@@ -149,15 +151,18 @@ def _end(path: Path, limit: int) -> bytes:
 
 
 def _tail(fd: int, limit: int) -> bytes:
-    """The last `limit` bytes of output in one file, reading no more of it than needed."""
-    size, length = os.fstat(fd).st_size, 4 * limit
-    while True:
-        start = max(0, size - length)
-        text = os.pread(fd, size - start, start)
-        result = payload(text.partition(b"\n")[2] if start else text)
-        if start == 0 or len(result) >= limit:
-            return result[-limit:] if limit else b""
-        length *= 4
+    """The last `limit` bytes of output in one file, reading no more of it than needed, a block at a time."""
+    pieces: list[bytes] = []
+    missing, end, rest = limit, os.fstat(fd).st_size, b""
+    while end > 0 and missing > 0:
+        start = max(0, end - BLOCK)
+        text = os.pread(fd, end - start, start) + rest
+        line = text.find(b"\n") + 1 if start else 0  # what is before it began in the block before
+        pieces.append(payload(text[line:]) if line or not start else b"")
+        rest = text[:line] if line or not start else text
+        missing -= len(pieces[-1])
+        end = start
+    return b"".join(reversed(pieces))[-limit:] if limit else b""
 
 
 @contextlib.contextmanager

@@ -1,0 +1,190 @@
+"""The executor's loop and workers: what one caller does or fails to do makes no other wait, and no thread is made."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from beaker_sessions.executor import caller
+from beaker_sessions.executor.agent import Agents
+from beaker_sessions.executor.caller import Caller
+from beaker_sessions.executor.loop import Loop, Workers
+
+SECONDS = 20.0
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    loop = Loop()
+    thread = threading.Thread(target=loop.asyncio.run_forever)
+    thread.start()
+    yield loop
+    loop.soon(loop.asyncio.stop)
+    thread.join()
+    loop.asyncio.close()
+
+
+def wait(loop: Loop, coroutine: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run_coroutine_threadsafe(coroutine, loop.asyncio).result(SECONDS)
+
+
+def submit(workers: Workers, key: int, act: Callable[[], object]) -> threading.Event:
+    """Set when it has been done."""
+    done = threading.Event()
+
+    def run() -> None:
+        act()
+        done.set()
+
+    workers.submit(key, run)
+    return done
+
+
+def test_one_users_jobs_take_no_other_users_turn():
+    workers, gate = Workers("test", threads=4, share=2, kept=1), threading.Event()
+    stuck = [submit(workers, 1000, gate.wait) for _ in range(50)]
+    assert submit(workers, 1001, bool).wait(SECONDS)
+    more = [submit(workers, 1001, gate.wait) for _ in range(50)]
+    assert submit(workers, 0, bool).wait(SECONDS), "root's, when no other thread is left"
+    third = submit(workers, 1002, bool)
+    assert not any(done.is_set() for done in (*stuck, *more, third))
+    gate.set()
+    assert all(done.wait(SECONDS) for done in (*stuck, *more, third))
+
+
+def test_what_a_job_raises_is_raised_where_it_is_awaited(loop: Loop):
+    async def fail() -> None:
+        await loop.work(Workers("test", 1, 1), 1, int, "x")
+
+    with pytest.raises(ValueError, match="x"):
+        wait(loop, fail())
+
+
+def test_who_does_not_read_is_given_up_and_others_are_served(loop: Loop, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(caller, "PATIENCE", 0.5)
+    workers = Workers("test", 1, 1)
+
+    async def send(connection: socket.socket, count: int) -> None:
+        one = Caller(loop, connection, workers, 1)
+        try:
+            for _ in range(count):
+                await one.send({"text": "x" * 10_000})
+        finally:
+            one.close()
+
+    ours, silent = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    stuck = asyncio.run_coroutine_threadsafe(send(ours, 1000), loop.asyncio)
+    mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with silent, theirs:
+        wait(loop, send(mine, 1))
+        assert len(theirs.recv(1 << 17)) > 10_000
+        with pytest.raises(TimeoutError):
+            stuck.result(SECONDS)
+
+
+def test_an_agent_that_blocks_holds_up_its_own_session_alone(loop: Loop):
+    """Whoever handed a connection over still holds it, and can have it block."""
+
+    async def ask(agents: Agents) -> bytes:
+        mine, theirs = socket.socketpair()
+        with mine, theirs:
+            theirs.setblocking(False)
+            serving = loop.spawn(agents.serve(mine))
+            await loop.asyncio.sock_sendall(theirs, b"\0\0\0\1\x0b")
+            answer = await loop.asyncio.sock_recv(theirs, 100)
+            theirs.shutdown(socket.SHUT_RDWR)
+            await serving
+        return answer
+
+    stuck, other = Agents(loop), Agents(loop)
+    handed, kept = socket.socketpair()
+    with handed, kept:
+        stuck.add(os.dup(handed.fileno()))
+        handed.setblocking(True)
+        handed.close()
+        waiting = asyncio.run_coroutine_threadsafe(ask(stuck), loop.asyncio)
+        assert kept.recv(100) == b"\0\0\0\1\x0b"
+        assert wait(loop, ask(other)) == b"\0\0\0\5\x0c\0\0\0\0", "none, as it has no agent"
+        kept.sendall(b"\0\0\0\5\x0c\0\0\0\1")
+        assert waiting.result(SECONDS) == b"\0\0\0\5\x0c\0\0\0\1"
+        stuck.close()
+        assert kept.recv(100) == b""
+
+
+# A socket that answers each connection; then accepting fails as told.
+SERVER = """
+import os, resource, socket, sys, time
+from beaker_sessions.executor.listener import Listener
+from beaker_sessions.executor.loop import Loop
+
+async def serve(connection):
+    with connection:
+        connection.send(b"served")
+        await asyncio.sleep(0)
+
+import asyncio
+loop, listening = Loop(), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+listening.bind(sys.argv[1])
+listening.listen(8)
+Listener(loop, listening, serve, loop.fail)
+loop.start()
+print("ready", flush=True)
+if sys.argv[2] == "broken":
+    listening.shutdown(socket.SHUT_RDWR)
+else:
+    taken = [os.open("/dev/null", os.O_RDONLY) for _ in range(int(sys.argv[2]) - len(os.listdir("/proc/self/fd")) + 1)]
+    sys.stdin.readline()
+    for descriptor in taken:
+        os.close(descriptor)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    started = []
+
+    def start(how: str, files: int = 0) -> subprocess.Popen[str]:
+        limit = (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))) if files else None
+        command, pipes = [sys.executable, "-c", SERVER, tmp_path / "socket", how], subprocess.PIPE
+        started.append(subprocess.Popen(command, stdin=pipes, stdout=pipes, stderr=pipes, text=True, preexec_fn=limit))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_when_nothing_can_be_accepted_any_more_the_process_ends(serve: Callable[..., subprocess.Popen[str]]):
+    process = serve("broken")
+    _, said = process.communicate(timeout=SECONDS)
+    assert process.returncode == -signal.SIGTERM, said
+    assert "serves nobody any more" in said
+
+
+def test_without_a_free_descriptor_callers_wait(serve: Callable[..., subprocess.Popen[str]], tmp_path: Path):
+    process = serve("64", files=64)
+    assert process.stdout
+    assert process.stdin
+    assert process.stdout.readline() == "ready\n"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
+        door.connect(str(tmp_path / "socket"))
+        door.settimeout(1)
+        with pytest.raises(TimeoutError):
+            door.recv(100)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        door.settimeout(SECONDS)
+        assert door.recv(100) == b"served"
