@@ -81,7 +81,7 @@ def _own(init: Callable[[], int | None]) -> io.FileIO:
     """A session's pid namespace, kept by being open. Raises OSError where that is not known, or is our own."""
     if (descriptor := init()) is None:
         raise ProcessLookupError
-    with closing(io.FileIO(descriptor)) as first:
+    with closing(io.FileIO(descriptor)):
         with open(f"/proc/self/fdinfo/{descriptor}") as about:  # pidfd_open(2): a field `Pid`, -1 when it has ended
             pid = next(line.split()[1] for line in about if line.startswith("Pid:"))
         found = io.FileIO(f"/proc/{pid}/ns/pid")
