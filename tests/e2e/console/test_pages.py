@@ -44,7 +44,7 @@ def nodes(lab: Lab) -> list[FakeNode]:
 
 
 @pytest.fixture
-def visit(browse: Open, lab: Lab) -> Open:
+def visit(lab: Lab, browse: Open) -> Open:  # in this order: pages are closed before their server
     """`visit(who, path)`: a page in a browser of its own. No page may say anything to its console."""
     return partial(browse, lab.address, lab.tokens)
 
