@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -207,3 +208,30 @@ def test_rules_of_an_earlier_version_go(inside: Inside, oci_lab: OciLab) -> None
         listed = subprocess.run(["iptables", "-w", "-t", table, "-S"], capture_output=True, text=True, check=True)
         assert bridge not in listed.stdout
     assert localnet.read_text().strip() == "0"
+
+
+FORWARDING = """
+import sys
+from pathlib import Path
+from beaker_sessions.sandbox.oci.network import FORWARD, Network
+for before in "01":
+    FORWARD.write_text(before)
+    network = Network(Path(sys.argv[1], "networks"), "bforward")
+    network.adopt(())
+    network._ensure()
+    Network(Path(sys.argv[1], "networks"), "bforward")._ensure()
+    print(before, FORWARD.read_text().strip())
+    network.close()
+    print(FORWARD.read_text().strip())
+"""
+
+
+def test_forwarding_is_switched_off_again_by_whoever_switched_it_on(tmp_path: Path) -> None:
+    """On a machine of its own, as far as networks go."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root to make a network namespace")
+    mounts = "mount -t sysfs none /sys; ip link set lo up"
+    script = f'{mounts}; exec "$@"'
+    command = ["unshare", "--net", "--mount", "sh", "-c", script, "sh", sys.executable, "-c", FORWARDING, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n") == ["0 1", "0", "1 1", "1", ""]
