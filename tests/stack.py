@@ -154,14 +154,15 @@ class User:
 
 
 class Stack:
-    """root: an empty directory that other users can pass through. gpus: how many to make up."""
+    """root: an empty directory that other users can pass through. gpus: how many to make up. programs: where they are."""
 
     more = ""  # lines of its users' configuration
 
     def __init__(
-        self, root: Path, gpus: int = 0, driver: str = "docker", settings: Mapping[str, object] | None = None
-    ) -> None:
-        self.root, self.driver = root, driver
+        self, root: Path, gpus: int = 0, driver: str = "docker", settings: Mapping[str, object] | None = None,
+        programs: Path = BIN,
+    ) -> None:  # fmt: skip
+        self.root, self.driver, self.programs = root, driver, programs
         self.docker_socket, self.socket = root / "docker.sock", root / "executor.sock"
         self.state, self.cdi = root / "state", root / "cdi"
         with socket.socket() as probe:
@@ -186,8 +187,8 @@ class Stack:
             "--data-root", str(root / "docker"), "--exec-root", str(root / "exec"),
             "--pidfile", str(root / "docker.pid"), "--host", f"unix://{self.docker_socket}",
         )  # fmt: skip
-        self.server = Process(log / "server", str(BIN / "beaker-server"), "--config", str(self.config), "serve")
-        self.executor = Process(log / "executor", str(BIN / "beaker-executor"), "--config", str(self.config))
+        self.server = Process(log / "server", str(programs / "beaker-server"), "--config", str(self.config), "serve")
+        self.executor = Process(log / "executor", str(programs / "beaker-executor"), "--config", str(self.config))
 
     def _write_settings(self, port: int, settings: Mapping[str, object]) -> None:
         self.config.write_text(
@@ -207,7 +208,7 @@ class Stack:
         wait_for("Docker Engine", self.docker_socket.exists)
         wait_for("Docker Engine", lambda: self.docker_cli("version").returncode == 0)
         tokens = ["--token-file", self.admin_file, "--executor-token-file", self.token_file]
-        init = [BIN / "beaker-server", "--config", self.config, "init", "--account", "root", *tokens]
+        init = [self.programs / "beaker-server", "--config", self.config, "init", "--account", "root", *tokens]
         subprocess.run(init, check=True, capture_output=True)
         self.server.start()
         self.admin = Client(self.endpoint, self.admin_file.read_text().strip())

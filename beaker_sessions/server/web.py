@@ -7,6 +7,7 @@ On the Unix socket, programs of this machine know that it is the server which an
 from __future__ import annotations
 
 import asyncio
+import functools
 import ipaddress
 import logging
 import os
@@ -149,6 +150,7 @@ def serve(app: FastAPI, settings: ServerSettings) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     most = min(settings.connections_all, hard - settings.connections_each - OWN)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # its warnings are of what anybody may send
     sockets = listen(settings)
     Server(app, gate.Gate(settings.connections_each, most)).run(sockets)
 
@@ -228,12 +230,18 @@ def owner(theirs: tuple[Any, ...], ours: tuple[Any, ...]) -> int | None:
             kernel.send(header + request)
             answer = kernel.recv(65536)
     except OSError as error:
-        log.warning("cannot ask whose a connection is: %s", error.strerror)
+        _cannot_ask(error.strerror)
         return None
     if len(answer) < 88 or struct.unpack_from("=H", answer, 4)[0] != SOCK_DIAG_BY_FAMILY:
         return None
     uid, inode = struct.unpack_from("=II", answer, 80)  # of inet_diag_msg, after its id and three counts
     return int(uid) if inode else None
+
+
+@functools.cache
+def _cannot_ask(reason: str) -> None:
+    """Said once, not at each connection."""
+    log.warning("cannot ask the kernel whose a connection is (%s): users of this machine count as one", reason)
 
 
 def _packed(host: str) -> tuple[int, bytes]:

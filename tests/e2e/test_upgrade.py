@@ -13,9 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
+from beaker_sessions.client import Client
+from beaker_sessions.transport import Endpoint
 from tests.e2e.conftest import Tty
-from tests.stack import REPOSITORY, Process, Stack, User, wait_for
+from tests.stack import BIN, REPOSITORY, Stack, User, wait_for
 
 BEFORE = "f90211c0"  # the last one in which sessions were made in the machine's own mount namespace
 WAIT = "until [ -e end ]; do sleep 0.1; done; exit 7"
@@ -52,12 +55,11 @@ def stack(request: pytest.FixtureRequest, before: Path, debian: Path) -> Iterato
         pytest.skip("needs root: it starts Docker Engine and an executor")
     root = Path(tempfile.mkdtemp(prefix="beaker-"))
     root.chmod(0o755)
-    stack = Stack(root, gpus=2, driver=request.param, settings={"defaultImage": "debian"})
-    stack.new = {"server": stack.server, "executor": stack.executor}  # type: ignore[attr-defined]
-    for name in ("server", "executor"):
-        process: Process = getattr(stack, name)
-        old = Process(process.log, str(before / f"beaker-{name}"), *process.command[1:])
-        setattr(stack, name, old)
+    stack = Stack(root, gpus=2, driver=request.param, settings={"defaultImage": "debian"}, programs=before)
+    settings = yaml.safe_load(stack.config.read_text())
+    del settings["server"]["sockets"]  # which is not known before
+    stack.config.write_text(yaml.safe_dump(settings))
+    stack.endpoint = Endpoint(stack.address, str(root), [stack.address])
     try:
         stack.start()
         stack.image("debian", debian)
@@ -84,10 +86,14 @@ def test_sessions_live_through_an_upgrade(stack: Stack, ada: User, before: Path,
     pids = stack.sandboxes()
     port = ada.json("session", "get", web)[0]["portMappings"]["8000"]
 
-    for name in ("server", "executor"):
-        getattr(stack, name).kill()
-        setattr(stack, name, stack.new[name])  # type: ignore[attr-defined]
+    for process in (stack.server, stack.executor):
+        process.kill()
+        process.command = (str(BIN / Path(process.command[0]).name), *process.command[1:])
+    settings = yaml.safe_load(stack.config.read_text())
+    settings["server"]["sockets"] = str(stack.root)
+    stack.config.write_text(yaml.safe_dump(settings))
     stack.server.start()
+    stack.admin = Client(Endpoint(stack.address, str(stack.root)), stack.admin.token)
     wait_for("the server", lambda: stack.admin.whoami())
     stack.start_executor()
 

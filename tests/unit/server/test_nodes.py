@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -186,6 +189,16 @@ def test_a_token_is_for_the_machine_that_it_was_made_for(server: SimpleNamespace
     assert shown["scope"] == "executor"
     assert code(root.create_token, {"scope": "user", "hostname": "gpu-5"}) == "invalid"
     assert code(server.client(server.ann).create_token, {"scope": "executor", "hostname": "gpu-5"}) == "forbidden"
+
+
+def test_an_administrator_makes_a_token_for_an_executor(server: SimpleNamespace) -> None:
+    env = {"BEAKER_TOKEN": server.admin, "BEAKER_ADDR": server.address, "BEAKER_INSECURE_ADDRESSES": server.address}
+    command = [sys.executable, "-m", "beaker_sessions.cli", "account", "generate-token", "--executor", "gpu-8"]
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, check=True)
+    made = server.client(done.stdout.strip())
+    assert code(made.register_node, "lab/main", {"hostname": "gpu-9", "limits": {}}) == "conflict"
+    assert made.register_node("lab/main", {"hostname": "gpu-8", "limits": {}})["hostname"] == "gpu-8"
+    assert server.client(server.admin).whoami()["name"] == "root", "the administrator's own token is as it was"
 
 
 def test_an_administrator_lets_another_token_take_over(server: SimpleNamespace, node: SimpleNamespace) -> None:
