@@ -18,7 +18,7 @@ from setup import everyone, host, installed, steps
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, whose files are compared with others'")
 ADA = 4_000_001  # a uid that nobody has
-PROGRAMS = ("beaker_sessions.executor.main", "beaker_sessions.server.main", "beaker_sessions.executor.doctor")
+PROGRAMS = ("beaker_sessions.executor.main", "beaker_sessions.server.main")
 
 
 @pytest.fixture
@@ -55,6 +55,7 @@ def install(place: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
         (part / "requirements.txt").write_bytes(lock)
 
     monkeypatch.setattr(installed, "_make_environment", environment)
+    monkeypatch.setattr(os, "sync", lambda: None)  # it would wait for all that others write
 
     return lambda: installed.install(lambda _: None, place / "opt", checkout)
 
@@ -145,7 +146,7 @@ def run(package: Path, module: str) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("module", PROGRAMS[:2])
+@pytest.mark.parametrize("module", PROGRAMS)
 def test_root_does_not_run_what_others_can_change(module: str, place: Path) -> None:
     package = place / "a/package"
     shutil.copytree(host.ROOT / "beaker_sessions", package / "beaker_sessions")
@@ -153,6 +154,8 @@ def test_root_does_not_run_what_others_can_change(module: str, place: Path) -> N
     assert "cannot read the settings" in run(package, module)
     os.chown(file, ADA, ADA)
     assert f"{file} belongs to uid {ADA}" in run(package, module)
+    if module != PROGRAMS[0]:
+        return  # it is the same check
     os.chown(file, 0, 0)
     file.chmod(0o666)
     assert f"everybody can write {file}" in run(package, module)
