@@ -154,7 +154,7 @@ class User:
 
 
 class Stack:
-    """root: an empty directory that other users can pass through. gpus: how many to make up. programs: where they are."""
+    """root: an empty directory that other users can pass through. gpus: how many to make up. programs: their directory."""
 
     more = ""  # lines of its users' configuration
 

@@ -60,7 +60,7 @@ def rogue_token(stack: Stack) -> str:
 
 
 def executor_token(admin: Client, hostname: str) -> str:
-    return admin.create_token({"name": hostname, "scope": "executor"})["token"]
+    return admin.create_token({"name": hostname, "scope": "executor", "hostname": hostname})["token"]
 
 
 def test_nobody_notices_four_attackers(
@@ -76,7 +76,7 @@ def test_nobody_notices_four_attackers(
     victim = ada.json("session", "get", "shell")[0]["id"]  # type: ignore[index]
 
     thief = bob.beaker("session", "create", "--gpus", "0", "--port", f"{port}:80", "--", "true")
-    assert thief.returncode == 73, "the server's port is nobody's to publish"
+    assert thief.returncode == 73, thief.stderr  # the server's port is nobody's to publish
 
     started = []
     try:

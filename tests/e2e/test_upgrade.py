@@ -93,6 +93,7 @@ def test_sessions_live_through_an_upgrade(stack: Stack, ada: User, before: Path,
     settings["server"]["sockets"] = str(stack.root)
     stack.config.write_text(yaml.safe_dump(settings))
     stack.server.start()
+    stack.admin.close()
     stack.admin = Client(Endpoint(stack.address, str(stack.root)), stack.admin.token)
     wait_for("the server", lambda: stack.admin.whoami())
     stack.start_executor()
