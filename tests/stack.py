@@ -154,7 +154,10 @@ class User:
 
 
 class Stack:
-    """root: an empty directory that other users can pass through. gpus: how many to make up. programs: their directory."""
+    """root: an empty directory that other users can pass through. gpus: how many to make up.
+
+    programs: the directory of its programs.
+    """
 
     more = ""  # lines of its users' configuration
 
