@@ -82,7 +82,7 @@ class Images:
     ) -> None:
         self.root, self.docker, self.realms = root, docker, realms or {}
         self.needed: Callable[[], set[str]] | None = None
-        root.mkdir(mode=0o711, parents=True, exist_ok=True)
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
         (root / "images").mkdir(mode=0o700, exist_ok=True)
         self.storage = Storage(root / "storage")
         self.room = Room(root, limits or Limits(), self.storage.stored)
@@ -93,7 +93,10 @@ class Images:
         for pattern in ("pull-*", "mount-*"):  # of an executor that was killed
             for path in root.glob(pattern):
                 mounts.remove_tree(path)
-        self.storage.sweep()
+        try:
+            self._tidy()
+        except (OSError, ValueError) as error:  # live sessions go on; what needs the storage says more
+            log.warning("the images cannot be tidied: %s", error)
 
     def get(
         self, reference: str, pull: Pull, progress: Callable[[Progress], None], login: Login = lambda _: None
@@ -365,7 +368,9 @@ class Images:
 
     def _tidy(self) -> None:
         """Remove what programs left that were stopped. Nobody may add to the storage meanwhile."""
-        self.storage.sweep()
+        # Descriptions without any image: its list was lost, and the layers may be those of live sessions.
+        if self.storage.images() or not any((self.root / "images").glob("*.json")):
+            self.storage.sweep()
         self.room.cleared()
 
     def _full(self, wanted: Reference, why: str) -> Error:
