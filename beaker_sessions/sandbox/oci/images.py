@@ -3,6 +3,8 @@
 Owns: one storage of the executor's own, which image is in it under which name, and a small description of each, so that
 nothing but the description is read when a session starts. The work of fetching is skopeo's, under the limits of `room`.
 Must not choose an image. Which are needed is the executor's to say; without its word none is removed to make room.
+
+More than 400 lines, because what is handed out, fetched, described and removed at the same moment is decided together.
 """
 
 from __future__ import annotations
