@@ -315,6 +315,16 @@ def test_a_layer_writes_nothing_outside_of_its_directory(tmp_path: Path) -> None
 # -- in use, and elsewhere
 
 
+@pytest.mark.parametrize("damage", ["", "{"])
+def test_a_lost_list_of_images_takes_no_layer_along(tmp_path: Path, damage: str) -> None:
+    """Live sessions are on them."""
+    store = Images(tmp_path / "images")
+    store.load(archive(tmp_path / "a.tar", images.alpine()), "a/b:1")
+    held, records = layers(store), store.storage.root / "overlay-images/images.json"
+    records.write_text(damage) if damage else records.unlink()
+    assert layers(Images(tmp_path / "images")) == held != set()
+
+
 def test_an_image_is_never_gone_between_being_handed_out_and_used(tmp_path: Path) -> None:
     """Whoever starts a session has it described, or an error that says that it is not there; others remove it."""
     store = Images(tmp_path / "images")

@@ -3,6 +3,8 @@
 Owns: one storage of the executor's own, which image is in it under which name, and a small description of each, so that
 nothing but the description is read when a session starts. The work of fetching is skopeo's, under the limits of `room`.
 Must not choose an image. Which are needed is the executor's to say; without its word none is removed to make room.
+
+More than 400 lines, because what is handed out, fetched, described and removed at the same moment is decided together.
 """
 
 from __future__ import annotations
@@ -94,7 +96,10 @@ class Images:
         for pattern in ("pull-*", "mount-*"):  # of an executor that was killed
             for path in root.glob(pattern):
                 mounts.remove_tree(path)
-        self.storage.sweep()
+        try:
+            self._tidy()
+        except (OSError, ValueError) as error:  # live sessions go on; what needs the storage says more
+            log.warning("the images cannot be tidied: %s", error)
 
     def get(
         self, reference: str, pull: Pull, progress: Callable[[Progress], None], login: Login = lambda _: None
@@ -367,7 +372,9 @@ class Images:
 
     def _tidy(self) -> None:
         """Remove what programs left that were stopped. Nobody may add to the storage meanwhile."""
-        self.storage.sweep()
+        # Descriptions without any image: its list was lost, and the layers may be those of live sessions.
+        if self.storage.images() or not any((self.root / "images").glob("*.json")):
+            self.storage.sweep()
         self.room.cleared()
 
     def _full(self, wanted: Reference, why: str) -> Error:
