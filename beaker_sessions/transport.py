@@ -113,8 +113,8 @@ def _split(address: str) -> SplitResult:
 
 
 def _same(parts: SplitResult, named: str) -> bool:
-    """Whether an address that the settings name in full, scheme included, is this one."""
-    other = _split(named)
+    """Whether an address that the settings name is this one; plain HTTP is what they name one for."""
+    other = _split(named if "://" in named else f"http://{named}")
     return (other.scheme, other.hostname, other.port or 80) == (parts.scheme, parts.hostname, parts.port or 80)
 
 

@@ -34,7 +34,6 @@ HEADER = 10.0  # seconds for the header of a request, from its first byte or fro
 BODY = 60.0  # and for its body
 REST = 5.0  # and for the rest of a body that was answered before it had come
 READ = 60.0  # for whoever asked to read the answer, but for what the kernel keeps
-CLOSED = 5.0  # until a closed connection is cut off, whatever is still to be sent
 LOOK = 1.0  # between two looks at all of them
 OWN = 128  # descriptors that are no connections
 NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST = 4, 20, 1  # linux/netlink.h, linux/sock_diag.h
@@ -50,7 +49,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._header: float | None = time.monotonic()  # since when one is awaited or half there
-        self._body = self._unread = self._closing = None  # type: float | None
+        self._body = self._unread = None  # type: float | None
         self._is_executor = False
         self.peer = _peer(transport)
         self.app_state = {**self.app_state, "connection": self}
@@ -108,10 +107,10 @@ class Connection(H11Protocol):
 
     def look(self, now: float) -> None:
         """Cut it off if something took too long."""
+        # Also when it is closed: what is still to be sent keeps it.
         self._unread = (self._unread or now) if self.transport.get_write_buffer_size() else None
-        self._closing = (self._closing or now) if self.transport.is_closing() else None
-        since = ((self._header, HEADER), (self._body, BODY), (self._unread, READ), (self._closing, CLOSED))
-        if any(begin is not None and now - begin > limit for begin, limit in since):
+        deadlines = ((self._header, HEADER), (self._body, BODY), (self._unread, READ))
+        if any(begin is not None and now - begin > limit for begin, limit in deadlines):
             self.cut_off()
 
 
@@ -149,7 +148,7 @@ def serve(app: FastAPI, settings: ServerSettings) -> None:
     """Serve until SIGTERM or SIGINT. Port 0 takes a free one, which the log names. Raises Error if it cannot."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    most = min(settings.connections_all, hard - settings.connections_each - OWN)
+    most = max(min(settings.connections_all, hard - settings.connections_each - OWN), settings.connections_each)
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # its warnings are of what anybody may send
     sockets = listen(settings)
     Server(app, gate.Gate(settings.connections_each, most)).run(sockets)

@@ -129,6 +129,7 @@ def test_a_token_goes_to_another_machine_in_the_clear_only_where_that_is_named(a
     assert caught.value.code == "invalid"
     assert address in caught.value.message
     Endpoint(address, insecure=["http://other.lab", address + "/"])
+    Endpoint(address, insecure=[address.removeprefix("http://")])
     Endpoint(address.replace("http:", "https:"))
 
 

@@ -77,7 +77,7 @@ def real(server: SimpleNamespace, tmp_path: Path) -> Iterator[SimpleNamespace]:
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HEADER", "BODY", "REST", "READ", "CLOSED"):
+    for name in ("HEADER", "BODY", "REST", "READ"):
         monkeypatch.setattr(web, name, 1.0)
     monkeypatch.setattr(web, "LOOK", 0.1)
 
@@ -156,13 +156,17 @@ def test_a_request_that_drips_ends(real: SimpleNamespace, before: bytes) -> None
 
 
 @pytest.mark.usefixtures("hasty")
-def test_who_does_not_read_is_cut_off(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [b"", b"Connection: close\r\n"])
+def test_who_does_not_read_is_cut_off(tmp_path: Path, more: bytes) -> None:
     async def app(scope: Any, _receive: Any, send: Any) -> None:
         if scope["type"] == "http":
             await send({"type": "http.response.start", "status": 200, "headers": []})
             await send({"type": "http.response.body", "body": b"x" * (64 << 20)})
 
-    with serving(app, tmp_path, 20, 80) as at, begun(at.port, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n") as reader:
+    with (
+        serving(app, tmp_path, 20, 80) as at,
+        begun(at.port, b"GET / HTTP/1.1\r\nHost: x\r\n" + more + b"\r\n") as reader,
+    ):
         reader.recv(1)
         deadline = time.monotonic() + 30
         while at.gate.connections and time.monotonic() < deadline:
