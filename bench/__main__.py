@@ -51,6 +51,7 @@ while True:
     open("ready", "w").close()
 """
 IDLE = 50  # sessions, for the memory of one
+SETTINGS = {"defaultImage": "debian", "limits": {"sessions": 0, "unreserved": 0}}  # one user stands for many
 
 Table = dict[str, dict[str, float]]  # what is measured -> subject -> value
 
@@ -289,7 +290,7 @@ def main() -> None:
         users = {}
         for name in ("docker", "oci"):
             (root / name).mkdir()
-            stack = Stack(root / name, gpus=1, driver=name, settings={"defaultImage": "debian"})
+            stack = Stack(root / name, gpus=1, driver=name, settings=SETTINGS)
             parts.callback(stack.close)
             stack.start()
             if name == "oci":  # where it belongs, as the others have it

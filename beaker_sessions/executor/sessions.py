@@ -2,7 +2,8 @@
 here.
 
 Owns the in-memory view of the ledger: each change is committed there first, then shown. Must not call the sandbox
-driver: what takes time is done by `lifecycle`, which is told through `on_start` and `on_exit`.
+driver: what takes time is done by `lifecycle`, which is told through `on_start` and `on_exit`. Longer than 400 lines
+since all of it is under one lock.
 """
 
 from __future__ import annotations
