@@ -67,9 +67,9 @@ class Caller:
         """The request, None when the caller left instead. Raises TimeoutError when it says nothing."""
         deadline = time.monotonic() + PATIENCE
         while not self.readable:
-            if time.monotonic() > deadline:
+            if (left := deadline - time.monotonic()) <= 0:
                 raise TimeoutError
-            await self.turn(PATIENCE)
+            await self.turn(left)
         return self.receive(FRAME)
 
     def receive(self, limit: int = LATER) -> dict[str, Any] | None:

@@ -19,7 +19,16 @@ import pytest
 from beaker_sessions.executor import caller
 from beaker_sessions.executor.agent import Agents
 from beaker_sessions.executor.caller import Caller
+from beaker_sessions.executor.inside import Inside
+from beaker_sessions.executor.inventory import Inventory
+from beaker_sessions.executor.ledger import Ledger
+from beaker_sessions.executor.lifecycle import Lifecycle
 from beaker_sessions.executor.loop import Loop, Workers
+from beaker_sessions.executor.sessions import Sessions
+from beaker_sessions.model import Identity, Request, State
+from beaker_sessions.sandbox.fake import FakeSandboxes
+from beaker_sessions.settings import ExecutorSettings
+from tests.stack import wait_for
 
 SECONDS = 20.0
 
@@ -188,3 +197,26 @@ def test_without_a_free_descriptor_callers_wait(serve: Callable[..., subprocess.
         process.stdin.flush()
         door.settimeout(SECONDS)
         assert door.recv(100) == b"served"
+
+
+def test_a_start_for_which_there_is_no_thread_is_made_up_for(
+    loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    driver, ledger = FakeSandboxes(), Ledger(tmp_path / "ledger.db")
+    sessions = Sessions(ledger, Inventory("gpu-1", 8.0, 1 << 36, ()))
+    inside = Inside(loop, tmp_path / "sessions", "http://127.0.0.1:9", driver.init)
+    lifecycle = Lifecycle(sessions, driver, ExecutorSettings(storage_path=str(tmp_path)), inside, "test")
+    lifecycle.reconcile()
+
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    ann = Identity("ann", 1500, 1500, "/home/ann")
+    wanted = Request(gpus=0, cpus=1.0, memory=0, image="nowhere", bare=True, command=("true",))
+    with monkeypatch.context() as none_left:
+        none_left.setattr(threading.Thread, "start", fail)
+        id = sessions.create("ann", ann, wanted, None).id
+    assert sessions.view(id).session.state == State.SCHEDULED
+    lifecycle.reconcile()
+    wait_for("its end, as there is no such image", lambda: sessions.view(id).session.state == State.FINALIZED)
+    ledger.close()
