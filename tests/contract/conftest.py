@@ -144,7 +144,7 @@ def fake_lab(tmp_path_factory: pytest.TempPathFactory) -> FakeLab:
 def oci_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OciLab]:
     if os.geteuid() != 0:
         pytest.skip("needs root to start containers")
-    for program in ("conmon", "skopeo", "ip", "iptables", "tini-static"):
+    for program in ("conmon", "skopeo", "ip", "iptables", "nft", "tini-static"):
         if not shutil.which(program):
             pytest.skip(f"needs {program}")
     if not shutil.which("runc") and not shutil.which("crun"):
