@@ -32,7 +32,7 @@ say "both killed: the session goes on"
 pid=$(pgrep -f 'sleep 1000' | head -n 1)
 systemctl kill --kill-whom=main -s KILL beaker-executor beaker-server
 for attempt in 1 2 3 4 5 6 7 8 9 10; do
-    sleep 1
+    sleep 3
     ada beaker session exec "$session" -- true && break
 done
 ada beaker session exec "$session" -- true
