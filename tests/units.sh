@@ -6,15 +6,16 @@ export HOME=/root
 say() { echo "== $*"; }
 ada() { runuser -u ada -- env HOME=/home/ada "$@"; }
 
-cp -a build/guest/opt /opt/beaker-sessions
 repository=$PWD
+mkdir /opt/beaker-sessions
+tar -C /opt/beaker-sessions -xpf build/guest/opt.tar
 say "set up by an ordinary user with sudo, from a home that nobody else may enter"
 useradd --create-home ada
 chmod 0700 /home/ada
 echo 'ada ALL=(ALL) NOPASSWD: ALL' > /etc/sudoers.d/ada
 mkdir "/home/ada/check out"
 cd "/home/ada/check out"
-cp -r "$repository/setup" "$repository/images" "$repository/beaker_sessions" "$repository/requirements.txt" .
+tar -xf "$repository/build/guest/checkout.tar"
 chown -R ada: .
 ada python3 -B -c '
 from setup import __main__, steps
