@@ -6,15 +6,16 @@ export HOME=/root
 say() { echo "== $*"; }
 ada() { runuser -u ada -- env HOME=/home/ada "$@"; }
 
-cp -a build/guest/opt /opt/beaker-sessions
 repository=$PWD
+mkdir /opt/beaker-sessions
+tar -C /opt/beaker-sessions -xpf build/guest/opt.tar
 say "set up by an ordinary user with sudo, from a home that nobody else may enter"
 useradd --create-home ada
 chmod 0700 /home/ada
 echo 'ada ALL=(ALL) NOPASSWD: ALL' > /etc/sudoers.d/ada
 mkdir "/home/ada/check out"
 cd "/home/ada/check out"
-cp -r "$repository/setup" "$repository/images" "$repository/beaker_sessions" "$repository/requirements.txt" .
+tar -xf "$repository/build/guest/checkout.tar"
 chown -R ada: .
 ada python3 -B -c '
 from setup import __main__, steps
@@ -32,7 +33,7 @@ say "both killed: the session goes on"
 pid=$(pgrep -f 'sleep 1000' | head -n 1)
 systemctl kill --kill-whom=main -s KILL beaker-executor beaker-server
 for attempt in 1 2 3 4 5 6 7 8 9 10; do
-    sleep 1
+    sleep 3
     ada beaker session exec "$session" -- true && break
 done
 ada beaker session exec "$session" -- true
