@@ -56,6 +56,7 @@ if [ "$what" = units ]; then
     unshare --mount sh -c 'mount --bind "$0" /opt/beaker-sessions && /usr/bin/python3 -B -c "from setup import installed; installed.install(print)"' "$work/opt"
     rmdir /opt/beaker-sessions 2> /dev/null || true
     tar -C "$work/opt" -cf "$work/opt.tar" . # many small files take minutes through the guest's mount
+    .venv/bin/python -c 'import pathlib, sys; from tests import images; images.oci_archive(images.alpine(), pathlib.Path(sys.argv[1]))' "$work/image.tar"
     tar --exclude=__pycache__ -cf "$work/checkout.tar" setup images beaker_sessions requirements.txt
     echo sh tests/units.sh > "$work/command"
 else

@@ -22,11 +22,11 @@ from setup import __main__, steps
 names = ("system packages", "default image")  # which need a network
 steps.run(step for step in __main__.SESSION if step.name not in names)'
 say "$(systemctl show -p ExecMainPID,TasksMax,ActiveState beaker-server beaker-executor | tr '\n' ' ')"
-beaker executor images load "$repository"/build/images/debian-*.tar debian > /dev/null
-[ "$(ada beaker session create --gpus 0 --image debian -- id -un)" = ada ]
+beaker executor images load "$repository/build/guest/image.tar" alpine > /dev/null
+[ "$(ada beaker session create --gpus 0 --image alpine -- id -un)" = ada ]
 say "sudo and set-uid programs are not cut off"
-ada beaker session create --gpus 0 --image debian -- sh -c '! grep -q "NoNewPrivs:.*1" /proc/self/status'
-session=$(ada beaker session create --gpus 0 --image debian --detach -- sleep 1000)
+ada beaker session create --gpus 0 --image alpine -- sh -c '! grep -q "NoNewPrivs:.*1" /proc/self/status'
+session=$(ada beaker session create --gpus 0 --image alpine --detach -- sleep 1000)
 inside=$(ada beaker session exec "$session" -- cat /proc/sys/kernel/random/boot_id)
 [ "$inside" = "$(cat /proc/sys/kernel/random/boot_id)" ]
 say "both killed: the session goes on"
