@@ -21,7 +21,8 @@ from . import plan
 from .access import Access
 from .caller import Caller, Held
 from .lifecycle import Lifecycle
-from .sessions import Subscription, View
+from .sessions import View
+from .subscription import Subscription
 
 LOOK = 1.0  # seconds between looks at what wakes nobody: the token, and whether output waits
 FROZEN = 10.0  # seconds in which a command line must answer, lest what it does not read stops the session,

@@ -21,12 +21,13 @@ from pathlib import Path
 
 from .. import wire
 from ..errors import Error
-from ..model import Claim, Identity, Request, Session, State
+from ..model import Identity, Request, Session, State
 from ..sandbox import LABEL_OWNER, Found, Mount, Progress, Sandboxes, Spec, Status, subordinate
 from ..settings import ExecutorSettings
-from . import admission, credentials, disk, forwarding, inventory, plan, ports
+from . import admission, credentials, disk, forwarding, inventory, plan
 from .homes import home
 from .inside import Inside
+from .publishing import Publisher
 from .rundir import TARGET
 from .sessions import Sessions
 
@@ -57,7 +58,7 @@ class Lifecycle:
         self._reconciling = threading.Lock()
         self._boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         restarted = (sessions.ledger.fact("boot") or self._boot) != self._boot
-        self._unpublished: set[str] = set()  # sessions with ports that are somebody else's by now
+        self._publisher = Publisher(sessions, sandboxes)
         self._cut_off = (
             {session.id for session in sessions.live()} if restarted else set()
         )  # by a restart of the machine
@@ -122,7 +123,7 @@ class Lifecycle:
         own = [Mount(str(rundir), TARGET, read_only=True)]
         own += [Mount(str(f), path, read_only=True) for f, (_, path) in zip(files, request.secret_mounts, strict=True)]
         with ExitStack() as pins:
-            claim, sockets = self._bind(id, session, pins)
+            claim, sockets = self._publisher.bind(id, session, pins)
             session = replace(session, claim=claim)
             spec: Spec = plan.spec(
                 id, request, claim, identity, image, [*self._mounts(request, identity, pins), *own],
@@ -134,47 +135,7 @@ class Lifecycle:
             size = self.sessions.offer(id, lambda: self.sandboxes.attach(id, replay=False))
             self.sandboxes.start(id, size if request.tty else None)
             if sockets:
-                self._forward(id, sockets)
-
-    def _bind(self, id: str, session: Session, pins: ExitStack) -> tuple[Claim, ports.Sockets]:
-        """The sockets of its ports, and the claim with the ports as they are. Before anything is made."""
-        claim = session.claim or Claim()
-        if not claim.ports:
-            return claim, []
-        mapped, sockets = self.sessions.ports.take(id, session.request, claim, self.sessions.live())
-        for sock, _ in sockets:
-            pins.callback(sock.close)
-        if mapped != claim.ports:
-            claim = replace(claim, ports=mapped)
-            self.sessions.move(id, claim=claim)
-        return claim, sockets
-
-    def _forward(self, id: str, sockets: ports.Sockets) -> None:
-        init = self.sandboxes.init(id)
-        if init is not None:  # else it has ended already
-            try:
-                forwarding.start(id, init, sockets)
-            finally:
-                os.close(init)
-
-    def _forward_again(self, sessions: list[Session]) -> None:
-        """Start the forwarders that were killed, and those of sessions that a version without them made."""
-        running = forwarding.running() if sessions else {}
-        for session in sessions:
-            if session.id in running or not session.claim:
-                continue
-            try:
-                sockets = ports.bind(session.claim.ports)
-                try:
-                    self._forward(session.id, sockets)
-                finally:
-                    for sock, _ in sockets:
-                        sock.close()
-                self._unpublished.discard(session.id)
-            except (Error, OSError) as error:
-                if session.id not in self._unpublished:
-                    self._unpublished.add(session.id)
-                    log.warning("session %s: its ports are not published: %s", session.id, error)
+                self._publisher.forward(id, sockets)
 
     def _progress(self, id: str, progress: Progress) -> None:
         live = self.sessions.entry(id)
@@ -355,7 +316,7 @@ class Lifecycle:
                 self._spawn(session.id, self._clean_up)
             if session.state == State.STARTED and session.claim and session.claim.ports:
                 published.append(session)
-        self._forward_again(published)
+        self._publisher.forward_again(published)
         for found in exists.values():
             self._adopt(found)
         self.inside.resume(lambda: [session.id for session in self.sessions.live()])

@@ -24,34 +24,12 @@ from . import admission, claims, plan
 from .inventory import Inventory
 from .ledger import Ledger, held
 from .ports import Ports
+from .subscription import Subscription
 
 log = logging.getLogger(__name__)
 
 LOOKED = 200  # ended sessions among which a name is looked for
 LONG = 1.0  # seconds on the way to a prompt after which a write more is not felt
-
-
-class Subscription:
-    """Someone who follows a session. `news` is set, and `wake` called, when there is something new in `Sessions.view`.
-
-    wake: called in any thread, with a lock held. wants_terminal: it asks for the main process's streams, before the
-    first byte of output if it comes early enough. terminal: what it was given; whoever takes it owns its descriptor.
-    """
-
-    def __init__(self, wake: Callable[[], None], wants_terminal: bool, size: tuple[int, int] | None) -> None:
-        self.news, self._wake = False, wake
-        self.wants_terminal = wants_terminal
-        self.size = size
-        self.terminal: Terminal | None = None
-
-    def notify(self) -> None:
-        if not self.news:
-            self.news = True
-            self._wake()
-
-    def close(self) -> None:
-        if self.terminal:
-            os.close(self.terminal.fd)
 
 
 @dataclass
