@@ -85,7 +85,8 @@ def allow(operation: str, account: Mapping[str, object], owner: str | None = Non
     admin = account.get("role") == "admin" and scope == Scope.ADMIN
     if right is Right.ADMIN:
         if not admin:
-            raise Error("forbidden", f"{operation} of a node is its administrators' business", "ask one, or use sudo")
+            hint = f"sudo beaker executor {operation}"
+            raise Error("forbidden", f"{operation} of a node is its administrators' business", hint)
         return
     others = right is not Right.ACCOUNT and owner not in (None, account.get("name"))
     if others and not (admin and right is Right.OWNER_OR_ADMIN):

@@ -21,6 +21,7 @@ from . import plan
 from .access import Access
 from .caller import Caller, Held
 from .lifecycle import Lifecycle
+from .replay import SCANNED, alternate, shown
 from .sessions import View
 from .subscription import Subscription
 
@@ -28,6 +29,8 @@ LOOK = 1.0  # seconds between looks at what wakes nobody: the token, and whether
 FROZEN = 10.0  # seconds in which a command line must answer, lest what it does not read stops the session,
 SILENT = 2.0  # and when somebody attaches
 AWAIT = 0.2  # seconds between looks at a process of which no terminal says that it has ended
+REDRAW = 0.1  # seconds in which a program notices another size
+NEEDLE = 1024  # bytes by which the beginning of the recent output is found in the older
 
 ROOT = Identity("root", 0, 0, "/root", {0: "root"})
 
@@ -207,19 +210,29 @@ class Following:
         if view.session.state != State.STARTED:
             return None
         await self._release(view.session)
-        return await caller.work(self._attach, view.session.id, news.size, replay)
+        attached = await caller.work(self._attach, view.session, replay)
+        given, full_screen = attached
+        if given and news.size:  # a full-screen program draws anew when the size changes
+            await caller.work(self.sandboxes.resize, view.session.id, (news.size[0], news.size[1] + 1))
+            if full_screen:  # and some compare it with what it was when they last looked
+                await asyncio.sleep(REDRAW)
+            await caller.work(self.sandboxes.resize, view.session.id, news.size)
+        return given
 
-    def _attach(self, id: str, size: tuple[int, int] | None, replay: bool) -> Terminal | None:
+    def _attach(self, session: Session, replay: bool) -> tuple[Terminal | None, bool]:
+        """A connection to a session's terminal, None when it has just ended, and whether its screen is a program's."""
         try:
-            given = self.sandboxes.attach(id, replay=replay)
+            older = self.sandboxes.logs(session.id, SCANNED) if replay and session.request.tty else b""
+            given = self.sandboxes.attach(session.id, replay=replay)
         except Error as error:
             if error.code in ("not_found", "conflict"):
-                return None  # it ended just now, and the next news will say so
+                return None, False  # the next news will say so
             raise
-        if size:  # a full-screen program repaints when the size changes, even if it comes back to what it was
-            self.sandboxes.resize(id, (size[0], size[1] + 1))
-            self.sandboxes.resize(id, size)
-        return given
+        if not older:
+            return given, False
+        begin = older.rfind(given.replay[:NEEDLE]) if given.replay else len(older)
+        older = older[:begin] if begin >= 0 else older
+        return replace(given, replay=shown(older, given.replay)), alternate(older + given.replay)
 
     def _events(self, view: View) -> Iterator[dict]:
         session = view.session

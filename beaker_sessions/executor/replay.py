@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-SCANNED = 16 << 20  # bytes before the recent output in which modes are looked for
+SCANNED = 4 << 20  # bytes before the recent output in which modes are looked for
 
 # Bytes that are no UTF-8 become lone surrogates. Those of the range of C1 controls are not kept.
 _STRAY = re.compile("[\udc80-\udc9f]")
@@ -76,19 +76,30 @@ def shown(before: bytes, recent: bytes) -> bytes:
     return modes(before[-SCANNED:] + recent[:cut]) + _without_questions(recent[cut:])
 
 
+def alternate(output: bytes) -> bool:
+    """Whether a program with this output has the alternate screen at its end."""
+    return any(state for mode, state in _private(output).items() if mode in _ALTERNATE)
+
+
 def modes(output: bytes) -> bytes:
     """The sequences that put a terminal in the modes in which this output leaves one that was just made."""
     output = output[max(0, output.rfind(b"\x1bc")) :]  # a full reset
-    state: dict[int, bool] = {}
-    for match in _MODE.finditer(output):
-        state |= {number: match[2] == b"h" for number in _numbers(match[1]) if number in _MODES}
-    if (hidden := output.rfind(b"\x1b[?25l")) >= 0:
-        state[25] = output.rfind(b"\x1b[?25h") > hidden
+    state = _private(output)
     changed = sorted((n, on) for n, on in state.items() if on != (n in _ON))
     # The alternate screen first: what is set after it holds there.
     changed.sort(key=lambda entry: entry[0] not in _ALTERNATE)
     keypad = b"\x1b=" if output.rfind(b"\x1b=") > output.rfind(b"\x1b>") else b""
     return b"".join([b"\x1b[?%d%s" % (number, b"h" if on else b"l") for number, on in changed]) + keypad + _near(output)
+
+
+def _private(output: bytes) -> dict[int, bool]:
+    """The private modes that were changed, and whether they are set."""
+    state: dict[int, bool] = {}
+    for match in _MODE.finditer(output, max(0, output.rfind(b"\x1bc"))):
+        state |= {number: match[2] == b"h" for number in _numbers(match[1]) if number in _MODES}
+    if (hidden := output.rfind(b"\x1b[?25l")) >= 0:
+        state[25] = output.rfind(b"\x1b[?25h") > hidden
+    return state
 
 
 def _near(output: bytes) -> bytes:

@@ -57,7 +57,7 @@ def test_a_token_of_a_session_or_an_executor_does_nothing_at_the_door(stack: Sta
     done = ada.beaker("session", "create", "--gpus", "0", "--detach", "--", "sleep", "1000")
     id = done.stdout.decode().strip()
     wait_for("the server hears of it", lambda: stack.admin.get_job(id))
-    with closing(Client(stack.address, ada.token)) as client:
+    with closing(Client(stack.endpoint, ada.token)) as client:
         of_session = client.create_token({"name": "s", "scope": "session", "session": id})["token"]
     of_executor = stack.admin.create_token({"name": "e", "scope": "executor", "account": ada.name})["token"]
     for token in (of_session, of_executor):
@@ -88,7 +88,7 @@ def test_two_hundred_creates_at_once_pass_no_limit(stack: Stack, ada: User, bob:
 def test_what_the_server_hands_over_meets_the_same_limit_and_ends_saying_so(stack: Stack, ada: User) -> None:
     hog = {"command": ["sleep", "1000"], "requests": {"gpuCount": 2}}
     ask(ada, *(create(**hog) for _ in range(51)))
-    with closing(Client(stack.address, ada.token)) as client:
+    with closing(Client(stack.endpoint, ada.token)) as client:
         id = client.create_job({"session": {**hog, "node": "node-1.lab"}})["id"]
         wait_for("its end", lambda: "finalized" in client.get_job(id)["status"])
         status = client.get_job(id)["status"]
@@ -105,7 +105,7 @@ def test_an_account_has_no_session_as_a_unix_user_who_is_mapped_to_another(stack
     try:
         stack.start_executor()
         assert code(ask(ada, create(command=["true"]))[0]) == "forbidden"
-        with closing(Client(stack.address, ada.token)) as client:
+        with closing(Client(stack.endpoint, ada.token)) as client:
             job = {"command": ["sh", "-c", "touch stolen"], "node": "node-1.lab", "requests": {"gpuCount": 0}}
             id = client.create_job({"session": job})["id"]
             wait_for("its end", lambda: "finalized" in client.get_job(id)["status"])

@@ -108,6 +108,7 @@ READ_ME = {
     "beaker session top": "beaker session top --all",
     "beaker account create NAME": "beaker account create ada --email ada@example.com",
     "beaker config list": "",
+    "sudo beaker executor doctor": "",
     "beaker account token": "",
 }
 

@@ -16,6 +16,7 @@ from beaker_sessions.errors import Error
 from beaker_sessions.executor import access as module
 from beaker_sessions.executor.access import Access
 from beaker_sessions.executor.ledger import Ledger
+from beaker_sessions.transport import Endpoint
 
 ADA = {"name": "ada", "role": "user", "scope": "user"}
 
@@ -46,7 +47,8 @@ class Server:
                 pass
 
         self.web = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self.web.server_address[1]}"
+        address = f"http://127.0.0.1:{self.web.server_address[1]}"
+        self.endpoint = Endpoint(address, insecure=[address])
         threading.Thread(target=self.web.serve_forever, daemon=True).start()
 
 
@@ -91,7 +93,7 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 def test_without_the_server_new_sessions_start_for_15_minutes_and_the_rest_goes_on(
     server: Server, clock: Clock, ledger: Ledger
 ) -> None:
-    access, token = Access(ledger, server.address, {}), ids.mint_token()
+    access, token = Access(ledger, server.endpoint, {}), ids.mint_token()
     access.check(token, "ada", creates=True)
     clock.now += 3600
     access.check(token, "ada", creates=True)  # the server knows it still
@@ -112,20 +114,20 @@ def test_without_the_server_new_sessions_start_for_15_minutes_and_the_rest_goes_
 
 def test_an_executor_that_restarts_does_not_begin_to_trust_anew(server: Server, ledger: Ledger) -> None:
     token = ids.mint_token()
-    Access(ledger, server.address, {}).check(token, "ada")
+    Access(ledger, server.endpoint, {}).check(token, "ada")
     server.status = 503
-    Access(ledger, server.address, {}).check(token, "ada", creates=True)
+    Access(ledger, server.endpoint, {}).check(token, "ada", creates=True)
     long_ago = (datetime.now(UTC) - timedelta(minutes=16)).isoformat()
     with ledger.transaction() as db:
         db.execute("UPDATE accounts SET seen = ?", (long_ago,))
-    restarted = Access(ledger, server.address, {})
+    restarted = Access(ledger, server.endpoint, {})
     assert restarted.check(token, "ada") == ADA
     with pytest.raises(Error, match="15 minutes"):
         restarted.check(token, "ada", creates=True)
 
 
 def test_the_ledger_learns_that_the_server_still_knows_a_token(server: Server, clock: Clock, ledger: Ledger) -> None:
-    access, token = Access(ledger, server.address, {}), ids.mint_token()
+    access, token = Access(ledger, server.endpoint, {}), ids.mint_token()
     access.check(token, "ada")
     with ledger.transaction() as db:
         db.execute("UPDATE accounts SET seen = '2020-01-01T00:00:00+00:00'")
@@ -138,18 +140,18 @@ def test_the_ledger_learns_that_the_server_still_knows_a_token(server: Server, c
 
 @pytest.mark.parametrize("away", [200, 503])
 def test_a_revocation_ends_a_token_everywhere(server: Server, ledger: Ledger, away: int) -> None:
-    access, token = Access(ledger, server.address, {}), ids.mint_token()
+    access, token = Access(ledger, server.endpoint, {}), ids.mint_token()
     access.check(token, "ada")
     access.revoke([ids.hash_token(token), "of somebody else"])
     server.status = 401 if away == 200 else away
-    for asks in (access, Access(ledger, server.address, {})):
+    for asks in (access, Access(ledger, server.endpoint, {})):
         with pytest.raises(Error) as error:
             asks.check(token, "ada")
         assert error.value.code == ("unauthorized" if away == 200 else "unavailable")
 
 
 def test_an_answer_that_was_under_way_brings_no_revoked_token_back(server: Server, ledger: Ledger) -> None:
-    access, token = Access(ledger, server.address, {}), ids.mint_token()
+    access, token = Access(ledger, server.endpoint, {}), ids.mint_token()
     errors: list[Error] = []
     server.held.clear()
     thread = threading.Thread(target=ask, args=(access, token, errors))
@@ -167,7 +169,7 @@ def test_an_answer_that_was_under_way_brings_no_revoked_token_back(server: Serve
 
 
 def test_a_refusal_is_not_undone_by_an_older_answer(server: Server, ledger: Ledger) -> None:
-    access, token = Access(ledger, server.address, {}), ids.mint_token()
+    access, token = Access(ledger, server.endpoint, {}), ids.mint_token()
     server.held.clear()
     errors: list[Error] = []
     thread = threading.Thread(target=ask, args=(access, token, errors))

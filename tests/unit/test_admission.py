@@ -21,6 +21,7 @@ from beaker_sessions.executor.inside import Inside
 from beaker_sessions.executor.inventory import Inventory
 from beaker_sessions.executor.ledger import Ledger
 from beaker_sessions.executor.lifecycle import Lifecycle
+from beaker_sessions.executor.loop import Loop
 from beaker_sessions.executor.metrics import Metrics
 from beaker_sessions.executor.report import Reporter, _refused
 from beaker_sessions.executor.sessions import Sessions
@@ -207,13 +208,13 @@ def test_limits_of_the_settings() -> None:
 @pytest.fixture
 def reporter(make: Make, tmp_path: Path) -> Reporter:
     settings = ExecutorSettings(storage_path=str(tmp_path), accounts={"games": "asmith"})
-    inside = Inside(tmp_path / "run", "http://127.0.0.1:1")
+    inside = Inside(Loop(), tmp_path / "run", settings.endpoint, lambda _: None)
     lifecycle = Lifecycle(make(Limits(sessions=1)), FakeSandboxes(("base",)), settings, inside, "owner")
     lifecycle.sessions.on_start = lambda _id: None
     lifecycle.sessions.cordon("start", "")
     ledger = lifecycle.sessions.ledger
     ledger.fact("node", "N1")
-    access = Access(ledger, settings.address, settings.accounts)
+    access = Access(ledger, settings.endpoint, settings.accounts)
     return Reporter(lifecycle, access, settings, Metrics(lifecycle.sessions, lifecycle.sandboxes, str(tmp_path), dict))
 
 
