@@ -210,14 +210,13 @@ class Following:
         if view.session.state != State.STARTED:
             return None
         await self._release(view.session)
-        attached = await caller.work(self._attach, view.session, replay)
-        given, full_screen = attached
-        if given and news.size:  # a full-screen program draws anew when the size changes
+        attached, full_screen = await caller.work(self._attach, view.session, replay)
+        if attached and news.size:  # a full-screen program draws anew when the size changes
             await caller.work(self.sandboxes.resize, view.session.id, (news.size[0], news.size[1] + 1))
             if full_screen:  # and some compare it with what it was when they last looked
                 await asyncio.sleep(REDRAW)
             await caller.work(self.sandboxes.resize, view.session.id, news.size)
-        return given
+        return attached
 
     def _attach(self, session: Session, replay: bool) -> tuple[Terminal | None, bool]:
         """A connection to a session's terminal, None when it has just ended, and whether its screen is a program's."""

@@ -206,16 +206,18 @@ def test_limits_of_the_settings() -> None:
 
 
 @pytest.fixture
-def reporter(make: Make, tmp_path: Path) -> Reporter:
+def reporter(make: Make, tmp_path: Path) -> Iterator[Reporter]:
     settings = ExecutorSettings(storage_path=str(tmp_path), accounts={"games": "asmith"})
-    inside = Inside(Loop(), tmp_path / "run", settings.endpoint, lambda _: None)
+    loop = Loop()  # which does not run
+    inside = Inside(loop, tmp_path / "run", settings.endpoint, lambda _: None)
     lifecycle = Lifecycle(make(Limits(sessions=1)), FakeSandboxes(("base",)), settings, inside, "owner")
     lifecycle.sessions.on_start = lambda _id: None
     lifecycle.sessions.cordon("start", "")
     ledger = lifecycle.sessions.ledger
     ledger.fact("node", "N1")
     access = Access(ledger, settings.endpoint, settings.accounts)
-    return Reporter(lifecycle, access, settings, Metrics(lifecycle.sessions, lifecycle.sandboxes, str(tmp_path), dict))
+    yield Reporter(lifecycle, access, settings, Metrics(lifecycle.sessions, lifecycle.sandboxes, str(tmp_path), dict))
+    loop.asyncio.close()
 
 
 def handed(account: str, node: str = "N1", **asked: object) -> dict:
