@@ -46,6 +46,9 @@ ELSEWHERE = {
     "beaker session describe": "e2e/test_inside.py::test_a_session_knows_whose_it_is",
     "beaker session exec --root": "e2e/test_root.py::test_exec_as_root",
     "sudo apt-get install jq": "e2e/test_kept.py::test_what_is_kept",
+    # sudo's, which a test plays
+    "sudo beaker session create": "e2e/test_admission.py::test_under_sudo_a_session_is_that_of_who_called_it",
+    "sudo beaker executor doctor": ("e2e/test_bad_input.py::test_what_is_wrong_with_a_machine_is_for_administrators"),
     "ssh -A": "e2e/test_git.py::test_a_forwarded_agent",
     # what needs a registry, or Docker Engine's images
     "beaker session create --image pytorch/pytorch": "e2e/test_registry.py::test_an_image_comes_with_ones_own_login",
@@ -108,7 +111,6 @@ READ_ME = {
     "beaker session top": "beaker session top --all",
     "beaker account create NAME": "beaker account create ada --email ada@example.com",
     "beaker config list": "",
-    "sudo beaker executor doctor": "",
     "beaker account token": "",
 }
 
