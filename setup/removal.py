@@ -32,9 +32,8 @@ def clean() -> None:
             engine.call("DELETE", f"/networks/{network}")
             subprocess.run(["nft", "delete", "table", "inet", network], stderr=subprocess.DEVNULL)
             _say(f"removed network {network}")
-    if images := services.setting("imagePath", ""):  # its other contents are somebody's
-        for part in ("storage", "images", "run"):
-            _remove(Path(images, part))
+    if disk := services.setting("imagePath", ""):  # its other contents are somebody's
+        _remove(Path(disk, IMAGES))
     _stop_engine()
     if services.SETTINGS.exists() and services.SETTINGS.read_bytes() == services.EXAMPLE.read_bytes():
         _remove(services.SETTINGS)

@@ -170,10 +170,12 @@ class Sandboxes(Protocol):
     root: bool  # whether root inside is nobody outside, so that a user may be it
 
     def image(
-        self, reference: str, pull: Pull, progress: Callable[[Progress], None], login: Login = lambda _: None
-    ) -> Image:
+        self, reference: str, pull: Pull, progress: Callable[[Progress], None], login: Login = lambda _: None,
+        going: Callable[[], None] = lambda: None,
+    ) -> Image:  # fmt: skip
         """The local image for `reference`, fetched first if `pull` says so.
 
+        progress, going: called while it is fetched, with its progress and before there is any; each may raise to end it.
         Raises Error not_found (with what was tried), unauthorized, unavailable, storage_full or invalid (grammar).
         """
 
