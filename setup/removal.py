@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from beaker_sessions.sandbox import IMAGES
+
 from . import driver, engine, everyone, host, installed, services
 
 
@@ -32,7 +34,7 @@ def clean() -> None:
             engine.call("DELETE", f"/networks/{network}")
             subprocess.run(["nft", "delete", "table", "inet", network], stderr=subprocess.DEVNULL)
             _say(f"removed network {network}")
-    if disk := services.setting("imagePath", ""):  # its other contents are somebody's
+    if disk := services.setting("imagePath", ""):
         _remove(Path(disk, IMAGES))
     _stop_engine()
     if services.SETTINGS.exists() and services.SETTINGS.read_bytes() == services.EXAMPLE.read_bytes():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .. import __version__, trust
 from ..errors import Error
-from ..sandbox import Sandboxes, firewall
+from ..sandbox import IMAGES, Sandboxes, firewall
 from ..settings import ExecutorSettings, load
 from . import admission, doctor, exposition, images, inventory, plan, ports
 from .access import Access, trusted

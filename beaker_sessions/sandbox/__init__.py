@@ -23,6 +23,7 @@ LABEL = "beaker.session"  # every sandbox carries it, its value is the session's
 # So that the executor of one state directory never touches the sandboxes of another.
 LABEL_OWNER = "beaker.executor"
 MARK = 0xBEA  # SO_MARK of the sockets of published ports: by it the firewall lets sessions reach them
+IMAGES = "beaker-images"  # the driver's directory in the one that `imagePath` names, which may be anybody's
 LOW_DISK = 10 << 30  # bytes of free disk below which images and sessions will soon be in trouble
 PIDS = 4096  # processes and threads of a session, unless told otherwise
 
@@ -175,7 +176,7 @@ class Sandboxes(Protocol):
     ) -> Image:  # fmt: skip
         """The local image for `reference`, fetched first if `pull` says so.
 
-        progress, going: called while it is fetched, with its progress and before there is any; each may raise to end it.
+        progress, going: called while it is fetched, with its progress and before there is any; may raise to end it.
         Raises Error not_found (with what was tried), unauthorized, unavailable, storage_full or invalid (grammar).
         """
 
