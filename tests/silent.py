@@ -33,20 +33,20 @@ def main() -> None:
     import mfusepy as fuse
 
     class Silent(fuse.Operations):  # type: ignore[misc]
-        def getattr(self, path: str, fh: Any = None) -> dict[str, int]:
+        def getattr(self, path: str, fh: Any = None) -> dict[str, int]:  # noqa: ARG002
             if path == "/":
                 return {"st_mode": stat.S_IFDIR | 0o755, "st_nlink": 2}
             if path == "/file":
                 return {"st_mode": stat.S_IFREG | 0o666, "st_nlink": 1, "st_size": 1 << 20}
             raise fuse.FuseOSError(errno.ENOENT)
 
-        def open(self, path: str, flags: int) -> int:
+        def open(self, path: str, flags: int) -> int:  # noqa: ARG002
             return 0
 
-        def read(self, path: str, size: int, offset: int, fh: int) -> bytes:
+        def read(self, path: str, size: int, offset: int, fh: int) -> bytes:  # noqa: ARG002
             return bytes(size)
 
-        def write(self, path: str, data: bytes, offset: int, fh: int) -> int:
+        def write(self, path: str, data: bytes, offset: int, fh: int) -> int:  # noqa: ARG002
             time.sleep(600)
             return len(data)
 

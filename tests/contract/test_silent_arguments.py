@@ -52,11 +52,11 @@ def hostile(tmp_path: Path) -> Iterator[int]:
 def test_nobody_waits_for_a_user_s_memory(hostile: int) -> None:
     """The executor's loop, and `make session`, waited until the machine was restarted."""
     look = [sys.executable, "-c", f"open('/proc/{hostile}/cmdline', 'rb').read()"]
-    with subprocess.Popen(look) as one, pytest.raises(subprocess.TimeoutExpired):
-        try:
-            one.wait(3)  # else it is no attack
-        finally:
-            one.kill()
+    one = subprocess.Popen(look)
+    with pytest.raises(subprocess.TimeoutExpired):
+        one.wait(3)  # else it is no attack
+    one.kill()
+    one.wait()
     readers = {name: subprocess.Popen([sys.executable, "-c", code]) for name, code in READERS.items()}
     stuck = []
     for name, reader in readers.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import http.server
 import json
 import socket
@@ -21,17 +20,10 @@ from beaker_sessions.sandbox.oci import fetching, registry
 from beaker_sessions.sandbox.oci.reference import parse
 from beaker_sessions.sandbox.oci.registry import Registry, public
 from beaker_sessions.sandbox.oci.room import Room
+from tests.dripping import CONFIG, LAYER, MANIFEST, Drip, described
 
 SECRET = "token-of-the-machine"
-CONFIG, LAYER = b"{}", b"layer" * 1000
 Answer = tuple[int, dict[str, str], bytes]
-
-
-def described(content: bytes) -> dict[str, Any]:
-    return {"digest": f"sha256:{hashlib.sha256(content).hexdigest()}", "size": len(content)}
-
-
-MANIFEST = json.dumps({"schemaVersion": 2, "config": described(CONFIG), "layers": [described(LAYER)]}).encode()
 
 
 class Server:
@@ -319,52 +311,6 @@ def test_a_name_that_changes_between_requests_gains_nothing(monkeypatch: pytest.
         with pytest.raises(ConnectionError):
             source.again()._connection(url)
     assert {address for address, _ in tried} == {"1.1.1.1"}
-
-
-class Drip:
-    """A registry whose answers begin, and then come a byte now and then."""
-
-    def __init__(self, blob: bytes = LAYER, pause: float = 0.2, chunked: bool = False, manifest: bool = False) -> None:
-        self.over, self.begun = threading.Event(), threading.Event()
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                self.send_response(200)
-                dripping = ("/manifests/" in self.path) is manifest
-                if chunked and dripping:
-                    self.send_header("Transfer-Encoding", "chunked")
-                else:
-                    self.send_header("Content-Length", str(len(blob if "/blobs/" in self.path else MANIFEST)))
-                self.end_headers()
-                self.close_connection = True
-                if not dripping:
-                    self.wfile.write(MANIFEST)
-                    return
-                outer.begun.set()
-                try:
-                    while not outer.over.wait(pause):
-                        self.wfile.write(b"0")
-                        self.wfile.flush()
-                except OSError:
-                    pass
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"127.0.0.1:{self.http.server_address[1]}"
-
-    def __enter__(self) -> Drip:
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.over.set()
-        self.http.shutdown()
-        self.http.server_close()
 
 
 @pytest.mark.parametrize("chunked", [False, True])
