@@ -350,3 +350,26 @@ def test_who_waits_for_a_dripping_registry_can_stop(tmp_path: Path, manifest: bo
             if thread.name.startswith(fetching.NAME):
                 thread.join(20)  # the server's next byte is further away
                 assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("scheme", ["http://", ""])
+def test_a_proxy_gets_the_login_that_its_address_has(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    class Proxy(http.server.BaseHTTPRequestHandler):
+        def do_CONNECT(self) -> None:
+            asked.append((self.path, self.headers["Proxy-Authorization"]))
+            self.send_error(407)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("https_proxy", f"{scheme}ada:p%40ss@127.0.0.1:{server.server_address[1]}")
+        with pytest.raises(Error):
+            Registry(parse("registry.lab/a/b:1")).manifest()
+        server.shutdown()
+    assert asked == [("registry.lab:443", "Basic " + base64.b64encode(b"ada:p@ss").decode())]

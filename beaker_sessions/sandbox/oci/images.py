@@ -82,7 +82,8 @@ class Images:
     ) -> None:
         self.root, self.docker, self.realms = root, docker, realms or {}
         self.needed: Callable[[], set[str]] | None = None
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            root.mkdir(mode=0o700, parents=True)
         now = root.lstat()
         if not stat.S_ISDIR(now.st_mode) or now.st_uid != os.geteuid():  # somebody made it before us
             raise Error("unavailable", f"{root} is no directory of root's, so it holds no images", f"remove {root}")

@@ -404,7 +404,13 @@ def _through(proxy: str, host: str, port: int, context: ssl.SSLContext) -> http.
         login = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
         headers["Proxy-Authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
     connection.set_tunnel(host, port, headers)
-    connection.connect()
+    try:
+        connection.connect()
+    except OSError as error:
+        if type(error) is not OSError:
+            raise
+        # Also what `http.client` says of a refusal, which has no number.
+        raise ConnectionError(error.errno, error.strerror or "its proxy refuses") from error
     return connection
 
 
