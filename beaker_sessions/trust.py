@@ -83,7 +83,7 @@ def _below(directory: str, seen: set[tuple[str, bool]]) -> Iterator[str]:
 
 def _entry(path: str, now: os.stat_result, way: bool = False) -> Iterator[str]:
     """way: only something in this directory counts, which others cannot replace in one like /tmp."""
-    if now.st_uid != 0:
+    if now.st_uid not in (0, os.geteuid()):
         yield f"{path} belongs to uid {now.st_uid}"
         return
     mode = 0 if stat.S_ISLNK(now.st_mode) else now.st_mode

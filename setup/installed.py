@@ -19,6 +19,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from beaker_sessions.executor.forwarder import NOBODY
+from beaker_sessions.sandbox import commands
+
 from . import daemon, host
 from .environment import launcher, program
 from .steps import Failed, Report, Step, command
@@ -27,6 +30,7 @@ BASE = Path("/opt/beaker-sessions")
 CURRENT = BASE / "current"
 PACKAGE = CURRENT / "package"
 PYTHON = CURRENT / "bin/python"
+SYSTEM = (0, NOBODY)  # whom services, and forwarders of ports, run as
 _LOCK = "requirements.txt"
 _STAMP = ".environment"
 
@@ -148,13 +152,13 @@ def _copy_environment(former: Path, part: Path) -> None:
 def _in_use(place: Path) -> bool:
     """Whether a process runs from a directory: names it in its command line, or has it or a file of it open or mapped.
 
-    The command line keeps the directory of its package open for this.
+    Users' programs, whose memory is not looked at (`commands`), keep the directory of their package open for this.
     """
     path = str(place).encode()
     for process in Path("/proc").glob("[0-9]*"):
+        if any(path in commands.read(int(process.name), SYSTEM, name) for name in ("cmdline", "maps")):
+            return True
         with suppress(OSError):  # it has ended meanwhile
-            if any(path in (process / name).read_bytes() for name in ("cmdline", "maps")):
-                return True
             for fd in (process / "fd").iterdir():
                 with suppress(OSError):  # closed meanwhile
                     if path in os.readlink(fd).encode():

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from beaker_sessions.sandbox import IMAGES
+
 from . import driver, engine, everyone, host, installed, services
 
 
@@ -32,9 +34,7 @@ def clean() -> None:
             engine.call("DELETE", f"/networks/{network}")
             subprocess.run(["nft", "delete", "table", "inet", network], stderr=subprocess.DEVNULL)
             _say(f"removed network {network}")
-    if images := services.setting("imagePath", ""):  # its other contents are somebody's
-        for part in ("storage", "images", "run"):
-            _remove(Path(images, part))
+    _remove_images()
     _stop_engine()
     if services.SETTINGS.exists() and services.SETTINGS.read_bytes() == services.EXAMPLE.read_bytes():
         _remove(services.SETTINGS)
@@ -51,6 +51,11 @@ def clean() -> None:
     for directory in (host.RUN / "oci", host.RUN, host.ETC):  # of other executors there may be something left
         if directory.is_dir() and not any(directory.iterdir()):
             directory.rmdir()
+
+
+def _remove_images() -> None:
+    if disk := services.setting("imagePath", ""):  # what else is on it is somebody's
+        _remove(Path(disk, IMAGES))
 
 
 def _stop_services() -> None:

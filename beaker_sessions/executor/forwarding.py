@@ -16,9 +16,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from ..errors import Error
+from ..sandbox import commands
 from . import forwarder
 
 NAME = b"/forwarder.py"  # wherever an earlier version was installed
@@ -59,17 +59,9 @@ def ended(init: int) -> bool:
 def running() -> dict[str, int]:
     """The forwarders of this machine, whichever executor started them: pids by session ids."""
     found = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-                if words[1:3] != [b"-I", b"-S"] or not words[3].endswith(NAME):
-                    continue
-                # Another's command may look the same; only root can become this user.
-                status = (entry / "status").read_text()
-                uids = next(line for line in status.splitlines() if line.startswith("Uid:")).split()[1:]
-                if set(uids) == {str(forwarder.NOBODY)}:
-                    found[words[4].decode()] = int(entry.name)
+    for pid, words in commands.of(forwarder.NOBODY):  # whatever another's command looks like
+        if words[1:3] == [b"-I", b"-S"] and len(words) > 4 and words[3].endswith(NAME):
+            found[words[4].decode(errors="replace")] = pid
     return found
 
 

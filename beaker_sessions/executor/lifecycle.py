@@ -117,7 +117,8 @@ class Lifecycle:
         assert request.image  # `plan.defaults` has filled it in
         admission.check_person(identity)  # one of an earlier version may wait in the queue; ids are the driver's matter
         login = partial(credentials.find, identity)
-        image = self.sandboxes.image(request.image, request.pull, lambda p: self._progress(id, p), login)
+        going = partial(self._going, id)
+        image = self.sandboxes.image(request.image, request.pull, lambda p: self._progress(id, p), login, going)
         self.sessions.passed(id, "image_ready")
         rundir, files = self.inside.prepare(id, request, identity)
         own = [Mount(str(rundir), TARGET, read_only=True)]
@@ -137,10 +138,13 @@ class Lifecycle:
             if sockets:
                 self._publisher.forward(id, sockets)
 
-    def _progress(self, id: str, progress: Progress) -> None:
+    def _going(self, id: str) -> None:
         live = self.sessions.entry(id)
         if live and live.session.canceled:
             raise Error("conflict", live.session.canceled_for)  # ends the pull
+
+    def _progress(self, id: str, progress: Progress) -> None:
+        self._going(id)
         self.sessions.progress(id, progress)
 
     def node(self) -> Mapping[str, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .. import __version__, trust
 from ..errors import Error
-from ..sandbox import Sandboxes, firewall
+from ..sandbox import IMAGES, Sandboxes, firewall
 from ..settings import ExecutorSettings, load
 from . import admission, doctor, exposition, images, inventory, plan, ports
 from .access import Access, trusted
@@ -67,7 +67,7 @@ def _oci(settings: ExecutorSettings) -> Sandboxes:
     state = Path(settings.storage_path, "executor", "oci")
     return OciSandboxes(
         state, settings.storage_path, settings.cdi_paths, docker=settings.docker_socket, bridge=settings.bridge,
-        images=Path(settings.image_path) if settings.image_path else None, limits=images.limits(settings),
+        images=Path(settings.image_path, IMAGES) if settings.image_path else None, limits=images.limits(settings),
         realms=settings.registry_realms, access=settings.session_access, ids=userns.interval(settings.subordinate_ids),
         cdi_hooks=settings.cdi_hooks,
     )  # fmt: skip

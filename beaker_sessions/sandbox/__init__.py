@@ -23,6 +23,7 @@ LABEL = "beaker.session"  # every sandbox carries it, its value is the session's
 # So that the executor of one state directory never touches the sandboxes of another.
 LABEL_OWNER = "beaker.executor"
 MARK = 0xBEA  # SO_MARK of the sockets of published ports: by it the firewall lets sessions reach them
+IMAGES = "beaker-images"  # the driver's directory in the one that `imagePath` names, which may be anybody's
 LOW_DISK = 10 << 30  # bytes of free disk below which images and sessions will soon be in trouble
 PIDS = 4096  # processes and threads of a session, unless told otherwise
 
@@ -170,10 +171,12 @@ class Sandboxes(Protocol):
     root: bool  # whether root inside is nobody outside, so that a user may be it
 
     def image(
-        self, reference: str, pull: Pull, progress: Callable[[Progress], None], login: Login = lambda _: None
-    ) -> Image:
+        self, reference: str, pull: Pull, progress: Callable[[Progress], None], login: Login = lambda _: None,
+        going: Callable[[], None] = lambda: None,
+    ) -> Image:  # fmt: skip
         """The local image for `reference`, fetched first if `pull` says so.
 
+        progress, going: called while it is fetched, with its progress and before there is any; may raise to end it.
         Raises Error not_found (with what was tried), unauthorized, unavailable, storage_full or invalid (grammar).
         """
 

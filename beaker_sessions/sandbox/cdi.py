@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from .. import trust
 from ..errors import Error
 from . import Finding
 
@@ -136,7 +136,7 @@ def load(paths: Iterable[str | os.PathLike[str]], hooks: Iterable[str] = ()) -> 
             if path.suffix not in (".json", ".yaml", ".yml"):
                 continue
             try:
-                if why := writable(path):
+                if why := next(trust.of([], [str(path)]), ""):
                     raise ValueError(f"who can write it gives devices and files to sessions, and {why}")
                 found = list(_spec(_read(path)))
                 for hook in {hook for device in found for hook in (device.own + device.common).hooks}:
@@ -188,25 +188,11 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def writable(path: Path) -> str:
-    """Who else than root can change what a path leads to, "" for nobody. Sticky directories are as good as root's."""
-    path = Path(os.path.abspath(path))
-    real = path.resolve()
-    for part in (*reversed(path.parents), path, *reversed(real.parents), real):
-        found = part.lstat()
-        if found.st_uid not in (0, os.geteuid()):
-            return f"{part} belongs to the user {found.st_uid}"
-        sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
-        if found.st_mode & 0o022 and not sticky and not stat.S_ISLNK(found.st_mode):
-            return f"{part} can be written by others than its owner"
-    return ""
-
-
 def _check(hook: Hook, more: set[str]) -> None:
     """Raises ValueError for a hook that must not run."""
     what = f"its hook {hook.name} {hook.path} {' '.join(hook.args[1:3])}"
     _require(hook.path.startswith("/") and os.path.isfile(hook.path), f"{what} is no program of this machine")
-    why = writable(Path(hook.path))
+    why = next(trust.of([], [hook.path]), "")
     _require(not why, f"{what} may be another program than root's: {why}")
     words = hook.args[2:] if hook.args[1:2] == ("hook",) else hook.args[1:]
     known = hook.name == HOOK and os.path.basename(hook.path) in PROGRAMS and words and words[0] in TASKS

@@ -89,9 +89,10 @@ class FakeSandboxes:
         self._watchers: list[queue.SimpleQueue[str]] = []
 
     def image(
-        self, reference: str, pull: Pull, progress: Callable[[Progress], None], login: Login = lambda _: None
-    ) -> Image:
-        del login
+        self, reference: str, pull: Pull, progress: Callable[[Progress], None], login: Login = lambda _: None,
+        going: Callable[[], None] = lambda: None,
+    ) -> Image:  # fmt: skip
+        del login, going
         if reference not in self.images:
             raise Error("not_found", f"there is no image {reference}", f"one of {', '.join(self.images)}")
         if pull is Pull.ALWAYS:

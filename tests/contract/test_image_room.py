@@ -20,10 +20,13 @@ from typing import Any
 import pytest
 
 from beaker_sessions.errors import Error
+from beaker_sessions.executor import main
 from beaker_sessions.model import Pull
 from beaker_sessions.sandbox import Limits
+from beaker_sessions.sandbox.oci import driver
 from beaker_sessions.sandbox.oci.driver import OciSandboxes
 from beaker_sessions.sandbox.oci.images import Images
+from beaker_sessions.settings import ExecutorSettings
 from tests import images
 
 from .conftest import ROOT, SECONDS, Maker, OciLab
@@ -386,3 +389,33 @@ def test_images_may_be_on_another_disk(tmp_path: Path) -> None:
             lab.close()
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("how", ["owner", "link", "file"])
+def test_images_are_in_no_directory_that_somebody_else_made(tmp_path: Path, how: str) -> None:
+    root = tmp_path / "beaker-images"
+    if how == "owner":
+        root.mkdir()
+        os.chown(root, 4711, 4711)
+    elif how == "link":
+        (tmp_path / "theirs").mkdir(mode=0o755)
+        root.symlink_to(tmp_path / "theirs")
+    else:
+        root.touch()
+    with pytest.raises(Error) as error:
+        Images(root)
+    assert error.value.code == "unavailable"
+    assert str(root) in error.value.message
+
+
+def test_with_image_path_images_have_a_directory_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The executor took the whole directory: for itself alone, and removed `pull-*` and `mount-*` in it."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(driver, "OciSandboxes", lambda *_, **more: given.update(more))
+    (tmp_path / "pull-requests").mkdir()
+    tmp_path.chmod(0o755)
+    main._oci(ExecutorSettings(image_path=str(tmp_path)))
+    store = Images(given["images"])
+    assert store.root.parent == tmp_path
+    assert (tmp_path / "pull-requests").exists()
+    assert tmp_path.stat().st_mode & 0o777 == 0o755

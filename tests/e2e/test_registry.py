@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import ctypes
 import json
 import shutil
@@ -15,7 +16,8 @@ import pytest
 import yaml
 
 from tests import images
-from tests.stack import Stack, User, wait_for
+from tests.dripping import Drip
+from tests.stack import BIN, Stack, User, wait_for
 
 PASSWORD = "correct horse"
 
@@ -82,3 +84,29 @@ def test_an_image_comes_with_ones_own_login(stack: Stack, ada: User, bob: User, 
         assert PASSWORD not in stack.executor.log.read_text()
     finally:
         login.unlink()
+
+
+@pytest.mark.parametrize("manifest", [False, True])
+def test_a_stop_ends_a_pull_from_a_registry_that_drips(stack: Stack, ada: User, bob: User, manifest: bool):
+    """Its next byte is far away. The stop waited for it, and the GPU stayed claimed."""
+    if stack.driver == "docker":
+        pytest.skip("pulls are Docker Engine's")
+    with Drip(pause=120, manifest=manifest) as drip, contextlib.ExitStack() as ends:
+        users = {f"{user.name}-drips": user for user in (ada, bob)}
+        for name, user in users.items():
+            words = ["--gpus", "1", "--name", name, "--image", f"{drip.address}/lab/tool:1", "--", "true"]
+            command = [BIN / "beaker", "session", "create", *words]
+            client = ends.enter_context(subprocess.Popen(command, stderr=subprocess.PIPE, **user.process()))
+            ends.callback(client.kill)
+            assert drip.begun.wait(60)  # bob's then waits for what ada's fetches
+            wait_for("its claim", lambda name=name, user=user: scheduled(user, name))
+        ends.callback(drip.over.set)
+        for name, user in reversed(users.items()):
+            assert user.beaker("session", "stop", name).returncode == 0
+            status = user.json("session", "get", name)[0]["status"]
+            assert status.get("finalized"), status
+        assert not list((stack.state / "executor/oci/images").glob("pull-*"))
+
+
+def scheduled(user: User, name: str) -> bool:
+    return any(job.get("name") == name and job["status"].get("scheduled") for job in user.json("session", "list"))

@@ -139,7 +139,8 @@ def test_a_spec_that_others_can_write_does_not_count(tmp_path: Path, mode: int) 
     path.chmod(0o644)
     assert not _refused(path.parent)
     path.chmod(mode)
-    assert f"{path} can be written by others" in _refused(path.parent)
+    _to_another_group(path)
+    assert f"can write {path}" in _refused(path.parent)
 
 
 @pytest.mark.parametrize("mode", [0o775, 0o777])
@@ -148,12 +149,33 @@ def test_nor_one_below_a_directory_that_others_can_write(tmp_path: Path, mode: i
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(_spec(n0=["/dev/nvidia0"])))
     path.parent.parent.chmod(mode)
-    assert "above can be written by others" in _refused(path.parent)
+    _to_another_group(path.parent.parent)
+    assert f"can write {path.parent.parent}" in _refused(path.parent)
     link = tmp_path / "link"
     link.symlink_to(path.parent)
-    assert "above can be written by others" in _refused(link)
+    assert f"can write {path.parent.parent}" in _refused(link)
     path.parent.parent.chmod(0o755)
     assert not _refused(link)
+
+
+def _to_another_group(path: Path) -> None:
+    """Than root's; a user's is another already."""
+    if os.geteuid() == 0:
+        os.chown(path, -1, 1500)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make what belongs to others")
+def test_nor_one_on_whose_way_is_somebody_elses_link(tmp_path: Path) -> None:
+    """A link to a link: the second was in a directory that nobody looked at."""
+    path = tmp_path / "cdi" / "gpu.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(_spec(n0=["/dev/nvidia0"])))
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/second").symlink_to(path.parent)
+    (tmp_path / "first").symlink_to(tmp_path / "theirs/second")
+    assert not _refused(tmp_path / "first")
+    os.chown(tmp_path / "theirs", 1500, 1500)
+    assert "theirs belongs to uid 1500" in _refused(tmp_path / "first")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make what belongs to others")
@@ -165,7 +187,7 @@ def test_nor_one_that_belongs_to_somebody_else(tmp_path: Path, whose: str) -> No
     link = tmp_path / "link"
     link.symlink_to(path.parent)
     os.chown(link if whose == "link" else path.parent / whose, 1500, 1500, follow_symlinks=False)
-    assert "belongs to the user 1500" in _refused(link)
+    assert "belongs to uid 1500" in _refused(link)
 
 
 def _hooked(directory: Path, **hook: Any) -> Path:
@@ -211,7 +233,7 @@ def test_a_hook_is_roots_program_and_may_be_named_in_the_settings(tmp_path: Path
     assert "cdiHooks" in _refused(directory)
     assert not _refused(directory, (str(program),))
     program.chmod(0o757)
-    assert "can be written by others" in _refused(directory, (str(program),))
+    assert f"everybody can write {program}" in _refused(directory, (str(program),))
     program.chmod(0o755)
     _hooked(tmp_path, path=str(program), hookName="startContainer")  # its program would be the image's
     assert _refused(directory, (str(program),))

@@ -27,7 +27,7 @@ BELOW: dict[str, set[str]] = {
     "client": {"", "errors", "transport"},
     "exposition": set(),
     "trust": {"errors"},
-    "sandbox": {"errors", "model", "grammar"},
+    "sandbox": {"errors", "model", "grammar", "trust"},
     "executor": {*COMMON, "client", "transport", "sandbox"},
     "server": {*COMMON, "transport"},
     "cli": {"", "errors", "client", "transport"},

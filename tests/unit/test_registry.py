@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import http.server
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,20 +15,15 @@ from typing import Any
 import pytest
 
 from beaker_sessions.errors import Error
-from beaker_sessions.sandbox.oci import registry
+from beaker_sessions.sandbox import Limits
+from beaker_sessions.sandbox.oci import fetching, registry
 from beaker_sessions.sandbox.oci.reference import parse
 from beaker_sessions.sandbox.oci.registry import Registry, public
+from beaker_sessions.sandbox.oci.room import Room
+from tests.dripping import CONFIG, LAYER, MANIFEST, Drip, described
 
 SECRET = "token-of-the-machine"
-CONFIG, LAYER = b"{}", b"layer" * 1000
 Answer = tuple[int, dict[str, str], bytes]
-
-
-def described(content: bytes) -> dict[str, Any]:
-    return {"digest": f"sha256:{hashlib.sha256(content).hexdigest()}", "size": len(content)}
-
-
-MANIFEST = json.dumps({"schemaVersion": 2, "config": described(CONFIG), "layers": [described(LAYER)]}).encode()
 
 
 class Server:
@@ -107,7 +102,7 @@ def test_what_a_blob_redirects_to_is_checked_too(machine: Server, tmp_path: Path
     with serving(answer) as evil:
         source = Registry(parse(f"{evil.address}/a/b:1"))
         with pytest.raises(Error):
-            source.fetch(source.manifest().blobs[1], tmp_path / "blob", lambda _: None)
+            source.fetch(source.manifest().blobs[1], tmp_path / "blob")
     assert machine.asked == []
 
 
@@ -127,11 +122,9 @@ def test_a_token_service_on_the_registry_itself_gets_the_login(tmp_path: Path) -
     with serving(answer) as server:
         wanted = parse(f"{server.address}/a/b:1")
         source = Registry(wanted, ("ada", "correct horse"))
-        came: list[int] = []
         for blob in source.manifest().blobs:
-            source.fetch(blob, tmp_path / blob.file, came.append)
+            source.fetch(blob, tmp_path / blob.file)
             assert (tmp_path / blob.file).read_bytes() in (CONFIG, LAYER)
-        assert sum(came) == len(CONFIG) + len(LAYER)
         with pytest.raises(Error) as error:
             Registry(wanted, ("ada", "wrong")).manifest()
         assert error.value.code == "unauthorized"
@@ -217,7 +210,7 @@ def test_a_blob_is_what_its_digest_says(tmp_path: Path, content: bytes) -> None:
     with serving(whole) as evil:
         source = Registry(parse(f"{evil.address}/a/b:1"))
         with pytest.raises(Error) as error:
-            source.fetch(source.manifest().blobs[1], tmp_path / "blob", lambda _: None)
+            source.fetch(source.manifest().blobs[1], tmp_path / "blob")
     assert error.value.code == "invalid"
     assert not (tmp_path / "blob").exists()
 
@@ -251,3 +244,132 @@ def test_a_registry_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch) -> N
             Registry(parse(f"127.0.0.1:{server.server_address[1]}/a/b:1")).manifest()
         over.set()
         server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("host", "yes"),
+    [
+        ("127.0.0.1:5000", True), ("127.0.0.1", True), ("127.9.9.9:1", True), ("localhost:5000", True),
+        ("[::1]:5000", True), ("[::1]", True), ("127.evil.com", False), ("127.evil.com:80", False),
+        ("127.0.0.1.evil.com:80", False), ("localhost.evil.com", False), ("[::2]:80", False), ("10.0.0.1:80", False),
+        ("[1:2]:80", False),
+    ],
+)  # fmt: skip
+def test_a_registry_on_this_machine(host: str, yes: bool) -> None:
+    assert parse(f"{host}/a/b:1").loopback is yes
+
+
+def leading(monkeypatch: pytest.MonkeyPatch, *answers: list[str]) -> None:
+    """Every name means these addresses, the last ones from then on."""
+    left = list(answers)
+
+    def lookup(_: str, port: int, **__: Any) -> list[Any]:
+        return [(0, 0, 0, "", (address, port)) for address in (left.pop(0) if len(left) > 1 else left[0])]
+
+    monkeypatch.setattr(registry.socket, "getaddrinfo", lookup)
+
+
+def test_a_name_like_an_address_of_this_machine_leads_to_none(machine: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root asked `127.evil.com` by http, wherever that led, and took it for the registry itself."""
+    leading(monkeypatch, ["127.0.0.1"])
+    monkeypatch.setattr(registry.socket, "create_connection", connected)
+    with pytest.raises(Error):
+        Registry(parse(f"127.evil.com:{machine.address.partition(':')[2]}/a/b:1")).manifest()
+    assert machine.asked == []
+
+
+def connected(address: tuple[str, int], timeout: float) -> socket.socket:
+    """`create_connection` to an address, without a look-up."""
+    sock = socket.socket()
+    sock.settimeout(timeout)
+    try:
+        sock.connect(address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def test_localhost_is_this_machine_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    leading(monkeypatch, ["127.0.0.1", "10.0.0.1"])
+    with pytest.raises(Error) as error:
+        Registry(parse("localhost:1/a/b:1")).manifest()
+    assert "not of this machine" in error.value.message
+
+
+def test_a_name_that_changes_between_requests_gains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Any] = []
+
+    def connect(address: Any, *_: Any) -> Any:
+        tried.append(address)
+        raise ConnectionRefusedError(111, "refused")
+
+    leading(monkeypatch, ["1.1.1.1"], ["10.0.0.1"])
+    monkeypatch.setattr(registry.socket, "create_connection", connect)
+    source = Registry(parse("registry.lab/a/b:1"))
+    for url in ("https://registry.lab/v2/", "https://registry.lab:8443/token", "https://registry.lab/v2/"):
+        with pytest.raises(ConnectionError):
+            source.again()._connection(url)
+    assert {address for address, _ in tried} == {"1.1.1.1"}
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_layer_that_drips_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunked: bool) -> None:
+    """It was waited for as long as a byte came now and then: of 5000 bytes, 1000 seconds."""
+    monkeypatch.setattr(registry, "WINDOW", 1.0)
+    with Drip(chunked=chunked) as drip:
+        source = Registry(parse(f"{drip.address}/a/b:1"))
+        with pytest.raises(Error) as error:
+            source.fetch(source.manifest().blobs[1], tmp_path / "blob")
+    assert error.value.code == "unavailable"
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("manifest", [False, True])
+def test_who_waits_for_a_dripping_registry_can_stop(tmp_path: Path, manifest: bool) -> None:
+    """A stop waited for a whole MiB of it, and the session kept its GPUs."""
+    with Drip(manifest=manifest, pause=30) as drip:
+        source = Registry(parse(f"{drip.address}/a/b:1"))
+
+        def look() -> None:
+            if drip.begun.is_set():
+                raise Stopped
+
+        room = Room(tmp_path, Limits(image=1 << 40, total=1 << 40), lambda: 0)
+
+        def pull() -> None:
+            blobs = list(fetching.manifest(source, look).blobs)
+            fetching.fetch(source, blobs, tmp_path, room, look)
+
+        with pytest.raises(Stopped):
+            pull()
+        for thread in threading.enumerate():
+            if thread.name.startswith(fetching.NAME):
+                thread.join(20)  # the server's next byte is further away
+                assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("scheme", ["http://", ""])
+def test_a_proxy_gets_the_login_that_its_address_has(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    class Proxy(http.server.BaseHTTPRequestHandler):
+        def do_CONNECT(self) -> None:
+            asked.append((self.path, self.headers["Proxy-Authorization"]))
+            self.send_error(407)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("https_proxy", f"{scheme}ada:p%40ss@127.0.0.1:{server.server_address[1]}")
+        with pytest.raises(Error):
+            Registry(parse("registry.lab/a/b:1")).manifest()
+        server.shutdown()
+    assert asked == [("registry.lab:443", "Basic " + base64.b64encode(b"ada:p@ss").decode())]

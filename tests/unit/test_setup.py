@@ -295,3 +295,15 @@ def test_what_a_layer_is_made_of_changes_its_key_and_no_lower_one(
         after = keys()
         assert [a != b for a, b in zip(before, after, strict=True)] == [n >= 3 - changed for n in range(3)]
         before = after
+
+
+def test_cleaning_leaves_what_else_is_where_images_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`imagePath: /data` had `make clean` remove /data/storage, /data/images and /data/run, whosever they were."""
+    mine, others = tmp_path / "beaker-images/storage", [tmp_path / name for name in ("storage", "images", "run")]
+    for path in (mine, *others):
+        path.mkdir(parents=True)
+    monkeypatch.setattr(services, "SETTINGS", tmp_path / "config.yml")
+    services.SETTINGS.write_text(f"imagePath: {tmp_path}\n")
+    removal._remove_images()
+    assert not mine.parent.exists()
+    assert all(path.exists() for path in others)

@@ -71,8 +71,10 @@ class DockerSandboxes:
         return bool(self.engine.call("GET", "/info").get("CDISpecDirs"))
 
     def image(
-        self, reference: str, pull: Pull, progress: Callable[[Progress], None], login: Login = lambda _: None
-    ) -> Image:
+        self, reference: str, pull: Pull, progress: Callable[[Progress], None], login: Login = lambda _: None,
+        going: Callable[[], None] = lambda: None,
+    ) -> Image:  # fmt: skip
+        del going  # the engine tells of progress from the beginning
         return images.get(self.engine, reference, pull, progress, login, self.image_size)
 
     def create(self, spec: Spec) -> None:

@@ -123,9 +123,10 @@ class OciSandboxes:
                 self.maps.add(sandbox.id, *_maps(directory))
 
     def image(
-        self, reference: str, pull: Pull, progress: Callable[[Progress], None], login: Login = lambda _: None
-    ) -> Image:
-        return self.images.get(reference, pull, progress, login)
+        self, reference: str, pull: Pull, progress: Callable[[Progress], None], login: Login = lambda _: None,
+        going: Callable[[], None] = lambda: None,
+    ) -> Image:  # fmt: skip
+        return self.images.get(reference, pull, progress, login, going)
 
     def create(self, spec: Spec) -> None:
         image = self.images.describe(spec.image.id)

@@ -21,7 +21,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,9 +30,9 @@ from ...errors import Error
 from ...model import Pull
 from .. import Image, Limits, Login, Progress
 from ..docker.engine import Engine
-from . import archive, mounts
+from . import archive, fetching, mounts
 from .reference import HUB, Reference, parse
-from .registry import Blob, Registry
+from .registry import Registry
 from .room import PAUSE, Failed, Full, Room
 from .storage import Storage, size
 
@@ -41,7 +40,6 @@ SHELLS = ("/bin/bash", "/usr/bin/bash", "/usr/local/bin/bash", "/bin/sh")
 LONGEST = 4 << 20  # bytes of an account file
 FULL = 256 << 20  # bytes of free space below which a failure is one of space
 STEP = 16 << 20  # bytes of an archive between two looks at the disk
-AT_ONCE = 6  # blobs that are fetched at the same time
 LEASE = 600.0  # seconds in which whoever was given an image makes a sandbox of it, so that it is needed
 PRUNE = "beaker executor images prune, or ask the administrator"
 ACCOUNTS = ("passwd", "group", "shadow")
@@ -84,7 +82,11 @@ class Images:
     ) -> None:
         self.root, self.docker, self.realms = root, docker, realms or {}
         self.needed: Callable[[], set[str]] | None = None
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            root.mkdir(mode=0o700, parents=True)
+        now = root.lstat()
+        if not stat.S_ISDIR(now.st_mode) or now.st_uid != os.geteuid():  # somebody made it before us
+            raise Error("unavailable", f"{root} is no directory of root's, so it holds no images", f"remove {root}")
         root.chmod(0o700)  # earlier versions let everybody pass
         (root / "images").mkdir(mode=0o700, exist_ok=True)
         self.storage = Storage(root / "storage")
@@ -102,21 +104,24 @@ class Images:
             log.warning("the images cannot be tidied: %s", error)
 
     def get(
-        self, reference: str, pull: Pull, progress: Callable[[Progress], None], login: Login = lambda _: None
-    ) -> Image:
+        self, reference: str, pull: Pull, progress: Callable[[Progress], None], login: Login = lambda _: None,
+        going: Callable[[], None] = lambda: None,
+    ) -> Image:  # fmt: skip
         """As `Sandboxes.image`. The image stays for LEASE at least, in which a sandbox can be made of it."""
         with _told(reference):
-            return self._get(reference, pull, progress, login)
+            return self._get(reference, pull, progress, login, going)
 
-    def _get(self, reference: str, pull: Pull, progress: Callable[[Progress], None], login: Login) -> Image:
+    def _get(
+        self, reference: str, pull: Pull, progress: Callable[[Progress], None], login: Login, going: Callable[[], None]
+    ) -> Image:
         wanted = parse(reference)
         id = self._take(wanted) if pull is not Pull.ALWAYS else ""
         while not id:
-            with self._fetching.setdefault(wanted.name, threading.Lock()):
+            with _held(self._fetching.setdefault(wanted.name, threading.Lock()), going):
                 # Who waited for another's fetch has what that fetched.
                 id = self._take(wanted) if pull is not Pull.ALWAYS else ""
                 if not id:
-                    self._fetch(wanted, pull, progress, login)
+                    self._fetch(wanted, pull, progress, login, going)
                     id = self._lease(self._find(wanted))
         description = self.describe(id)
         os.utime(self._description(id))  # when it was last used
@@ -253,7 +258,10 @@ class Images:
 
             return mounts.private(look)
 
-    def _fetch(self, wanted: Reference, pull: Pull, progress: Callable[[Progress], None], login: Login) -> None:
+    def _fetch(
+        self, wanted: Reference, pull: Pull, progress: Callable[[Progress], None], login: Login,
+        going: Callable[[], None],
+    ) -> None:  # fmt: skip
         if pull is not Pull.ALWAYS and (docker := self._in_docker(wanted)):
             total = int(docker["Size"])
             if why := self.room.too_large(total):
@@ -268,7 +276,7 @@ class Images:
             what = f"the image {wanted.name} is not on this machine, and --pull is never"
             raise Error("not_found", what, "--pull missing")
         else:
-            self._pull(wanted, progress, login)
+            self._pull(wanted, progress, login, going)
             self._origin(wanted).unlink(missing_ok=True)
 
     def _in_docker(self, wanted: Reference) -> dict[str, Any]:
@@ -280,10 +288,12 @@ class Images:
         except Error:  # also when the engine is away: then its images are not on this machine
             return {}
 
-    def _pull(self, wanted: Reference, progress: Callable[[Progress], None], login: Login) -> None:
+    def _pull(
+        self, wanted: Reference, progress: Callable[[Progress], None], login: Login, going: Callable[[], None]
+    ) -> None:
         """Fetch from the registry into a directory, as skopeo's `dir:` has it, and from there into the storage."""
         source = Registry(wanted, login(f"{wanted.host}/{wanted.path}"), self.realms)
-        manifest = source.manifest()
+        manifest = fetching.manifest(source, going)
         blobs = {blob.file: blob for blob in manifest.blobs}
         total = sum(blob.size for blob in blobs.values())
         if why := self.room.too_large(total):
@@ -304,7 +314,7 @@ class Images:
                 whole = sum(entry.name in layers for entry in files)
                 progress(Progress(min(done, total), total, (whole, len(layers))))
 
-            self._with_room(wanted, lambda: fetch(source, list(blobs.values()), directory, self.room, look))
+            self._with_room(wanted, lambda: fetching.fetch(source, list(blobs.values()), directory, self.room, look))
             look()
             self._copy(f"dir:{name}", wanted, [], total, look)
 
@@ -407,35 +417,20 @@ def _told(reference: str) -> Iterator[None]:
         raise Error("internal", f"the image {reference} cannot be had: {error}") from error
 
 
+@contextlib.contextmanager
+def _held(lock: threading.Lock, going: Callable[[], None]) -> Iterator[None]:
+    """A lock; going: called while it is waited for; may raise to end that."""
+    while not lock.acquire(timeout=PAUSE):
+        going()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _familiar(wanted: Reference) -> str:
     """The name as Docker Engine has it."""
     return wanted.name.removeprefix(f"{HUB}/").removeprefix("library/")
-
-
-def fetch(source: Registry, blobs: list[Blob], directory: Path, room: Room, look: Callable[[], None]) -> None:
-    """Fetch blobs, several at once, into files of a directory. look: called meanwhile; may raise to end it."""
-    stopped = threading.Event()
-
-    def came(_: int) -> None:
-        if stopped.is_set():
-            raise Error("unavailable", "the fetch was ended")
-
-    def one(blob: Blob) -> None:
-        if not stopped.is_set() and not (directory / blob.file).exists():
-            source.fetch(blob, directory / blob.file, came)
-
-    with ThreadPoolExecutor(AT_ONCE, "pull") as pool:
-        waiting = {pool.submit(one, blob) for blob in blobs}
-        try:
-            while waiting:
-                done, waiting = wait(waiting, PAUSE, FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
-                look()
-                if waiting and (why := room.lacks()):
-                    raise Full(why, sum(entry.stat().st_size for entry in os.scandir(directory)), single=False)
-        finally:
-            stopped.set()
 
 
 def _text(root: int, path: str) -> str | None:

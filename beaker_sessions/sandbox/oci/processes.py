@@ -14,6 +14,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import commands
+
 PIDFD_GETFD = 438  # its number on every machine
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -82,17 +84,13 @@ class Process:
 
 
 def mentioning(path: Path) -> list[Process]:
-    """The processes that were started with this path, or one below it, as an argument."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if any(word == os.fsencode(path) or word.startswith(os.fsencode(path) + b"/") for word in words):
-                found.append(Process.of(int(entry.name)))
-    return found
+    """Root's processes that were started with this path, or one below it, as an argument."""
+    text = os.fsencode(path)
+    return [
+        Process.of(pid)
+        for pid, words in commands.of(0)
+        if any(word == text or word.startswith(text + b"/") for word in words)
+    ]
 
 
 def readable(fd: int, seconds: float) -> bool:

@@ -6,6 +6,7 @@ people are used to.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass
 
@@ -40,8 +41,11 @@ class Reference:
     @property
     def loopback(self) -> bool:
         """Whether the registry is on this machine, where Docker's tools take it without TLS."""
-        host = self.host.rpartition(":")[0] or self.host
-        return host in ("localhost", "[::1]") or host.startswith("127.")
+        host = re.sub(r":[0-9]+$", "", self.host)  # of `[::1]` the brackets stay
+        try:
+            return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+        except ValueError:  # a name, such as 127.example.com
+            return False
 
 
 def parse(text: str) -> Reference:

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import copy
+import errno
 import hashlib
 import http.client
 import ipaddress
@@ -25,7 +27,7 @@ import ssl
 import threading
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 PARAMETER = re.compile(r'([a-zA-Z_]+)="([^"\\]{0,2000})"')
 CERTIFICATES = ("/etc/containers/certs.d", "/etc/docker/certs.d")  # directories HOST of authorities, *.crt
 TIMEOUT = 20.0  # seconds, of a small answer as a whole, and of silence in a large one
+WINDOW, LEAST = 60.0, 1024  # seconds, in which a large answer brings so many bytes per second at least
 MANIFEST, TOKEN = 4 << 20, 64 << 10  # bytes
 LAYERS = 512
 REDIRECTS = 5
@@ -81,6 +84,58 @@ class _Refused(Exception):
     """The registry sends us where we do not go."""
 
 
+class _Answer:
+    """An answer, and its connection, which is hung up when too little comes.
+
+    A server that sends a byte now and then would be waited for without end, wherever in its answer it does so.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock, self._came, self.slow = sock, 0, False
+        self.response: http.client.HTTPResponse | None = None
+        self._watch(TIMEOUT, 1 << 62)
+
+    @property
+    def status(self) -> int:
+        return self.head.status
+
+    @property
+    def head(self) -> http.client.HTTPResponse:
+        assert self.response
+        return self.response
+
+    def some(self, most: int) -> bytes:
+        """What has come, b"" at the end."""
+        chunk = self.head.read1(most)
+        self._came += len(chunk)
+        return chunk
+
+    def patient(self) -> None:
+        """It may take longer than TIMEOUT from here on."""
+        self._timer.cancel()
+        self._watch(WINDOW, int(WINDOW * LEAST))
+
+    def close(self) -> None:
+        self._timer.cancel()
+        self._sock.close()
+
+    def hang_up(self) -> None:
+        with contextlib.suppress(OSError):  # it is closed
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def _watch(self, seconds: float, least: int) -> None:
+        self._timer = threading.Timer(seconds, self._judge, (seconds, self._came + least))
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _judge(self, seconds: float, least: int) -> None:
+        if self._came < least:
+            self.slow = True
+            self.hang_up()
+        else:
+            self._watch(seconds, int(WINDOW * LEAST))
+
+
 class Registry:
     """The registry of one image. known: the user's name and password for it. realms: by registry, the host (with its
     port, if it has one) of its token service, where that is on neither the registry's host nor a public address.
@@ -94,6 +149,21 @@ class Registry:
         self.origin = f"{'http' if wanted.loopback else 'https'}://{host}"
         self._authorization = ""
         self._lock = threading.Lock()
+        self._addresses: dict[str, list[str]] = {}  # of each host, the same for all requests
+        self._answers: set[_Answer] = set()
+        self._ended = False
+
+    def again(self) -> Registry:
+        """The same, with what it has learned, for work that `hang_up` ends alone."""
+        other = copy.copy(self)
+        other._answers, other._ended = set(), False
+        return other
+
+    def hang_up(self) -> None:
+        """End all requests, also those that others wait for just now: they fail soon, and new ones at once."""
+        self._ended = True
+        for answer in list(self._answers):
+            answer.hang_up()
 
     def manifest(self) -> Manifest:
         """The image of this machine's kind. Raises Error not_found, unauthorized, unavailable or invalid."""
@@ -115,18 +185,17 @@ class Registry:
             raise _invalid("its manifest is of an old kind, or of no image")
         return Manifest(raw, (_blob(config), *map(_blob, _list(found, "layers"))))
 
-    def fetch(self, blob: Blob, path: Path, came: Callable[[int], None]) -> None:
-        """Write a blob to a file, which is there only when it is whole. came: is told of bytes, and may raise."""
+    def fetch(self, blob: Blob, path: Path) -> None:
+        """Write a blob to a file, which is there only when it is whole. Raises Error, unavailable after `hang_up`."""
         with self._told():
             partial, digest, left = path.with_suffix(".part"), hashlib.sha256(), blob.size
             with self._open(f"/blobs/{blob.digest}", large=True) as answer, open(partial, "wb") as file:
-                while chunk := answer.read(min(CHUNK, left + 1)):
+                while left >= 0 and (chunk := answer.some(min(CHUNK, left + 1))):
                     left -= len(chunk)
-                    if left < 0:
-                        break
                     digest.update(chunk)
                     file.write(chunk)
-                    came(len(chunk))
+                if answer.slow or self._ended:
+                    raise TimeoutError(errno.ETIMEDOUT, "too little came")
             if left or f"sha256:{digest.hexdigest()}" != blob.digest:
                 raise _invalid("a layer that came is not the one that its manifest names")
             partial.rename(path)
@@ -163,7 +232,7 @@ class Registry:
             raise _invalid("the registry sends what cannot be read") from None
 
     @contextlib.contextmanager
-    def _open(self, path: str, accept: str = "*/*", *, large: bool = False) -> Iterator[http.client.HTTPResponse]:
+    def _open(self, path: str, accept: str = "*/*", *, large: bool = False) -> Iterator[_Answer]:
         """The answer to a GET of something of this image, wherever the registry has it. large: as of `_get`."""
         for attempt in (1, 2):
             url, headers = f"{self.origin}/v2/{self.wanted.path}{path}", {"Accept": accept}
@@ -176,18 +245,18 @@ class Registry:
                         return
                     if answer.status not in (301, 302, 303, 307, 308):
                         break
-                    url = urllib.parse.urljoin(url, answer.headers.get("Location", ""))
+                    url = urllib.parse.urljoin(url, answer.head.headers.get("Location", ""))
                     if not _same(url, self.origin):
                         headers.pop("Authorization", None)
             if answer.status != 401 or attempt == 2 or not self._authorize(answer, used):
                 raise _Status(answer.status)
 
-    def _authorize(self, answer: http.client.HTTPResponse, used: str) -> bool:
+    def _authorize(self, answer: _Answer, used: str) -> bool:
         """Get what the registry demands; whether it is worth another try. used: what was not enough, or is no more."""
         with self._lock:
             if self._authorization != used:  # another thread has
                 return True
-            kind, _, rest = answer.headers.get("WWW-Authenticate", "").partition(" ")
+            kind, _, rest = answer.head.headers.get("WWW-Authenticate", "").partition(" ")
             basic = base64.b64encode(":".join(self.known).encode()).decode() if self.known else ""
             if kind.lower() == "basic" and basic:
                 self._authorization = f"Basic {basic}"
@@ -219,26 +288,24 @@ class Registry:
         return host == mine or above or (mine == HUB_HOST and host == HUB_REALM) or _port(url) == self.realm
 
     @contextlib.contextmanager
-    def _get(self, url: str, headers: Mapping[str, str], *, large: bool = False) -> Iterator[http.client.HTTPResponse]:
+    def _get(self, url: str, headers: Mapping[str, str], *, large: bool = False) -> Iterator[_Answer]:
         """One request, without following anything. large: what comes may take longer than TIMEOUT."""
         with contextlib.ExitStack() as ends:
             connection = ends.enter_context(contextlib.closing(self._connection(url)))
-            sock = connection.sock  # which a response may take over
-            ends.callback(sock.close)
-            # A server that sends a byte now and then would be waited for without end.
-            timer = threading.Timer(TIMEOUT, _hang_up, [sock])
-            ends.callback(timer.cancel)
-            timer.daemon = True
-            timer.start()
+            answer = ends.enter_context(contextlib.closing(_Answer(connection.sock)))  # a response may take it over
+            self._answers.add(answer)
+            ends.callback(self._answers.discard, answer)
+            if self._ended:  # what `hang_up` did not see
+                raise TimeoutError(errno.ETIMEDOUT, "it was ended")
             parts = urllib.parse.urlsplit(url)
             target = parts._replace(scheme="", netloc="", fragment="", path=parts.path or "/").geturl()
             try:
                 connection.request("GET", target, headers={"User-Agent": "beaker-sessions", **headers})
             except http.client.InvalidURL:
                 raise _Refused("an address that is none") from None
-            answer = ends.enter_context(connection.getresponse())
+            answer.response = ends.enter_context(connection.getresponse())
             if large and answer.status == 200:
-                timer.cancel()  # each read has a time limit
+                answer.patient()
             yield answer
 
     def _connection(self, url: str) -> http.client.HTTPConnection:
@@ -257,17 +324,15 @@ class Registry:
         if proxy and not urllib.request.proxy_bypass(host):
             if not free and _address(host):
                 raise _Refused(f"{host}, which is no name")
-            through = urllib.parse.urlsplit(proxy)
-            connection = http.client.HTTPSConnection(through.hostname or "", through.port, timeout=TIMEOUT)
-            connection.set_tunnel(host, port)
-            connection.connect()
-            return connection
-        found = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-        if not free and not all(public(str(address)) for address in found):
+            return _through(proxy, host, port, _context(parts.netloc))
+        found = self._resolve(host, port)
+        if not free and not all(map(public, found)):
             raise _Refused(f"{host}, whose address is not public")
+        if own and self.wanted.loopback and not all(ipaddress.ip_address(address).is_loopback for address in found):
+            raise _Refused(f"{host}, whose address is not of this machine")
         for number, address in enumerate(found, 1):
             try:
-                sock = socket.create_connection((str(address), port), TIMEOUT)
+                sock = socket.create_connection((address, port), TIMEOUT)
                 break
             except OSError as error:
                 if number == len(found):
@@ -281,6 +346,13 @@ class Registry:
         connection_ = http.client.HTTPConnection(host, port, timeout=TIMEOUT)
         connection_.sock = sock
         return connection_
+
+    def _resolve(self, host: str, port: int) -> list[str]:
+        """A host's addresses, looked up once: else a name could mean another address after it was checked."""
+        if host not in self._addresses:
+            found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+            self._addresses.setdefault(host, found)  # another thread may have been faster
+        return self._addresses[host]
 
 
 def public(address: str) -> bool:
@@ -323,13 +395,27 @@ def _context(host: str) -> ssl.SSLContext:
     return context
 
 
-def _hang_up(sock: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
+def _through(proxy: str, host: str, port: int, context: ssl.SSLContext) -> http.client.HTTPConnection:
+    """Connect by way of an HTTP proxy: `HOST:PORT`, or a URL, with a name and password for it or without."""
+    parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    connection = http.client.HTTPSConnection(parts.hostname or "", parts.port or 80, timeout=TIMEOUT, context=context)
+    headers = {}
+    if parts.username is not None:
+        login = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
+        headers["Proxy-Authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
+    connection.set_tunnel(host, port, headers)
+    try:
+        connection.connect()
+    except OSError as error:
+        if type(error) is not OSError:
+            raise
+        # Also what `http.client` says of a refusal, which has no number.
+        raise ConnectionError(error.errno, error.strerror or "its proxy refuses") from error
+    return connection
 
 
-def _bounded(answer: http.client.HTTPResponse, limit: int) -> bytes:
-    data = answer.read(limit + 1)
+def _bounded(answer: _Answer, limit: int) -> bytes:
+    data = answer.head.read(limit + 1)
     if len(data) > limit:
         raise _invalid(f"the registry sends more than {limit} bytes where that is too much")
     return data
