@@ -1,7 +1,7 @@
 """Whose requests are at work, and whose wait for a turn, in the order in which they came.
 
-One account's requests would otherwise take all threads, and with them Python's lock, which the answers to executors need
-too. An executor that waits for seconds believes that the server is away.
+One account's requests would otherwise take all threads, and with them Python's lock, which the answers to executors
+need too. An executor that waits for seconds believes that the server is away.
 """
 
 from __future__ import annotations

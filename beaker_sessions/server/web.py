@@ -31,6 +31,7 @@ from ..errors import Error
 from ..settings import ServerSettings
 from ..transport import holder, socket_path
 from . import gate
+from .subordinate import Subordinate
 
 HEADER = 10.0  # seconds for the header of a request, from its first byte or from connecting
 BODY = 60.0  # and for its body
@@ -43,6 +44,7 @@ OWN = 128  # descriptors that are no connections
 NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST = 4, 20, 1  # linux/netlink.h, linux/sock_diag.h
 ANY_STATE = NO_COOKIE = 0xFFFFFFFF  # linux/inet_diag.h
 FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+subordinate_ids = Subordinate()
 log = logging.getLogger(__name__)
 
 
@@ -270,7 +272,7 @@ def _listen_locally(path: Path) -> socket.socket:
 
 
 def _claim(path: Path) -> None:
-    """Have the name of a socket as long as this process lives. Raises Error when another process has it, and OSError."""
+    """Have the name of a socket as long as this process lives. Raises OSError, and Error when another has it."""
     lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # never closed: with it the lock would go
@@ -285,14 +287,20 @@ def _peer(transport: asyncio.Transport) -> str:
     connection = transport.get_extra_info("socket")
     if connection.family == socket.AF_UNIX:
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        return f"uid {struct.unpack('3i', credentials)[1]}"
+        return _person(struct.unpack("3i", credentials)[1])
     theirs, ours = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
     if not theirs:
         return gate.STRANGER
     if theirs[0] != ours[0] and not theirs[0].removeprefix("::ffff:").startswith("127."):
         return gate.network(theirs[0])
     uid = owner(theirs, ours)
-    return gate.STRANGER if uid is None else f"uid {uid}"
+    return gate.STRANGER if uid is None else _person(uid)
+
+
+def _person(uid: int) -> str:
+    """The peer that a user of this machine is: all subordinate ids of one person are one."""
+    owner = subordinate_ids.owner(uid)
+    return f"uid {owner}" if owner.isdecimal() else f"uids of {owner}" if owner else f"uid {uid}"
 
 
 def owner(theirs: tuple[Any, ...], ours: tuple[Any, ...]) -> int | None:

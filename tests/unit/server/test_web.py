@@ -24,8 +24,10 @@ from beaker_sessions.errors import Error
 from beaker_sessions.server import gate, tables, web
 from beaker_sessions.server.failures import FREE, MOST, Failures
 from beaker_sessions.server.routes import api
+from beaker_sessions.server.subordinate import Subordinate
 from beaker_sessions.settings import ServerSettings
 from beaker_sessions.transport import Endpoint
+from setup import services
 from tests.stack import wait_for
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it acts as several users")
@@ -292,6 +294,7 @@ def test_whoever_holds_the_port_keeps_the_machines_own_programs_from_nothing(
 def test_two_servers_do_not_take_a_socket_from_each_other(real: SimpleNamespace, tmp_path: Path) -> None:
     second = f"""
 from beaker_sessions.server import web
+from beaker_sessions.server.subordinate import Subordinate
 from beaker_sessions.settings import ServerSettings
 web.listen(ServerSettings(port={real.port}, sockets={str(tmp_path / "run")!r}))
 """
@@ -313,6 +316,42 @@ def test_whose_a_connection_of_this_machine_is() -> None:
                 assert web.owner(theirs, accepted.getsockname()) == EVE
                 eves.close()  # which the kernel then lists as root's
                 assert web.owner(theirs, accepted.getsockname()) is None
+
+
+def test_the_subordinate_ids_of_one_person_are_one_peer(
+    real: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "subuid"
+    monkeypatch.setattr(web, "subordinate_ids", Subordinate(file), raising=False)
+    file.write_text("eve:100000:65536\nnonsense\n1501:300000:65536\n")
+    with ExitStack() as floods:
+        for uid in range(100000, 100006):
+            floods.enter_context(flooding(real.port, uid, 20))
+        held = {peer: len(some) for peer, some in real.gate.connections.items()}
+        assert held == {"uids of eve": 20}
+
+
+def test_setup_asks_the_server_of_this_machine(
+    real: SimpleNamespace, server: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(services, "SETTINGS", tmp_path / "config.yml")
+    services.SETTINGS.write_text(f"beaker:\n  address: {real.address}\nserver:\n  sockets: {tmp_path / 'run'}\n")
+    assert [services.ask("/api/v3/user", token) for token in (server.ann, "nonsense")] == [200, 401]
+    for address in ("http://127.0.0.1:1", "http://10.0.0.1:8420"):
+        services.SETTINGS.write_text(f"beaker:\n  address: {address}\n")
+        with pytest.raises(OSError):
+            services.ask("/api/v3/user", server.ann)
+
+
+def test_whose_subordinate_id_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "subuid"
+    known = Subordinate(file)
+    assert known.owner(100000) == ""
+    file.write_text("ann:100000:65536\nroot:0:10\n1501:300000:65536\nno range\n")
+    asked = (0, 99999, 100000, 165535, 165536, 365535)
+    assert [known.owner(uid) for uid in asked] == ["", "", "ann", "ann", "", "1501"]
+    file.write_text("ben:100000:1\n")
+    assert [known.owner(uid) for uid in asked] == ["", "", "ben", "", "", ""]
 
 
 def test_wrong_tokens_wait_and_right_ones_never(
