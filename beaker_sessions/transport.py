@@ -27,7 +27,7 @@ def socket_path(directory: str, port: int) -> str:
 
 
 def holder(port: int) -> int | None:
-    """The uid of a program that listens on that TCP port of this machine, another's than root's if there are several.
+    """The uid of a program that listens on that TCP port of this machine, root's if there are several.
 
     None when nobody is known to: a port can be taken without listening. By /proc/net/tcp (proc_net(5)).
     """
@@ -39,7 +39,7 @@ def holder(port: int) -> int | None:
         except OSError:
             continue
         found += [int(line[7]) for line in lines if line[3] == "0A" and int(line[1].rpartition(":")[2], 16) == port]
-    return max(found, default=None)
+    return min(found, default=None)
 
 
 class Endpoint:

@@ -95,7 +95,7 @@ class Access:
         return account
 
     def vouched(self) -> list[str]:
-        """Hashes of tokens that would be let in while the server is away: VOUCHED of them, at each call the next ones."""
+        """Hashes of tokens that would be let in while the server is away; VOUCHED at a time, at each call the next."""
         hashes = self._ledger.vouched_hashes(datetime.now(UTC) - LATELY, VOUCHED, self._asked_about)
         self._asked_about = hashes[-1] if hashes else ""
         return hashes

@@ -21,11 +21,12 @@ import pytest
 from beaker_sessions import ids
 from beaker_sessions.client import Client
 from beaker_sessions.errors import Error
+from beaker_sessions.executor import doctor
 from beaker_sessions.server import gate, tables, web
 from beaker_sessions.server.failures import FREE, MOST, Failures
 from beaker_sessions.server.routes import api
 from beaker_sessions.server.subordinate import Subordinate
-from beaker_sessions.settings import ServerSettings
+from beaker_sessions.settings import ExecutorSettings, ServerSettings
 from beaker_sessions.transport import Endpoint
 from setup import services
 from tests.stack import wait_for
@@ -280,22 +281,27 @@ def test_whoever_holds_the_port_keeps_the_machines_own_programs_from_nothing(
     finally:
         os.seteuid(0)
     port = held.getsockname()[1]
+    token = tmp_path / "token"
+    token.touch(0o600)
+    token.write_text(server.executor)
+    address = f"http://127.0.0.1:{port}"
+    node = ExecutorSettings(address=address, socket=str(directory / "executor.sock"), token_path=str(token))
     with serving(api(server.service), directory, 20, 80, port) as at:
         client = Client(at.endpoint, server.ann)
         assert client.whoami()["name"] == "ann"
         client.close()
         wait_for("a line in the log", lambda: f"uid {EVE}" in caplog.text)
-        assert at.endpoint.taken_by() == EVE
+        assert [one.level for one in doctor._server(node) if f"uid {EVE}" in one.what] == ["warning"]
         held.close()
         wait_for("the port", lambda: answered(port, ANN))
-        assert at.endpoint.taken_by() is None
+        assert [one.level for one in doctor._server(node)] == ["ok"]
 
 
 def test_two_servers_do_not_take_a_socket_from_each_other(real: SimpleNamespace, tmp_path: Path) -> None:
     second = f"""
 from beaker_sessions.server import web
 from beaker_sessions.server.subordinate import Subordinate
-from beaker_sessions.settings import ServerSettings
+from beaker_sessions.settings import ExecutorSettings, ServerSettings
 web.listen(ServerSettings(port={real.port}, sockets={str(tmp_path / "run")!r}))
 """
     done = subprocess.run([sys.executable, "-c", second], capture_output=True, text=True)
@@ -337,9 +343,9 @@ def test_setup_asks_the_server_of_this_machine(
     monkeypatch.setattr(services, "SETTINGS", tmp_path / "config.yml")
     services.SETTINGS.write_text(f"beaker:\n  address: {real.address}\nserver:\n  sockets: {tmp_path / 'run'}\n")
     assert [services.ask("/api/v3/user", token) for token in (server.ann, "nonsense")] == [200, 401]
-    for address in ("http://127.0.0.1:1", "http://10.0.0.1:8420"):
+    for address, why in (("http://127.0.0.1:1", "No such file"), ("http://10.0.0.1:8420", "not encrypted")):
         services.SETTINGS.write_text(f"beaker:\n  address: {address}\n")
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match=why):
             services.ask("/api/v3/user", server.ann)
 
 
