@@ -26,6 +26,22 @@ def socket_path(directory: str, port: int) -> str:
     return os.path.join(directory, f"server-{port}.sock")
 
 
+def holder(port: int) -> int | None:
+    """The uid of a program that listens on that TCP port of this machine, root's if there are several.
+
+    None when nobody is known to: a port can be taken without listening. By /proc/net/tcp (proc_net(5)).
+    """
+    found = []
+    for name in ("tcp", "tcp6"):
+        try:
+            with open(f"/proc/net/{name}") as table:
+                lines = [line.split() for line in table][1:]
+        except OSError:
+            continue
+        found += [int(line[7]) for line in lines if line[3] == "0A" and int(line[1].rpartition(":")[2], 16) == port]
+    return min(found, default=None)
+
+
 class Endpoint:
     """A server's address, and how it is reached.
 
@@ -48,6 +64,10 @@ class Endpoint:
                 "use https; or, where the network is trusted, name the address in insecure_addresses of "
                 "~/.beaker/config.yml (BEAKER_INSECURE_ADDRESSES), for an executor in beaker.insecureAddresses",
             )
+
+    def taken_by(self) -> int | None:
+        """The uid of whoever holds this machine's server's TCP port in its place; None when nobody is known to."""
+        return (holder(self._port) or None) if self._socket else None
 
     def connection(self, timeout: float) -> http.client.HTTPConnection:
         """One that connects at its first request, which may raise Error unavailable beside OSError."""

@@ -1,6 +1,6 @@
 """Checks claims on a node with real NVIDIA GPUs; to be run as an ordinary user with an account.
 
-    python3 bench/gpu_check.py .venv/bin/beaker
+    python3 bench/gpu_check.py /usr/local/bin/beaker
 
 Shows that one GPU means one, none means none, that CUDA runs in the user namespace, and that a claim is free again
 after its program was killed. Needs a CDI specification (`nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml`) and

@@ -10,13 +10,12 @@ import json
 import re
 import shutil
 import socket
+import struct
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-
-from beaker_sessions.errors import Error
-from beaker_sessions.transport import Endpoint
+from urllib.parse import urlsplit
 
 from . import daemon, host, installed
 from .steps import Failed, Report, Step, command, wait
@@ -33,6 +32,7 @@ class Service:
     description: str
     arguments: tuple[str, ...]
     answers: Callable[[], bool]
+    writes: Callable[[], list[Path]] = list  # directories that its unit lets it write to, by the settings
 
     @property
     def unit(self) -> Path:
@@ -58,6 +58,8 @@ class Service:
         host.write(self._stamp, installed.current())
         if host.SYSTEMD:
             report("starting")
+            for directory in self.writes():
+                directory.mkdir(mode=0o755, parents=True, exist_ok=True)
             host.write(self.unit, self.unit_text())
             command(["systemctl", "daemon-reload"], report)
             command(["systemctl", "enable", "--quiet", self.unit.name], report)
@@ -77,7 +79,8 @@ class Service:
     def unit_text(self, programs: Path = installed.CURRENT / "bin") -> str:
         """Its unit file (systemd.service(5)). Double quotes keep any path one word; `$` means nothing there."""
         text = (host.ROOT / "setup/units" / self.unit.name).read_text()
-        return text.replace("@BIN@", str(programs).replace("%", "%%"))
+        text = text.replace("@BIN@", str(programs).replace("%", "%%"))
+        return text.replace("\n[Install]", "".join(map(_may_write, self.writes())) + "\n[Install]")
 
     def stop(self, report: Report) -> bool:
         """Stop it, and let it not start with the machine: whether it ran."""
@@ -92,11 +95,42 @@ class Service:
         return host.STATE / "setup" / self.name
 
 
-def setting(key: str, default: str) -> str:
-    """The settings' only value of that key. This runs before there is anything that reads YAML."""
-    text = SETTINGS.read_text() if SETTINGS.exists() else ""
-    found = re.search(rf"^\s*{key}:\s*([^\s#]+)", text, re.MULTILINE)
+def setting(key: str, default: str, section: str = "") -> str:
+    """The settings' only value of that key, or the one in a section.
+
+    This runs before there is anything that reads YAML: it knows neither `{key: value}` nor a value on several lines.
+    """
+    text = SETTINGS.read_text() + "\n" if SETTINGS.exists() else ""
+    if section:
+        part = re.search(rf"^{section}:[^\n]*\n((?:[ \t]+[^\n]*\n|[ \t]*\n|#[^\n]*\n)*)", text, re.MULTILINE)
+        text = part[1] if part else ""
+    found = re.search(rf"^[ \t]*{key}:[ \t]+([^\s#].*?)[ \t]*([ \t]#.*)?$", text, re.MULTILINE)
     return found[1].strip("'\"") if found else default
+
+
+def _server_writes() -> list[Path]:
+    """Directories of the server, by its settings, that its unit does not name."""
+    database = setting("database", "", "server")
+    paths = [Path(setting("storagePath", str(host.STATE), "server")), _sockets()]
+    if database.startswith("sqlite:////"):
+        paths.append(Path(database.partition("?")[0].removeprefix("sqlite:///")).parent)
+    if key := setting("key", "", "server"):
+        paths.append(Path(key).parent)
+    return [path for path in dict.fromkeys(paths) if not {host.STATE, host.RUN} & {path, *path.parents}]
+
+
+def _may_write(path: Path) -> str:
+    """The lines of a unit (systemd.exec(5)). What is below /run goes with the machine, and systemd makes it anew."""
+    below_run = path.is_relative_to("/run")
+    word = str(path.relative_to("/run") if below_run else path).replace("%", "%%")
+    if below_run:
+        return f'RuntimeDirectory="{word}"\n'
+    homes = any(path.is_relative_to(home) for home in ("/home", "/root"))
+    return f'ReadWritePaths="-{word}"\n' + ("ProtectHome=read-only\n" if homes else "")
+
+
+def _sockets() -> Path:
+    return Path(setting("sockets", str(host.RUN), "server"))
 
 
 def address() -> str:
@@ -112,14 +146,37 @@ def _server_answers() -> bool:
         return False
 
 
+class _Local(http.client.HTTPConnection):
+    """HTTP through the Unix socket of the server that root runs on this machine."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=10)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+        credentials = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        if struct.unpack("3i", credentials)[1] != 0:
+            raise OSError(f"whoever listens at {self._path} is not root")
+
+
 def ask(path: str, token: str = "") -> int:
-    """The status of a GET at the server of this machine. Raises OSError when there is none."""
-    try:
-        with closing(Endpoint(address(), str(host.RUN)).connection(10)) as connection:
-            connection.request("GET", path, headers={"Authorization": f"Bearer {token}"} if token else {})
-            return connection.getresponse().status
-    except Error as error:
-        raise OSError(error.message) from error
+    """The status of a GET at the server that the settings name. Raises OSError when none can be asked safely."""
+    at = urlsplit(address())
+    connection: http.client.HTTPConnection
+    if at.scheme == "https":
+        connection = http.client.HTTPSConnection(at.hostname or "", at.port, timeout=10)
+    elif at.hostname in ("localhost", "::1") or (at.hostname or "").startswith("127."):
+        connection = _Local(_sockets() / f"server-{at.port or 80}.sock")
+    else:
+        raise OSError(f"{address()} is another machine's, and not encrypted")
+    with closing(connection):
+        connection.request(
+            "GET", at.path.rstrip("/") + path, headers={"Authorization": f"Bearer {token}"} if token else {}
+        )
+        return connection.getresponse().status
 
 
 def _executor_answers() -> bool:
@@ -134,7 +191,7 @@ def _executor_answers() -> bool:
         return False
 
 
-SERVER = Service("beaker-server", "server", ("serve",), _server_answers)
+SERVER = Service("beaker-server", "server", ("serve",), _server_answers, _server_writes)
 EXECUTOR = Service("beaker-executor", "executor", (), _executor_answers)
 
 

@@ -46,6 +46,7 @@ class Access:
         self._noted: dict[str, float] = {}  # by hash: when the ledger was told last
         self._evicted: dict[str, float] = {}  # by hash: when a token was found to have ended
         self._away_until = 0.0
+        self._asked_about = ""  # the last of the hashes that the server was asked about
         self._lock = threading.Lock()
 
     def is_fresh(self, token: str) -> bool:
@@ -94,8 +95,10 @@ class Access:
         return account
 
     def vouched(self) -> list[str]:
-        """Hashes of the tokens that would be let in while the server is away, the latest first, at most VOUCHED."""
-        return self._ledger.vouched_hashes(datetime.now(UTC) - LATELY, VOUCHED)
+        """Hashes of tokens that would be let in while the server is away; VOUCHED at a time, at each call the next."""
+        hashes = self._ledger.vouched_hashes(datetime.now(UTC) - LATELY, VOUCHED, self._asked_about)
+        self._asked_about = hashes[-1] if hashes else ""
+        return hashes
 
     def revoke(self, hashes: Iterable[str]) -> None:
         """Forget tokens that have ended, by their hashes. No answer that was under way brings them back."""

@@ -71,6 +71,13 @@ def _server(settings: ExecutorSettings) -> Iterable[Finding]:
         with closing(Client(settings.endpoint, token, 5)) as client:
             client.whoami()
         yield Finding("ok", f"the server at {settings.address} answers and knows this executor")
+        if uid := settings.endpoint.taken_by():
+            what = (
+                f"the server's TCP port is held by a program of uid {uid}: browsers and other machines do not reach it"
+            )
+            yield Finding(
+                "warning", what, "end that program (see `ss -ltnp`): the server takes the port within seconds"
+            )
     except Error as error:
         yield Finding("error", error.message, error.hint)
 

@@ -230,10 +230,10 @@ class Ledger:
         rows = self._rows("SELECT account, seen FROM accounts WHERE token_hash = ?", token_hash)
         return (json.loads(rows[0][0]), datetime.fromisoformat(rows[0][1])) if rows else None
 
-    def vouched_hashes(self, since: datetime, limit: int) -> list[str]:
-        """Of the tokens that the server knew since then, the latest first."""
-        query = "SELECT token_hash FROM accounts WHERE seen > ? ORDER BY seen DESC LIMIT ?"
-        return [hash for (hash,) in self._rows(query, since.isoformat(), limit)]
+    def vouched_hashes(self, since: datetime, limit: int, after: str) -> list[str]:
+        """Of the tokens that the server knew since then, those that come after that hash, then from the first on."""
+        query = "SELECT token_hash FROM accounts WHERE seen > ? ORDER BY token_hash <= ?, token_hash LIMIT ?"
+        return [hash for (hash,) in self._rows(query, since.isoformat(), after, limit)]
 
     def refuse(self, token_hash: str) -> None:
         """Forget a token that the server refused."""

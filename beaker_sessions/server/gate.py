@@ -1,9 +1,10 @@
 """Who may have a connection to the server, and which one goes when there are too many. Decides; touches no socket.
 
-A peer is a user of this machine, by uid, or another machine, by its address (of IPv6 its /64, of which one customer has
-as many as they like). Each may have so many, and all together so many; some of these are kept for executors, without
-whom nothing is reported. A new connection takes the place of one that is waiting for its peer to say something: of the
-same peer's, else of whoever has most. So what is held idle or half said keeps nobody out.
+A peer is a user of this machine, by uid, or by whose subordinate id it is, or another machine, by its address (of IPv6
+its /64, of which one customer has as many as they like). Each may have so many, and all together so many; some of these
+are kept for executors, without whom nothing is reported. A new connection takes the place of one that is waiting for
+its peer to say something: of the same peer's, else of whoever has most. So what is held idle or half said keeps nobody
+out.
 
 What it cannot do: tell an executor on another machine from the other programs there before it has shown its token, nor
 hold out against somebody with thousands of networks.
@@ -72,7 +73,7 @@ class Gate:
 
     def executor(self, peer: str) -> None:
         """An executor's token came from there."""
-        if peer.startswith("uid "):
+        if peer.startswith("uid"):
             return  # root has its own places, and nobody else on this machine is an executor
         self.executors[peer] = None
         self.executors.move_to_end(peer)

@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -27,9 +28,10 @@ from ..model import Scope as TokenScope
 from .failures import Failures
 from .gate import ROOT
 from .service import Service
+from .turns import Turns
 
 BODY_LIMIT = 2 << 20  # bytes
-FORM_LIMIT = 64 << 10  # of the console's
+FORM_LIMIT = 64 << 10  # of the console's, which reads those of POST alone
 PUBLIC = ("/healthz",)  # all else of the API needs a token, also what does not exist
 API = ("/api/", "/metrics", "/openapi.json")  # for programs, which send a token; all other paths are the console's
 SIGN_IN = "/sign-in"  # where the console takes a token
@@ -54,7 +56,8 @@ class Guard:
     """Lets nothing pass without a token, nor more than BODY_LIMIT; what nobody foresaw becomes an id in the log.
 
     console: the application for people, which asks for a cookie instead, and shows failures as pages. Whoever sends
-    wrong tokens to either waits for the answers.
+    wrong tokens to either waits for the answers. Of one account, or of one peer that has shown no token yet, few are at
+    work at once; executors do not wait for turns, nor does root here, which is where this machine's executor asks.
     """
 
     def __init__(self, app: ASGIApp, service: Service, console: ASGIApp) -> None:
@@ -62,6 +65,7 @@ class Guard:
         self.service = service
         self.console = console
         self.failures = Failures()
+        self.turns = Turns()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -73,29 +77,46 @@ class Guard:
         started, showed = False, scope["path"] == SIGN_IN  # whether a token was shown
         connection = scope.setdefault("state", {}).get("connection")  # of `web`, where that serves
 
+        peer = connection.peer if connection else ""
+        turn = AsyncExitStack()  # left when the answer begins, or by who waits for something to happen
+
         async def sending(message: Message) -> None:
             nonlocal started
+            await turn.aclose()
             if showed and not started and message.get("status") == 401:
-                await self._wait(connection.peer if connection else "")
+                await self._wait(peer)
             started = True
             await send(message)
 
         try:
             headers = Headers(scope=scope)
-            app, limit = self.app, BODY_LIMIT
+            app, who, limit = self.app, "" if peer == ROOT else peer or "nobody known", BODY_LIMIT
             if scope["path"].startswith(API):
                 kind, _, token = headers.get("authorization", "").partition(" ")
                 token = token.strip() if kind.lower() == "bearer" else ""
                 key, showed = headers.get("idempotency-key", ""), bool(token)
-                caller = await run_in_threadpool(self.service.authenticate, token, key)
+                async with AsyncExitStack() as asking:
+                    await self.turns.own(asking, who)
+                    caller = await run_in_threadpool(self.service.authenticate, token, key)
                 scope["state"]["caller"] = caller
-                if connection and caller.scope == TokenScope.EXECUTOR:
-                    connection.executor()
-            elif scope["path"] not in PUBLIC:
-                app, limit = self.console, FORM_LIMIT
+                if caller.scope == TokenScope.EXECUTOR:
+                    who = ""
+                    if connection:
+                        connection.executor()
+                elif who:
+                    who = f"account {caller.account_id}"
+            elif scope["path"] in PUBLIC:
+                limit = 0
+            else:
+                app, limit = self.console, FORM_LIMIT if scope["method"] == "POST" else 0
             body = await _body(headers, receive, limit)
-            if body is not None:  # else it went away
-                await app(scope, _replayed(body, receive), sending)
+            if body is None:  # it went away
+                return
+            async with turn:
+                await self.turns.among_all(turn, who)
+                if not (connection and connection.gone):
+                    scope["state"]["turn"] = turn
+                    await app(scope, _replayed(body, receive), sending)
         except Error as error:
             await answer(error, 413 if isinstance(error, TooLong) else 0)(scope, receive, sending)
         except Exception:

@@ -23,7 +23,8 @@ from .store import Row, Rows
 
 PAGE = 100
 LOG_LIMIT = 1 << 20  # bytes of the output of a session that has ended
-LIVE_LIMIT = 64 << 10  # and of one that runs
+LOGS_LIMIT = 256 << 20  # and of the outputs of one account's sessions that have ended; the oldest make room
+LIVE_LIMIT = 64 << 10  # of the output of one that runs
 LOOKED = timedelta(seconds=15)  # between two notes that somebody looks
 REPORTED = ("queuePosition",)  # what a report may say beside the session itself
 
@@ -186,7 +187,9 @@ class Jobs(Rules):
             rows.keep_logs(id, output)
             if kept is None or bytes(kept.output) != output:
                 rows.touch(id)
-            if final:  # what somebody looks at changes nothing that lasts
+            if final:
+                rows.drop_logs(row.account_id, LOGS_LIMIT)
+                # what somebody looks at changes nothing that lasts
                 self.record(rows, caller, "put_logs", id, bytes=len(output))
 
 

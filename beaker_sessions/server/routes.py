@@ -315,6 +315,7 @@ def report_job(does: Does, who: Who, id: str, body: JSON) -> JSON:
 async def get_logs(request: Request, does: Does, who: Who, id: str) -> Response:
     """Of a running session, what its node answers to being asked, at its next heartbeat, or else what it sent last."""
     output = await run_in_threadpool(does.get_logs, who, id)
+    await request.state.turn.aclose()  # what follows waits, and asks little
     until = time.monotonic() + LOGS_WAIT
     with request.app.state.changes.watch([id], who.account_id) as event:
         while event and (left := until - time.monotonic()) > 0 and await run_in_threadpool(does.logs_due, id):

@@ -194,7 +194,22 @@ class Rows:
         self.connection.execute(sa.delete(tables.logs).where(tables.logs.c.job_id == job))
         self.insert(tables.logs, job_id=job, output=output, at=self.now)
 
+    def drop_logs(self, account: str, limit: int) -> None:
+        """Of the account's outputs of ended jobs keep the newest that have `limit` bytes together."""
+        logs = tables.logs
+        newest = (logs.c.at.desc().nulls_last(), logs.c.job_id.desc())
+        total = sa.func.sum(sa.func.length(logs.c.output)).over(order_by=newest)
+        ended = sa.select(logs.c.job_id, total.label("total")).join(jobs, logs.c.job_id == jobs.c.id)
+        ended = ended.where(jobs.c.account_id == account, jobs.c.state == State.FINALIZED)
+        sums = ended.subquery()
+        old = sa.select(sums.c.job_id).where(sums.c.total > limit)
+        self.connection.execute(sa.delete(logs).where(logs.c.job_id.in_(old)))
+
     # secrets
+
+    def count_secrets(self, account: str) -> int:
+        query = sa.select(sa.func.count()).select_from(tables.secrets).join(tables.workspaces)
+        return int(self.connection.execute(query.where(tables.workspaces.c.account_id == account)).scalar_one())
 
     def keep_secret(self, workspace: str, name: str, sealed: bytes, created: datetime | None) -> None:
         """created: of the value before, None for a new secret."""

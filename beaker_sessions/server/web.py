@@ -7,6 +7,8 @@ On the Unix socket, programs of this machine know that it is the server which an
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
 import functools
 import ipaddress
 import logging
@@ -27,18 +29,22 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import Error
 from ..settings import ServerSettings
-from ..transport import socket_path
+from ..transport import holder, socket_path
 from . import gate
+from .subordinate import Subordinate
 
 HEADER = 10.0  # seconds for the header of a request, from its first byte or from connecting
 BODY = 60.0  # and for its body
+IDLE = 60.0  # between two requests
 REST = 5.0  # and for the rest of a body that was answered before it had come
 READ = 60.0  # for whoever asked to read the answer, but for what the kernel keeps
 LOOK = 1.0  # between two looks at all of them
+AGAIN = 3.0  # between two attempts to have the TCP port that somebody else holds
 OWN = 128  # descriptors that are no connections
 NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST = 4, 20, 1  # linux/netlink.h, linux/sock_diag.h
 ANY_STATE = NO_COOKIE = 0xFFFFFFFF  # linux/inet_diag.h
 FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+subordinate_ids = Subordinate()
 log = logging.getLogger(__name__)
 
 
@@ -50,6 +56,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._header: float | None = time.monotonic()  # since when one is awaited or half there
         self._body = self._unread = None  # type: float | None
+        self._request: Any = None  # whose body that is
         self._is_executor = False
         self.peer = _peer(transport)
         self.app_state = {**self.app_state, "connection": self}
@@ -73,17 +80,33 @@ class Connection(H11Protocol):
         if self._header is None and self.conn.their_state is h11.IDLE:
             self._header = time.monotonic()
         super().data_received(data)
-        if self.conn.their_state is not h11.IDLE:
-            self._header = None
-        if self.conn.their_state is h11.SEND_BODY:
-            self._body = self._body or time.monotonic()
-        else:
-            self._body = None
+        self._owed()
 
     def on_response_complete(self) -> None:
-        if self.conn.their_state is h11.SEND_BODY:
+        answered = self.cycle
+        super().on_response_complete()  # which begins with what had come behind it
+        self._owed()
+        if self.cycle is answered and self._body is not None:
             self._body = time.monotonic() - BODY + REST
-        super().on_response_complete()
+
+    def _owed(self) -> None:
+        """Note since when the peer owes the rest of a header or of a body, as far as h11 has read."""
+        state, now = self.conn.their_state, time.monotonic()
+        half = state is h11.IDLE and bool(self.conn.trailing_data[0])
+        self._header = (self._header or now) if half else None
+        if state is not h11.SEND_BODY:
+            self._body = None
+        elif self._body is None or self._request is not self.cycle:
+            self._body = now
+        self._request = self.cycle
+        if state is h11.IDLE and not half and self.timeout_keep_alive_task is None:
+            # The rest of a body that was answered before: no answer comes after it, with which uvicorn would count.
+            self.timeout_keep_alive_task = self.loop.call_later(IDLE, self.timeout_keep_alive_handler)
+
+    @property
+    def gone(self) -> bool:
+        """Whether nobody is left to be answered."""
+        return self.transport.is_closing()
 
     @property
     def waiting(self) -> float | None:
@@ -93,8 +116,8 @@ class Connection(H11Protocol):
             return self._header
         if self._body is not None:
             return self._body
-        idle = self.conn.their_state is h11.IDLE
-        return time.monotonic() if idle else None  # kept alive: goes after those that are half said
+        answered = self.cycle is None or self.cycle.response_complete
+        return time.monotonic() if answered else None  # kept alive: goes after those that are half said
 
     def executor(self) -> None:
         """What was asked came with an executor's token."""
@@ -117,19 +140,20 @@ class Connection(H11Protocol):
 class Server(uvicorn.Server):
     """uvicorn, which lets open pages go when it shall end, and looks at the deadlines."""
 
-    def __init__(self, app: FastAPI, gate: gate.Gate) -> None:
+    def __init__(self, app: FastAPI, gate: gate.Gate, awaited: ServerSettings | None = None) -> None:
         config = uvicorn.Config(
             app,
             http=type("Connection", (Connection,), {"gate": gate}),
             ws="none",
             log_config=None,
             access_log=False,
-            timeout_keep_alive=60,
+            timeout_keep_alive=IDLE,  # type: ignore[arg-type]
             timeout_graceful_shutdown=5,
             server_header=False,
         )
         super().__init__(config)
         self._app, self.gate, self._looked = app, gate, 0.0
+        self._awaited, self._tried, self._said = awaited, 0.0, ""  # settings with a TCP port that somebody holds
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._app.state.changes.close()
@@ -141,7 +165,25 @@ class Server(uvicorn.Server):
             self._looked = now
             for connection in list(self.server_state.connections):
                 connection.look(now)  # type: ignore[union-attr]
+        if self._awaited and now - self._tried >= AGAIN:
+            self._tried = now
+            await self._try(self._awaited)
         return await super().on_tick(counter)
+
+    async def _try(self, settings: ServerSettings) -> None:
+        """Listen at the TCP port, if it has become free."""
+        try:
+            sockets = _listen_tcp(settings)
+        except OSError as error:
+            if (why := _taken(settings, error)) != self._said:
+                log.error("%s: only programs of this machine reach the server until that ends (see `ss -ltnp`)", why)
+            self._said = why
+            return
+        self._awaited = None
+        loop, kind, state = asyncio.get_running_loop(), self.config.http_protocol_class, self.lifespan.state
+        for one in sockets:  # as uvicorn does with those that it is given
+            made = functools.partial(kind, config=self.config, server_state=self.server_state, app_state=state)  # type: ignore[call-arg]
+            self.servers.append(await loop.create_server(made, sock=one, backlog=self.config.backlog))
 
 
 def serve(app: FastAPI, settings: ServerSettings) -> None:
@@ -150,12 +192,42 @@ def serve(app: FastAPI, settings: ServerSettings) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     most = max(min(settings.connections_all, hard - settings.connections_each - OWN), settings.connections_each)
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # its warnings are of what anybody may send
-    sockets = listen(settings)
-    Server(app, gate.Gate(settings.connections_each, most)).run(sockets)
+    sockets, awaited = listen(settings)
+    Server(app, gate.Gate(settings.connections_each, most), awaited).run(sockets)
 
 
-def listen(settings: ServerSettings) -> list[socket.socket]:
-    """TCP sockets and, as root, the Unix socket. A connection to the latter waits from its first moment."""
+def listen(settings: ServerSettings) -> tuple[list[socket.socket], ServerSettings | None]:
+    """TCP sockets and, as root, the Unix socket. A connection to the latter waits from its first moment.
+
+    Anybody may have taken the port while the server was not there, which must not keep this machine's programs from it:
+    then there is the Unix socket alone, and the settings by which `Server` tries for the port. Raises Error.
+    """
+    listening: list[socket.socket] = []
+    awaited = None
+    try:
+        listening = _listen_tcp(settings)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE or os.geteuid() != 0:
+            hint = "is another server running there, or another program? See `ss -ltnp`, or set --host and --port"
+            raise Error("unavailable", _taken(settings, error), hint) from error
+        awaited = settings
+    port = listening[0].getsockname()[1] if listening else settings.port
+    if os.geteuid() == 0:
+        path = socket_path(settings.sockets, port)
+        try:
+            listening.append(_listen_locally(Path(path)))
+        except Error:
+            for one in listening:
+                one.close()
+            raise
+        log.info("listening at %s", path)
+    else:
+        log.warning("no Unix socket, which only root's server has: programs must name this address as an insecure one")
+    return listening, awaited
+
+
+def _listen_tcp(settings: ServerSettings) -> list[socket.socket]:
+    """All or none. Raises OSError."""
     listening: list[socket.socket] = []
     port = settings.port
     try:
@@ -163,22 +235,22 @@ def listen(settings: ServerSettings) -> list[socket.socket]:
         for family, _, _, _, address in found:
             listening.append(socket.create_server((address[0], port, *address[2:]), family=family))
             port = listening[0].getsockname()[1]
-    except OSError as error:
-        where = f"{settings.host}:{port}"
-        hint = "is another server running there, or another program? See `ss -ltnp`, or set --host and --port"
-        raise Error("unavailable", f"cannot listen at {where}: {error.strerror}", hint) from error
+    except OSError:
+        for one in listening:
+            one.close()
+        raise
     log.info("listening at %s", ", ".join(f"{one.getsockname()[0]} port {port}" for one in listening))
-    if os.geteuid() == 0:
-        path = socket_path(settings.sockets, port)
-        listening.append(_listen_locally(Path(path)))
-        log.info("listening at %s", path)
-    else:
-        log.warning("no Unix socket, which only root's server has: programs must name this address as an insecure one")
     return listening
 
 
+def _taken(settings: ServerSettings, error: OSError) -> str:
+    uid = holder(settings.port) if error.errno == errno.EADDRINUSE else None
+    by = "" if uid is None else f", by a program of uid {uid}"
+    return f"cannot listen at {settings.host}:{settings.port}: {error.strerror}{by}"
+
+
 def _listen_locally(path: Path) -> socket.socket:
-    """Raises Error when others than root could put a socket there."""
+    """Raises Error when others than root could put a socket there, or another server has it."""
     new = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -187,15 +259,27 @@ def _listen_locally(path: Path) -> socket.socket:
             raise Error(
                 "forbidden", f"others than root can write to {path.parent}", f"chmod 755 {path.parent}, as root's"
             )
+        _claim(path)
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         new.unlink(missing_ok=True)
         listening.bind(str(new))
         new.chmod(0o666)  # who connects is known by their uid, and who asks by their token
         listening.listen(socket.SOMAXCONN)
-        new.rename(path)  # whoever holds the TCP port has the name; nobody ever meets one that does not listen
+        new.rename(path)  # nobody ever meets one that does not listen
     except OSError as error:
         raise Error("unavailable", f"cannot listen at {path}: {error.strerror}", "mend that, or set sockets") from error
     return listening
+
+
+def _claim(path: Path) -> None:
+    """Have the name of a socket as long as this process lives. Raises OSError, and Error when another has it."""
+    lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # never closed: with it the lock would go
+    except BlockingIOError as error:
+        os.close(lock)
+        hint = "stop it, or set another port or other sockets"
+        raise Error("unavailable", f"another server serves {path}", hint) from error
 
 
 def _peer(transport: asyncio.Transport) -> str:
@@ -203,14 +287,20 @@ def _peer(transport: asyncio.Transport) -> str:
     connection = transport.get_extra_info("socket")
     if connection.family == socket.AF_UNIX:
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        return f"uid {struct.unpack('3i', credentials)[1]}"
+        return _person(struct.unpack("3i", credentials)[1])
     theirs, ours = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
     if not theirs:
         return gate.STRANGER
     if theirs[0] != ours[0] and not theirs[0].removeprefix("::ffff:").startswith("127."):
         return gate.network(theirs[0])
     uid = owner(theirs, ours)
-    return gate.STRANGER if uid is None else f"uid {uid}"
+    return gate.STRANGER if uid is None else _person(uid)
+
+
+def _person(uid: int) -> str:
+    """The peer that a user of this machine is: all subordinate ids of one person are one."""
+    owner = subordinate_ids.owner(uid)
+    return f"uid {owner}" if owner.isdecimal() else f"uids of {owner}" if owner else f"uid {uid}"
 
 
 def owner(theirs: tuple[Any, ...], ours: tuple[Any, ...]) -> int | None:

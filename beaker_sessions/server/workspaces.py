@@ -18,6 +18,7 @@ from .store import Row, Rows
 IMPLICIT = ("default", "git")
 CREDENTIALS = "git"  # the only one that a session writes to
 LIMIT = 64 << 10  # bytes of a secret
+SECRETS = 1000  # of one account
 PATH_WORDS = ("secrets",)  # names that a path could not tell from what is in a workspace
 
 
@@ -90,6 +91,9 @@ class Workspaces(Rules):
             if row.archived:
                 raise Error("conflict", f"workspace {row.full_name} is archived", "choose another workspace")
             known = rows.one(tables.secrets, workspace_id=row.id, name=name)
+            if known is None and rows.count_secrets(row.account_id) >= SECRETS:
+                what = f"the account {caller.account} has {SECRETS} secrets, which is the most"
+                raise Error("invalid", what, "delete one that is not needed: `beaker secret delete`")
             rows.keep_secret(row.id, name, self.seal.close(value, _place(row.id, name)), known and known.created)
             rows.update(tables.workspaces, row.id, modified=rows.now)
             self.record(rows, caller, "write_secret", row.id, name=name)

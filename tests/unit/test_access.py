@@ -182,3 +182,15 @@ def test_a_refusal_is_not_undone_by_an_older_answer(server: Server, ledger: Ledg
     thread.join(10)
     assert [error.code for error in errors] == ["unauthorized"]
     assert ledger.vouched(ids.hash_token(token)) is None
+
+
+def test_the_server_is_asked_about_every_token_in_turn(
+    server: Server, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "VOUCHED", 3)
+    access, hashes = Access(ledger, server.endpoint, {}), [f"{number:064}" for number in range(5)]
+    for hash in hashes:
+        ledger.vouch(hash, ADA)
+    asked = [access.vouched(), access.vouched()]
+    assert [len(some) for some in asked] == [3, 3]
+    assert {hash for some in asked for hash in some} == set(hashes)

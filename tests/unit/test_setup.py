@@ -144,6 +144,39 @@ def test_a_setting_is_read_without_yaml(text: str, value: str, tmp_path: Path, m
     assert services.setting("driver", "auto") == value
 
 
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("", []),
+        ("storagePath: /data/executor\nserver:\n  port: 8420\n", []),
+        ("server:\n  storagePath: /data/a b  # why\nhostname: x\n", ['ReadWritePaths="-/data/a b"']),
+        ("server:\n  storagePath: '/data/100%'\n", ['ReadWritePaths="-/data/100%%"']),
+        ("server:\n  # or\n\n  database: sqlite:////srv/db/server.db\n", ['ReadWritePaths="-/srv/db"']),
+        ("server:\n  database: postgresql://db/beaker\n", []),
+        ("server:\n  key: /data/key/server.key\n", ['ReadWritePaths="-/data/key"']),
+        ("server:\n  sockets: /run/lab/beaker\n", ['RuntimeDirectory="lab/beaker"']),
+        ("server:\n  sockets: /srv/sockets\n", ['ReadWritePaths="-/srv/sockets"']),
+        ("server:\n  storagePath: /home/lab/db\n", ['ReadWritePaths="-/home/lab/db"', "ProtectHome=read-only"]),
+    ],
+)
+def test_the_server_may_write_where_its_settings_say(
+    text: str, lines: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(services, "SETTINGS", tmp_path / "config.yml")
+    plain = services.SERVER.unit_text().splitlines()
+    services.SETTINGS.write_text(text)
+    now = services.SERVER.unit_text().splitlines()
+    assert [line for line in now if line not in plain] == lines
+    assert [line for line in plain if line not in now] == []
+    assert now.index("[Service]") < now.index((lines or ["UMask=0077"])[-1]) < now.index("[Install]")
+
+
+def test_setup_imports_nothing_that_it_sets_up() -> None:
+    program = "import sys, setup.__main__; print([name for name in sys.modules if name.startswith('beaker_sessions')])"
+    done = subprocess.run([sys.executable, "-B", "-c", program], cwd=host.ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pid files and logs in a directory of the test's own."""

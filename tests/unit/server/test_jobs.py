@@ -11,6 +11,7 @@ import pytest
 from beaker_sessions import ids, model, wire
 from beaker_sessions.errors import Error
 from beaker_sessions.model import State
+from beaker_sessions.server import jobs
 
 NOW = datetime.now(UTC)
 
@@ -188,3 +189,21 @@ def test_reports_only_of_own_sessions(node: SimpleNamespace) -> None:
     stolen = report(session.id, wire.job(replace(session, account="bob", revision=2)))
     assert stolen["author"]["name"] == "ann"
     assert code(node.executor.put_logs, session.id, bytes((1 << 20) + 1)) == "invalid"
+
+
+def test_the_oldest_outputs_of_an_account_make_room(
+    server: SimpleNamespace, node: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "LOGS_LIMIT", 10)
+
+    def finished(account: str) -> str:
+        session = model.Session(ids.ulid(), account, node.id, model.Request(), created=NOW, revision=1)
+        node.executor.report_job(session.id, wire.job(ended(session, exit_code=0)))
+        return session.id
+
+    late, first, second, others = finished("ann"), finished("ann"), finished("ann"), finished("bob")
+    for id, output in ((first, b"1111"), (others, b"of bob's"), (second, b"2222"), (late, b"3333")):
+        node.executor.put_logs(id, output)
+    ann, bob = server.client(server.ann), server.client(server.bob)
+    assert [ann.get_logs(id) for id in (first, second, late)] == [b"", b"2222", b"3333"]
+    assert bob.get_logs(others) == b"of bob's"

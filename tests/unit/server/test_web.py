@@ -18,15 +18,23 @@ from typing import Any
 
 import pytest
 
+from beaker_sessions import ids
 from beaker_sessions.client import Client
 from beaker_sessions.errors import Error
-from beaker_sessions.server import gate, web
+from beaker_sessions.executor import doctor
+from beaker_sessions.server import gate, tables, web
 from beaker_sessions.server.failures import FREE, MOST, Failures
 from beaker_sessions.server.routes import api
-from beaker_sessions.settings import ServerSettings
+from beaker_sessions.server.subordinate import Subordinate
+from beaker_sessions.settings import ExecutorSettings, ServerSettings
 from beaker_sessions.transport import Endpoint
+from setup import services
+from tests.stack import wait_for
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it acts as several users")
+WHOLE = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+HALF = b"GET /healthz HTTP/1.1\r\nX: "
+NO_BODY = b"POST /sign-in HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
 ANN, BEN, EVE = 1501, 1502, 1503  # uids
 # Opens so many connections to a port, says the start of a request on each, and waits.
 FLOOD = """
@@ -34,7 +42,7 @@ import socket, sys
 held = []
 for number in range(int(sys.argv[2])):
     held.append(socket.create_connection(("127.0.0.1", int(sys.argv[1]))))
-    held[-1].sendall(b"GET /healthz HTTP/1.1\\r\\nX: ")
+    held[-1].sendall(sys.argv[3].encode())
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -48,12 +56,12 @@ print(connection.getresponse().status)
 
 
 @contextmanager
-def serving(app: Any, directory: Path, each: int, all: int) -> Iterator[SimpleNamespace]:
+def serving(app: Any, directory: Path, each: int, all: int, port: int = 0) -> Iterator[SimpleNamespace]:
     """port, endpoint (the Unix socket), and the gate."""
     directory.chmod(0o755)
-    sockets = web.listen(ServerSettings(port=0, sockets=str(directory)))
-    port = sockets[0].getsockname()[1]
-    server = web.Server(app, gate.Gate(each, all))
+    sockets, awaited = web.listen(ServerSettings(port=port, sockets=str(directory)))
+    port = port or sockets[0].getsockname()[1]
+    server = web.Server(app, gate.Gate(each, all), awaited)
     thread = threading.Thread(target=server.run, args=(sockets,))
     thread.start()
     while not server.started:
@@ -77,14 +85,14 @@ def real(server: SimpleNamespace, tmp_path: Path) -> Iterator[SimpleNamespace]:
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HEADER", "BODY", "REST", "READ"):
+    for name in ("HEADER", "BODY", "REST", "READ", "IDLE"):
         monkeypatch.setattr(web, name, 1.0)
     monkeypatch.setattr(web, "LOOK", 0.1)
 
 
 @contextmanager
-def flooding(port: int, uid: int, count: int) -> Iterator[subprocess.Popen]:
-    command = [sys.executable, "-c", FLOOD, str(port), str(count)]
+def flooding(port: int, uid: int, count: int, text: bytes = HALF) -> Iterator[subprocess.Popen]:
+    command = [sys.executable, "-c", FLOOD, str(port), str(count), text.decode()]
     with subprocess.Popen(command, user=uid, group=uid, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin
         assert process.stdout
@@ -126,7 +134,10 @@ def test_many_users_together_leave_room_too(real: SimpleNamespace) -> None:
     "text",
     [
         b"",
-        b"GET /healthz HTTP/1.1\r\nX: ",
+        HALF,
+        WHOLE + HALF,
+        WHOLE + NO_BODY,
+        WHOLE + WHOLE + NO_BODY + b"half",
         b"POST /sign-in HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\nhalf",
         b"POST /sign-in HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n",
         b"POST /sign-in HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\nhalf",
@@ -139,6 +150,22 @@ def test_half_a_request_ends(real: SimpleNamespace, text: bytes) -> None:
             while connection.recv(65536):
                 pass
         except ConnectionResetError:
+            pass
+
+
+def test_requests_behind_others_keep_nobody_out(real: SimpleNamespace) -> None:
+    with ExitStack() as floods:
+        for uid in range(2000, 2003):
+            floods.enter_context(flooding(real.port, uid, 20, WHOLE + NO_BODY))
+        assert answered(real.port, ANN)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_who_is_answered_early_and_sends_the_rest_is_not_kept_for_ever(real: SimpleNamespace) -> None:
+    with begun(real.port, b"POST /sign-in HTTP/1.1\r\nHost: x\r\nContent-Length: 99999\r\n\r\n") as connection:
+        assert b"413" in connection.recv(65536)
+        connection.sendall(b"x" * 99999)
+        while connection.recv(65536):
             pass
 
 
@@ -188,7 +215,7 @@ def test_events_go_on_past_every_deadline(
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-@pytest.mark.parametrize(("path", "size"), [("/api/v3/jobs", 3 << 20), ("/sign-in", 100 << 10), ("/healthz", 3 << 20)])
+@pytest.mark.parametrize(("path", "size"), [("/api/v3/jobs", 3 << 20), ("/sign-in", 100 << 10), ("/healthz", 8)])
 def test_a_body_that_is_too_long(
     real: SimpleNamespace, server: SimpleNamespace, path: str, size: int, chunked: bool
 ) -> None:
@@ -209,6 +236,79 @@ def test_a_body_in_chunks_is_taken(real: SimpleNamespace, server: SimpleNamespac
     connection.close()
 
 
+@pytest.mark.parametrize("path", ["/api/v3/jobs?limit=1000", "/node/gpu-1"])
+def test_an_executor_does_not_wait_for_a_flood_of_work(
+    real: SimpleNamespace, server: SimpleNamespace, node: SimpleNamespace, path: str
+) -> None:
+    ann = server.client(server.ann)
+    made = ann.create_job({"session": {"node": node.id, "command": ["true"]}})
+    with server.service.store.write() as rows:
+        row = rows.one(tables.jobs, id=made["id"])._asdict()
+        for _ in range(1000):
+            rows.insert(tables.jobs, **{**row, "id": ids.ulid()})
+    cookie = server.service.sign_in(server.ann)
+    head = f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {server.ann}\r\nCookie: beaker={cookie}\r\n"
+    os.seteuid(EVE)  # connections of this machine are told by who holds them
+    try:
+        flood = [begun(real.port, f"{head}Connection: close\r\n\r\n".encode()) for _ in range(20)]
+    finally:
+        os.seteuid(0)
+    assert flood[0].recv(12) == b"HTTP/1.1 200"
+    client = Client(real.endpoint, server.executor)
+    client.whoami()
+    client.close()
+    unanswered = 0
+    for one in flood[1:]:
+        one.setblocking(False)
+        try:
+            one.recv(1)
+        except BlockingIOError:
+            unanswered += 1
+    assert unanswered > 10
+    for one in flood:
+        one.close()
+
+
+def test_whoever_holds_the_port_keeps_the_machines_own_programs_from_nothing(
+    server: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(web, "AGAIN", 0.2)
+    directory = tmp_path / "run"
+    directory.mkdir()
+    os.seteuid(EVE)
+    try:
+        held = socket.create_server(("127.0.0.1", 0))
+    finally:
+        os.seteuid(0)
+    port = held.getsockname()[1]
+    token = tmp_path / "token"
+    token.touch(0o600)
+    token.write_text(server.executor)
+    address = f"http://127.0.0.1:{port}"
+    node = ExecutorSettings(address=address, socket=str(directory / "executor.sock"), token_path=str(token))
+    with serving(api(server.service), directory, 20, 80, port) as at:
+        client = Client(at.endpoint, server.ann)
+        assert client.whoami()["name"] == "ann"
+        client.close()
+        wait_for("a line in the log", lambda: f"uid {EVE}" in caplog.text)
+        assert [one.level for one in doctor._server(node) if f"uid {EVE}" in one.what] == ["warning"]
+        held.close()
+        wait_for("the port", lambda: answered(port, ANN))
+        assert [one.level for one in doctor._server(node)] == ["ok"]
+
+
+def test_two_servers_do_not_take_a_socket_from_each_other(real: SimpleNamespace, tmp_path: Path) -> None:
+    second = f"""
+from beaker_sessions.server import web
+from beaker_sessions.server.subordinate import Subordinate
+from beaker_sessions.settings import ExecutorSettings, ServerSettings
+web.listen(ServerSettings(port={real.port}, sockets={str(tmp_path / "run")!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", second], capture_output=True, text=True)
+    assert "another server serves" in done.stderr
+    assert answered(real.port, ANN)
+
+
 def test_whose_a_connection_of_this_machine_is() -> None:
     for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
         with socket.create_server((host, 0), family=family) as listening:
@@ -222,6 +322,42 @@ def test_whose_a_connection_of_this_machine_is() -> None:
                 assert web.owner(theirs, accepted.getsockname()) == EVE
                 eves.close()  # which the kernel then lists as root's
                 assert web.owner(theirs, accepted.getsockname()) is None
+
+
+def test_the_subordinate_ids_of_one_person_are_one_peer(
+    real: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "subuid"
+    monkeypatch.setattr(web, "subordinate_ids", Subordinate(file), raising=False)
+    file.write_text("eve:100000:65536\nnonsense\n1501:300000:65536\n")
+    with ExitStack() as floods:
+        for uid in range(100000, 100006):
+            floods.enter_context(flooding(real.port, uid, 20))
+        held = {peer: len(some) for peer, some in real.gate.connections.items()}
+        assert held == {"uids of eve": 20}
+
+
+def test_setup_asks_the_server_of_this_machine(
+    real: SimpleNamespace, server: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(services, "SETTINGS", tmp_path / "config.yml")
+    services.SETTINGS.write_text(f"beaker:\n  address: {real.address}\nserver:\n  sockets: {tmp_path / 'run'}\n")
+    assert [services.ask("/api/v3/user", token) for token in (server.ann, "nonsense")] == [200, 401]
+    for address, why in (("http://127.0.0.1:1", "No such file"), ("http://10.0.0.1:8420", "not encrypted")):
+        services.SETTINGS.write_text(f"beaker:\n  address: {address}\n")
+        with pytest.raises(OSError, match=why):
+            services.ask("/api/v3/user", server.ann)
+
+
+def test_whose_subordinate_id_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "subuid"
+    known = Subordinate(file)
+    assert known.owner(100000) == ""
+    file.write_text("ann:100000:65536\nroot:0:10\n1501:300000:65536\nno range\n")
+    asked = (0, 99999, 100000, 165535, 165536, 365535)
+    assert [known.owner(uid) for uid in asked] == ["", "", "ann", "ann", "", "1501"]
+    file.write_text("ben:100000:1\n")
+    assert [known.owner(uid) for uid in asked] == ["", "", "ben", "", "", ""]
 
 
 def test_wrong_tokens_wait_and_right_ones_never(

@@ -37,6 +37,22 @@ def test_a_secret_comes_back_byte_for_byte(server: SimpleNamespace) -> None:
     assert refused(ann.read_secret, "default", "TOKEN") == "not_found"
 
 
+def test_an_account_has_a_thousand_secrets(server: SimpleNamespace) -> None:
+    ann, bob = server.client(server.ann), server.client(server.bob)
+    ann.write_secret("default", "FIRST", b"x")
+    ann.write_secret("git", "OTHER", b"x")
+    with server.service.store.write() as rows:
+        (row,) = rows.all(tables.secrets, name="FIRST")
+        for number in range(998):
+            rows.insert(tables.secrets, **{**row._asdict(), "name": f"S{number}"})
+    with pytest.raises(Error, match="1000"):
+        ann.write_secret("git", "MORE", b"x")
+    ann.write_secret("git", "OTHER", b"a new value")
+    bob.write_secret("default", "FIRST", b"x")
+    ann.delete_secret("default", "FIRST")
+    ann.write_secret("git", "MORE", b"x")
+
+
 def test_what_cannot_be_a_secret(server: SimpleNamespace) -> None:
     ann = server.client(server.ann)
     assert refused(ann.write_secret, "default", "TOKEN", b"x" * (64 << 10) + b"x") == "invalid"
