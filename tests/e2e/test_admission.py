@@ -85,6 +85,32 @@ def test_two_hundred_creates_at_once_pass_no_limit(stack: Stack, ada: User, bob:
     assert code(answer) == "", "others are not concerned"
 
 
+def test_a_hundred_execs_whose_callers_leave_pass_no_limit(stack: Stack, ada: User, bob: User) -> None:
+    """Each is held by a process of root's, which a session's limits do not count."""
+    wait = {"command": ["sleep", "1000"], "requests": {"gpuCount": 0}}
+    (created,), (bobs,) = ask(ada, create(**wait)), ask(bob, create(**wait))
+    id, other = created["job"]["id"], bobs["job"]["id"]
+    for one in (id, other):
+        wait_for("its start", lambda one=one: stack.admin.get_job(one)["status"].get("started"))
+    run = {"op": "exec", "id": id, "command": ["sleep", "1001"], "stdin": False}
+    answers = ask(ada, *(run for _ in range(100)))
+    assert [code(answer) for answer in answers].count("limit") == 36, answers
+    assert [answer.get("event") for answer in answers].count("terminal") == 64
+    stack.executor.kill()
+    stack.start_executor()
+    (answer,) = ask(ada, run)
+    assert code(answer) == "limit", "those of before the executor's restart count"
+    assert "limits.execs" in answer["error"]["message"]
+    (answer,) = ask(bob, run | {"id": other})
+    assert answer.get("event") == "terminal", "others are not concerned"
+    assert ada.beaker("session", "stop", id).returncode == 0
+    (created,) = ask(ada, create(**wait))
+    id = created["job"]["id"]
+    wait_for("its start", lambda: stack.admin.get_job(id)["status"].get("started"))
+    (answer,) = ask(ada, run | {"id": id})
+    assert answer.get("event") == "terminal", "what ended with its session makes room"
+
+
 def test_what_the_server_hands_over_meets_the_same_limit_and_ends_saying_so(stack: Stack, ada: User) -> None:
     hog = {"command": ["sleep", "1000"], "requests": {"gpuCount": 2}}
     ask(ada, *(create(**hog) for _ in range(51)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -17,6 +18,7 @@ from beaker_sessions.executor import admission, inventory, plan
 from beaker_sessions.executor.access import Access
 from beaker_sessions.executor.admission import RIGHTS, Limits
 from beaker_sessions.executor.door import HANDLERS
+from beaker_sessions.executor.execs import Execs
 from beaker_sessions.executor.inside import Inside
 from beaker_sessions.executor.inventory import Inventory
 from beaker_sessions.executor.ledger import Ledger
@@ -26,7 +28,7 @@ from beaker_sessions.executor.metrics import Metrics
 from beaker_sessions.executor.report import Reporter, _refused
 from beaker_sessions.executor.sessions import Sessions
 from beaker_sessions.model import Gpu, Identity, Request, Resources, Session, State
-from beaker_sessions.sandbox import Progress, subordinate
+from beaker_sessions.sandbox import Image, Progress, Spec, subordinate
 from beaker_sessions.sandbox.fake import FakeSandboxes
 from beaker_sessions.settings import ExecutorSettings
 
@@ -108,6 +110,55 @@ def test_images_on_the_way_are_counted_by_account(make: Make) -> None:
     sessions.progress(other, Progress(0, 100, (0, 1)))
     sessions.passed(made[0], "image_ready")
     sessions.progress(made[3], Progress(0, 100, (0, 1)))
+
+
+def test_second_processes_are_counted_by_account_whoever_follows_them(make: Make) -> None:
+    sessions, driver = make(Limits(execs=5)), FakeSandboxes()
+    identity = {"env": {}, "identity": ADA, "workdir": "/", "size": (24, 80), "stdin": True}
+
+    def session(account: str) -> Session:
+        id = sessions.create(account, ADA, IDLE, None).id
+        driver.create(Spec(id, {}, Image("fake:base", "base"), ADA))
+        driver.start(id, None)
+        sessions.move(id, State.STARTED, started=datetime.now(UTC))
+        return sessions.view(id).session
+
+    def run(execs: Execs, session: Session, *command: str) -> str:
+        handle, terminal = execs.start(session, lambda: driver.exec(session.id, command, **identity))  # type: ignore[arg-type]
+        os.close(terminal.fd)  # its caller leaves at once
+        return handle
+
+    first, second, bens = session("ada"), session("ada"), session("ben")
+    execs, ready, codes = Execs(sessions, driver), threading.Barrier(60), list[str]()
+
+    def attempt(number: int) -> None:
+        ready.wait()
+        try:
+            run(execs, (first, second)[number % 2])
+        except Error as error:
+            codes.append(error.code)
+
+    threads = [threading.Thread(target=attempt, args=[number]) for number in range(60)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert codes == ["limit"] * 55
+    running = [(one, handle) for one in (first, second) for handle in driver.execs(one.id)]
+    assert len(running) == 5
+    run(execs, bens)
+    execs = Execs(sessions, driver)  # the executor was started again
+    with pytest.raises(Error, match=r"5 is the most .*limits\.execs"):
+        run(execs, first)
+    driver.exec_exit(running[0][0].id, running[0][1])  # nobody tells of this end
+    run(execs, first, "true")
+    run(execs, first)
+    with pytest.raises(Error, match=r"limits\.execs"):
+        run(execs, first)
+    driver.remove(second.id)
+    with pytest.raises(Error, match="no sandbox"):  # a start that fails leaves nothing behind
+        run(execs, second)
+    run(execs, first)
 
 
 def test_each_operation_of_the_door_says_who_may() -> None:
@@ -200,22 +251,23 @@ def test_only_root_says_for_whom_it_asks(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_limits_of_the_settings() -> None:
-    assert Limits.of(ExecutorSettings()) == Limits(100, 50, 50, 4)
+    assert Limits.of(ExecutorSettings()) == Limits(100, 50, 50, 4, 64)
     with pytest.raises(Error, match=r"limits\.waiting"):
         Limits.of(ExecutorSettings(limit_waiting=-1))
 
 
 @pytest.fixture
-def reporter(make: Make, tmp_path: Path) -> Reporter:
-    settings = ExecutorSettings(storage_path=str(tmp_path), accounts={"games": "asmith"})
-    inside = Inside(Loop(), tmp_path / "run", settings.endpoint, lambda _: None)
+def reporter(make: Make, tmp_path: Path) -> Iterator[Reporter]:
+    settings, loop = ExecutorSettings(storage_path=str(tmp_path), accounts={"games": "asmith"}), Loop()
+    inside = Inside(loop, tmp_path / "run", settings.endpoint, lambda _: None)
     lifecycle = Lifecycle(make(Limits(sessions=1)), FakeSandboxes(("base",)), settings, inside, "owner")
     lifecycle.sessions.on_start = lambda _id: None
     lifecycle.sessions.cordon("start", "")
     ledger = lifecycle.sessions.ledger
     ledger.fact("node", "N1")
     access = Access(ledger, settings.endpoint, settings.accounts)
-    return Reporter(lifecycle, access, settings, Metrics(lifecycle.sessions, lifecycle.sandboxes, str(tmp_path), dict))
+    yield Reporter(lifecycle, access, settings, Metrics(lifecycle.sessions, lifecycle.sandboxes, str(tmp_path), dict))
+    loop.asyncio.close()
 
 
 def handed(account: str, node: str = "N1", **asked: object) -> dict:
