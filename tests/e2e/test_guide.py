@@ -46,6 +46,11 @@ ELSEWHERE = {
     "beaker session describe": "e2e/test_inside.py::test_a_session_knows_whose_it_is",
     "beaker session exec --root": "e2e/test_root.py::test_exec_as_root",
     "sudo apt-get install jq": "e2e/test_kept.py::test_what_is_kept",
+    "sudo apt-get install gdb strace": "e2e/test_kept.py::test_what_is_kept",
+    **dict.fromkeys(
+        ("sudo gdb -p PID", "sudo strace -p PID", "sudo py-spy dump --pid PID"),
+        "contract/test_debugging.py::test_root_debugs_the_processes_of_the_session",
+    ),
     "ssh -A": "e2e/test_git.py::test_a_forwarded_agent",
     # what needs a registry, or Docker Engine's images
     "beaker session create --image pytorch/pytorch": "e2e/test_registry.py::test_an_image_comes_with_ones_own_login",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -14,7 +15,7 @@ import pytest
 
 from beaker_sessions import ids, wire
 from beaker_sessions.errors import Error
-from beaker_sessions.executor import admission, inventory, plan
+from beaker_sessions.executor import admission, inventory, plan, root
 from beaker_sessions.executor.access import Access
 from beaker_sessions.executor.admission import RIGHTS, Limits
 from beaker_sessions.executor.door import HANDLERS
@@ -236,6 +237,37 @@ def test_an_account_and_a_unix_user_belong_together_in_both_directions() -> None
         with pytest.raises(Error) as error:
             admission.person(account, accounts, "")
         assert error.value.code == code
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, who gives homes away")
+def test_the_home_of_roots_sessions_is_made_to_the_end(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    entry = pwd.struct_passwd((root.NAME, "x", 65534, 65534, "", str(home), ""))
+
+    def owner() -> tuple[int, int, int]:
+        found = home.lstat()
+        return found.st_uid, found.st_gid, found.st_mode & 0o7777
+
+    home.mkdir(mode=0o755)  # as a kill between making it and giving it away leaves it, or worse
+    for _ in range(2):
+        root._make_home(entry)
+        assert owner() == (65534, 65534, 0o700)
+    (home / "work").touch()
+    home.chmod(0o777)
+    root._make_home(entry)
+    assert owner() == (65534, 65534, 0o700)
+    os.chown(home, 0, 0)  # with something of root's in it, which nobody gets for that
+    for wrong in (lambda: None, lambda: os.chown(home, 1, 1)):
+        wrong()
+        with pytest.raises(Error, match="is the user") as error:
+            root._make_home(entry)
+        assert error.value.code == "unavailable"
+    home.rename(tmp_path / "other")
+    (tmp_path / "empty").mkdir(mode=0o755)
+    home.symlink_to(tmp_path / "empty")
+    with pytest.raises(Error):
+        root._make_home(entry)
+    assert (tmp_path / "empty").stat().st_uid == 0
 
 
 def test_only_root_says_for_whom_it_asks(monkeypatch: pytest.MonkeyPatch) -> None:
