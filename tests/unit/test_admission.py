@@ -336,12 +336,29 @@ def test_a_handed_over_session_at_the_limit_ends_with_the_reason(reporter: Repor
     (ended,) = [one for one in reporter.ledger.unreported() if one.state == State.FINALIZED]
     assert (ended.id, ended.error) == (second["id"], "limit")
     for rubbish in (
+        5,
+        None,
+        [],
         {},
         {"id": 5, "author": {}},
         {"id": "x", "author": {"name": "y"}},
         {"id": ids.ulid(), "author": "z"},
     ):
-        reporter._take(rubbish)
+        reporter._take(rubbish)  # type: ignore[arg-type]
+
+
+def test_what_a_hand_over_raises_unexpectedly_ends_that_session_and_stops_no_report(
+    reporter: Reporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyError("pw_name")
+
+    monkeypatch.setattr(admission, "person", fail)
+    job = handed("asmith")
+    reporter._take(job)
+    (ended,) = reporter.ledger.unreported()
+    assert (ended.id, ended.state, ended.error) == (job["id"], State.FINALIZED, "internal")
+    assert "incident" in ended.message
 
 
 def test_the_reason_for_a_refusal_travels() -> None:
