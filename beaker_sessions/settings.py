@@ -68,6 +68,7 @@ class ExecutorSettings:
     limit_waiting: int = field(default=50, metadata={"key": "limits.waiting"})
     limit_unreserved: int = field(default=50, metadata={"key": "limits.unreserved"})
     limit_pulls: int = field(default=4, metadata={"key": "limits.pulls"})
+    limit_execs: int = field(default=64, metadata={"key": "limits.execs"})
     subordinate_ids: str = field(default="2000224256-2147352575", metadata={"key": "subordinateIds"})
     trust_without_server: str = field(default="15m", metadata={"key": "trustWithoutServer"})
 

@@ -53,11 +53,15 @@ class Limits:
     waiting: int = 0
     unreserved: int = 0
     pulls: int = 0
+    execs: int = 0
 
     @classmethod
     def of(cls, settings: ExecutorSettings) -> Limits:
         """Raises Error invalid."""
-        limits = cls(settings.limit_sessions, settings.limit_waiting, settings.limit_unreserved, settings.limit_pulls)
+        limits = cls(
+            settings.limit_sessions, settings.limit_waiting, settings.limit_unreserved, settings.limit_pulls,
+            settings.limit_execs,
+        )  # fmt: skip
         for name, value in limits.__dict__.items():
             if value < 0:
                 raise Error("invalid", f"limits.{name}: {value} is not a limit", "0 is none")
@@ -194,8 +198,13 @@ def may_pull(limits: Limits, own: Sequence[Session]) -> None:
     _below(limits, "pulls", "images on the way", len(own))
 
 
-def _below(limits: Limits, name: str, what: str, count: int) -> None:
+def may_exec(limits: Limits, count: int) -> None:
+    """Whether an account that has so many second processes may start one more. Raises Error limit."""
+    _below(limits, "execs", "processes started by `session exec`", count, "end some, or stop their session")
+
+
+def _below(limits: Limits, name: str, what: str, count: int, hint: str = "stop some: beaker session list") -> None:
     limit = getattr(limits, name)
     if limit and count >= limit:
         message = f"you have {count} {what} on this node, and {limit} is the most for one account (limits.{name})"
-        raise Error("limit", message, "wait for some to end, or stop them: beaker session list")
+        raise Error("limit", message, f"wait for some to end, or {hint}")

@@ -19,9 +19,9 @@ from collections.abc import AsyncIterator, Callable, Hashable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, ParamSpec, TypeVar
 
-from .. import ids
 from ..errors import Error
 from ..sandbox import Terminal
+from .incident import incident
 from .loop import Loop, Workers
 
 P = ParamSpec("P")
@@ -150,12 +150,7 @@ async def answering(caller: Caller) -> AsyncIterator[None]:
         except Error as error:
             await _refuse(caller, error)
         except Exception:
-            incident = ids.ulid()
-            log.exception("incident %s", incident)
-            message = f"the executor failed (incident {incident})"
-            await _refuse(
-                caller, Error("internal", message, "tell the administrator, who finds it in the executor's log")
-            )
+            await _refuse(caller, incident(log))
     finally:
         caller.close()
 

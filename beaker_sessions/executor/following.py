@@ -20,6 +20,7 @@ from ..sandbox import Terminal
 from . import plan
 from .access import Access
 from .caller import Caller, Held
+from .execs import Execs
 from .lifecycle import Lifecycle
 from .replay import SCANNED, alternate, shown
 from .sessions import View
@@ -47,6 +48,7 @@ class Following:
     ) -> None:
         self.lifecycle, self.access, self.nodes, self.job = lifecycle, access, nodes, job
         self.sessions, self.sandboxes = lifecycle.sessions, lifecycle.sandboxes
+        self.execs = Execs(self.sessions, self.sandboxes)
         self._held: set[tuple[str, Held]] = set()  # the terminals of main processes that callers use, by session
 
     async def session(
@@ -151,7 +153,8 @@ class Following:
         """Run a second process in a running session, and tell `caller` how it ended.
 
         wanted: a request of which only command, env, workdir, stdin and size matter. terminal: it gets one, of that
-        size. root: as root of the sandbox instead of oneself. Raises Error forbidden where that root would be real.
+        size. root: as root of the sandbox instead of oneself. Raises Error forbidden where that root would be real,
+        limit when the account has as many as one may.
         """
         handle, given = await caller.work(self._execute, session, wanted, terminal, root)
         with closing(Held(caller)) as held:
@@ -160,7 +163,7 @@ class Following:
                 await self._wait(caller, held, LOOK)
                 if not held.hung_up and caller.readable and not await self._resized(caller, session.id, handle):
                     return
-        await self._ended(caller, session.id, handle)
+        await self._ended(caller, session, handle)
 
     def _execute(self, session: Session, wanted: Request, terminal: bool, root: bool) -> tuple[str, Terminal]:
         if root and not self.sandboxes.root:
@@ -172,11 +175,10 @@ class Following:
             identity = ROOT
         merged = replace(session.request, env=session.request.env + wanted.env)
         env = plan.environment(session.id, merged, claim, identity, self.lifecycle.node())
-        return self.sandboxes.exec(
-            session.id, wanted.command, env=env, identity=identity,
-            workdir=workdir,
-            size=wanted.size if terminal else None, stdin=wanted.stdin,
-        )  # fmt: skip
+        size = wanted.size if terminal else None
+        return self.execs.start(session, lambda: self.sandboxes.exec(
+            session.id, wanted.command, env=env, identity=identity, workdir=workdir, size=size, stdin=wanted.stdin,
+        ))  # fmt: skip
 
     async def rejoined(self, caller: Caller, session: Session, handle: str) -> None:
         """Wait for the end of a second process whose terminal `caller` has had since before this executor started."""
@@ -185,11 +187,16 @@ class Following:
             await self._wait(caller, nothing, AWAIT)
             if caller.readable and not await self._resized(caller, session.id, handle):
                 return
-        await self._ended(caller, session.id, handle)
+        await self._ended(caller, session, handle)
 
-    async def _ended(self, caller: Caller, id: str, handle: str) -> None:
-        code = await caller.work(self.sandboxes.exec_exit, id, handle)
+    async def _ended(self, caller: Caller, session: Session, handle: str) -> None:
+        code = await caller.work(self._exit_code, session, handle)
         await caller.send({"event": "ended", "exitCode": code, "message": ""})
+
+    def _exit_code(self, session: Session, handle: str) -> int:
+        code = self.sandboxes.exec_exit(session.id, handle)
+        self.execs.ended(session, handle)
+        return code
 
     async def _resized(self, caller: Caller, id: str, handle: str) -> bool:
         """Act on what the caller of a second process says, which is its size. False when it has left."""
@@ -205,8 +212,8 @@ class Following:
     async def _given(self, caller: Caller, view: View, news: Subscription, replay: bool) -> Terminal | None:
         """The terminal that this follower should have now: the one it was offered at the start, or a new one."""
         if news.terminal:
-            given, news.terminal = news.terminal, None
-            return given
+            offered, news.terminal = news.terminal, None
+            return offered
         if view.session.state != State.STARTED:
             return None
         await self._release(view.session)

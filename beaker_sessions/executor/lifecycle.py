@@ -26,6 +26,7 @@ from ..sandbox import LABEL_OWNER, Found, Mount, Progress, Sandboxes, Spec, Stat
 from ..settings import ExecutorSettings
 from . import admission, credentials, disk, forwarding, inventory, plan
 from .homes import home
+from .incident import incident
 from .inside import Inside
 from .publishing import Publisher
 from .rundir import TARGET
@@ -99,7 +100,8 @@ class Lifecycle:
             return
         try:
             self._make(id, live.session, live.identity)
-        except Error as error:
+        except Exception as unexpected:
+            error = unexpected if isinstance(unexpected, Error) else incident(log)
             log.warning("session %s could not start: %s", id, error)
             why = f"{error.message}; {error.hint}" if error.hint else error.message
             canceled = live.session.canceled_for
@@ -228,7 +230,7 @@ class Lifecycle:
             output = self.sandboxes.logs(id, OUTPUT_KEPT)
             if output:
                 (self.output / id).write_bytes(output)
-        except (Error, OSError) as error:
+        except Exception as error:
             if not isinstance(error, Error) or error.code != "not_found":  # it never came to be
                 log.warning("the output of session %s could not be kept: %s", id, error)
         since = time.monotonic()
@@ -239,10 +241,11 @@ class Lifecycle:
                 if live and live.session.claim and live.session.claim.ports:
                     forwarding.end(id)
                 break
-            except Error as error:
-                log.warning("session %s cannot be removed: %s", id, error)
+            except Exception as unexpected:
+                problem = unexpected if isinstance(unexpected, Error) else incident(log)
+                log.warning("session %s cannot be removed: %s", id, problem)
                 if time.monotonic() - since > STUCK:
-                    self.sessions.cordon(id, f"session {id} cannot be removed: {error.message}")
+                    self.sessions.cordon(id, f"session {id} cannot be removed: {problem.message}")
                 time.sleep(2)
         self.inside.close(id)
         self.sessions.cordon(id, "")

@@ -23,6 +23,7 @@ from ..model import Identity, Request, Session, State
 from ..settings import ExecutorSettings
 from . import admission
 from .access import Access
+from .incident import incident
 from .lifecycle import Lifecycle
 from .metrics import Metrics
 
@@ -212,17 +213,20 @@ class Reporter:
                 node=session.node, cluster=job.get("cluster"), ranges=self.lifecycle.ranges(),
             )  # fmt: skip
             self.sessions.create(session.account, identity, admitted.request, None, id=session.id)
-        except Error as error:
+        except Exception as unexpected:
+            why = unexpected if isinstance(unexpected, Error) else incident(log)
             inside.close(session.id)
-            if error.code == "unavailable":
+            if why.code == "unavailable":
                 return  # not now; the server hands it on again
-            self.sessions.adopt(_refused(session, error), identity)
+            self.sessions.adopt(_refused(session, why), identity)
             return
         self.sessions.notice(session.id, admitted.warning)
 
 
-def _unreadable(job: dict[str, Any]) -> Session | None:
+def _unreadable(job: object) -> Session | None:
     """As much of it as its end needs to be told, lest it comes again for ever; None when not even that is there."""
+    if not isinstance(job, dict):
+        return None
     id, author = job.get("id"), job.get("author")
     account = author.get("name") if isinstance(author, dict) else None
     if not isinstance(id, str) or not ids.is_ulid(id) or not isinstance(account, str):

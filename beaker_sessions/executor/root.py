@@ -9,8 +9,10 @@ import logging
 import os
 import pwd
 import shutil
+import stat
 import subprocess
 import threading
+from contextlib import suppress
 
 from ..errors import Error
 from ..model import Identity
@@ -61,11 +63,21 @@ def _make() -> None:
 
 
 def _make_home(entry: pwd.struct_passwd) -> None:
-    """Its parent is root's, so nobody can put a link there."""
+    """Safe to repeat: one that was made and not yet given away is an empty directory of root's."""
     try:
-        os.mkdir(entry.pw_dir, 0o700)
-        os.chown(entry.pw_dir, entry.pw_uid, entry.pw_gid)
-    except FileExistsError:
-        pass
+        with suppress(FileExistsError):
+            os.mkdir(entry.pw_dir, 0o700)
+        home = os.open(entry.pw_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            found = os.fstat(home)
+            if found.st_uid == 0 and not os.listdir(home):
+                os.fchown(home, entry.pw_uid, entry.pw_gid)
+            elif found.st_uid != entry.pw_uid:
+                what = f"the home {entry.pw_dir} of {NAME} is the user {found.st_uid}'s"
+                raise Error("unavailable", what, f"move it away, or: chown -R {NAME}: {entry.pw_dir}")
+            if stat.S_IMODE(found.st_mode) != 0o700:
+                os.fchmod(home, 0o700)
+        finally:
+            os.close(home)
     except OSError as error:
         raise Error("unavailable", f"the home {entry.pw_dir} of {NAME} cannot be made: {error.strerror}") from error

@@ -213,6 +213,9 @@ class Sandboxes(Protocol):
     def exec_running(self, id: str, handle: str) -> bool:
         """Whether an `exec` of this sandbox goes on. not_found for another's handle."""
 
+    def execs(self, id: str) -> list[str]:
+        """The handles of every `exec` of this sandbox that goes on. not_found when there is no such sandbox."""
+
     def exec_exit(self, id: str, handle: str) -> int:
         """The exit code of an `exec` of this sandbox whose streams have closed; waits for it. not_found for another's
         handle.

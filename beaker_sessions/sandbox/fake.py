@@ -6,6 +6,7 @@ stopped, when its standard input is closed, or at the line `exit [CODE]`; with t
 
 from __future__ import annotations
 
+import itertools
 import queue
 import socket
 import threading
@@ -86,6 +87,7 @@ class FakeSandboxes:
         self._found: dict[str, Found] = {}
         self._processes: dict[str, _Process] = {}
         self._execs: dict[tuple[str, str], _Process] = {}
+        self._numbers = itertools.count()
         self._watchers: list[queue.SimpleQueue[str]] = []
 
     def image(
@@ -130,7 +132,7 @@ class FakeSandboxes:
         if self._process(id).code is not None:
             raise Error("conflict", f"the session {id} does not run")
         process = _Process(command, lambda: None, size is not None, size)
-        handle = f"exec-{len(self._execs)}"
+        handle = f"exec-{next(self._numbers)}"
         self._execs[id, handle] = process
         terminal = Terminal(process.connect(), Framing.RAW)
         if command and command[0] in CODES:
@@ -139,6 +141,10 @@ class FakeSandboxes:
 
     def exec_running(self, id: str, handle: str) -> bool:
         return self._exec(id, handle).code is None
+
+    def execs(self, id: str) -> list[str]:
+        self._process(id)
+        return [handle for (one, handle), process in [*self._execs.items()] if one == id and process.code is None]
 
     def exec_exit(self, id: str, handle: str) -> int:
         process = self._exec(id, handle)

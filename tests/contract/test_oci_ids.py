@@ -75,6 +75,21 @@ def test_a_range_does_not_come_to_hold_somebody_who_has_a_session(make: Maker, e
             file.write_text(file.read_text().replace("fred:1800000000:65536\n", ""))
 
 
+def test_no_root_inside_over_people_of_a_directory_who_never_came(make: Maker, etc: Path) -> None:
+    make.start(make.spec("true")).read()
+    texts = {file: file.read_text() for file in (etc / "subuid", etc / "subgid")}
+    (etc / "nsswitch.conf").write_text("passwd: files lab\n")
+    try:
+        make.start(make.spec("true")).read()  # those that were allotted are above
+        for file in texts:
+            file.write_text("ada:1500000000:65536\n")
+        assert refusal(make, person("ada", 1500)) == "conflict"
+    finally:
+        (etc / "nsswitch.conf").unlink()
+        for file, text in texts.items():
+            file.write_text(text)
+
+
 def test_root_of_the_machine_has_no_sandbox(make: Maker, etc: Path) -> None:
     assert refusal(make, Identity("root", 0, 0, "/root", {0: "root"})) == "forbidden"
     assert not [first for _, first, count in subordinate.ranges(etc / "subuid") if first < userns.SIZE < first + count]

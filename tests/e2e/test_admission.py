@@ -85,6 +85,32 @@ def test_two_hundred_creates_at_once_pass_no_limit(stack: Stack, ada: User, bob:
     assert code(answer) == "", "others are not concerned"
 
 
+def test_a_hundred_execs_whose_callers_leave_pass_no_limit(stack: Stack, ada: User, bob: User) -> None:
+    """Each is held by a process of root's, which a session's limits do not count."""
+    wait = {"command": ["sleep", "1000"], "requests": {"gpuCount": 0}}
+    (created,), (bobs,) = ask(ada, create(**wait)), ask(bob, create(**wait))
+    id, other = created["job"]["id"], bobs["job"]["id"]
+    for one in (id, other):
+        wait_for("its start", lambda one=one: stack.admin.get_job(one)["status"].get("started"))
+    run = {"op": "exec", "id": id, "command": ["sleep", "1001"], "stdin": False}
+    answers = ask(ada, *(run for _ in range(100)))
+    assert [code(answer) for answer in answers].count("limit") == 36, answers
+    assert [answer.get("event") for answer in answers].count("terminal") == 64
+    stack.executor.kill()
+    stack.start_executor()
+    (answer,) = ask(ada, run)
+    assert code(answer) == "limit", "those of before the executor's restart count"
+    assert "limits.execs" in answer["error"]["message"]
+    (answer,) = ask(bob, run | {"id": other})
+    assert answer.get("event") == "terminal", "others are not concerned"
+    assert ada.beaker("session", "stop", id).returncode == 0
+    (created,) = ask(ada, create(**wait))
+    id = created["job"]["id"]
+    wait_for("its start", lambda: stack.admin.get_job(id)["status"].get("started"))
+    (answer,) = ask(ada, run | {"id": id})
+    assert answer.get("event") == "terminal", "what ended with its session makes room"
+
+
 def test_what_the_server_hands_over_meets_the_same_limit_and_ends_saying_so(stack: Stack, ada: User) -> None:
     hog = {"command": ["sleep", "1000"], "requests": {"gpuCount": 2}}
     ask(ada, *(create(**hog) for _ in range(51)))
@@ -274,7 +300,7 @@ class Known(User):
 
 
 def test_root_of_a_sandbox_is_nobody_whom_a_directory_service_knows(stack: Stack, ada: User, directory: User) -> None:
-    """The person's uid lies in ada's subordinate ids, since nothing on this machine lists it."""
+    """The person's uid lies in ada's subordinate ids, since nothing on this machine lists it. They have no session."""
     if stack.driver != "oci":
         pytest.skip("sessions of Docker Engine have no subordinate ids")
     (stack.root / "net").mkdir(exist_ok=True)
@@ -288,11 +314,12 @@ def test_root_of_a_sandbox_is_nobody_whom_a_directory_service_knows(stack: Stack
     try:
         done = ada.beaker("session", "create", "--gpus", "0", "--detach", "--", "sleep", "1000")
         id = done.stdout.decode().strip()
-        theirs = directory.beaker("session", "create", "--gpus", "0", "--", "true")
         script = "exec setpriv --reuid 123 --regid 123 --clear-groups cat " + str(secret)
         read = ada.beaker("session", "exec", "--root", id, "--", "sh", "-c", script)
-        if theirs.returncode == 0:
-            assert read.stdout != b"secret", "two people with sessions, of whom one reads the other's files"
+        assert read.stdout != b"secret"
+        assert done.returncode == 73
+        assert b"subordinateIds" in done.stderr
+        theirs = directory.beaker("session", "create", "--gpus", "0", "--", "true")
         assert theirs.returncode == 77
         assert b"subordinate ids" in theirs.stderr
     finally:

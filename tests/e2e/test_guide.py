@@ -49,6 +49,11 @@ ELSEWHERE = {
     # sudo's, which a test plays
     "sudo beaker session create": "e2e/test_admission.py::test_under_sudo_a_session_is_that_of_who_called_it",
     "sudo beaker executor doctor": ("e2e/test_bad_input.py::test_what_is_wrong_with_a_machine_is_for_administrators"),
+    "sudo apt-get install gdb strace": "e2e/test_kept.py::test_what_is_kept",
+    **dict.fromkeys(
+        ("sudo gdb -p PID", "sudo strace -p PID", "sudo py-spy dump --pid PID"),
+        "contract/test_debugging.py::test_root_debugs_the_processes_of_the_session",
+    ),
     "ssh -A": "e2e/test_git.py::test_a_forwarded_agent",
     # what needs a registry, or Docker Engine's images
     "beaker session create --image pytorch/pytorch": "e2e/test_registry.py::test_an_image_comes_with_ones_own_login",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -13,10 +15,11 @@ import pytest
 
 from beaker_sessions import ids, wire
 from beaker_sessions.errors import Error
-from beaker_sessions.executor import admission, inventory, plan
+from beaker_sessions.executor import admission, inventory, plan, root
 from beaker_sessions.executor.access import Access
 from beaker_sessions.executor.admission import RIGHTS, Limits
 from beaker_sessions.executor.door import HANDLERS
+from beaker_sessions.executor.execs import Execs
 from beaker_sessions.executor.inside import Inside
 from beaker_sessions.executor.inventory import Inventory
 from beaker_sessions.executor.ledger import Ledger
@@ -26,7 +29,7 @@ from beaker_sessions.executor.metrics import Metrics
 from beaker_sessions.executor.report import Reporter, _refused
 from beaker_sessions.executor.sessions import Sessions
 from beaker_sessions.model import Gpu, Identity, Request, Resources, Session, State
-from beaker_sessions.sandbox import Progress, subordinate
+from beaker_sessions.sandbox import Image, Progress, Spec, subordinate
 from beaker_sessions.sandbox.fake import FakeSandboxes
 from beaker_sessions.settings import ExecutorSettings
 
@@ -110,6 +113,55 @@ def test_images_on_the_way_are_counted_by_account(make: Make) -> None:
     sessions.progress(made[3], Progress(0, 100, (0, 1)))
 
 
+def test_second_processes_are_counted_by_account_whoever_follows_them(make: Make) -> None:
+    sessions, driver = make(Limits(execs=5)), FakeSandboxes()
+    identity = {"env": {}, "identity": ADA, "workdir": "/", "size": (24, 80), "stdin": True}
+
+    def session(account: str) -> Session:
+        id = sessions.create(account, ADA, IDLE, None).id
+        driver.create(Spec(id, {}, Image("fake:base", "base"), ADA))
+        driver.start(id, None)
+        sessions.move(id, State.STARTED, started=datetime.now(UTC))
+        return sessions.view(id).session
+
+    def run(execs: Execs, session: Session, *command: str) -> str:
+        handle, terminal = execs.start(session, lambda: driver.exec(session.id, command, **identity))  # type: ignore[arg-type]
+        os.close(terminal.fd)  # its caller leaves at once
+        return handle
+
+    first, second, bens = session("ada"), session("ada"), session("ben")
+    execs, ready, codes = Execs(sessions, driver), threading.Barrier(60), list[str]()
+
+    def attempt(number: int) -> None:
+        ready.wait()
+        try:
+            run(execs, (first, second)[number % 2])
+        except Error as error:
+            codes.append(error.code)
+
+    threads = [threading.Thread(target=attempt, args=[number]) for number in range(60)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert codes == ["limit"] * 55
+    running = [(one, handle) for one in (first, second) for handle in driver.execs(one.id)]
+    assert len(running) == 5
+    run(execs, bens)
+    execs = Execs(sessions, driver)  # the executor was started again
+    with pytest.raises(Error, match=r"5 is the most .*limits\.execs"):
+        run(execs, first)
+    driver.exec_exit(running[0][0].id, running[0][1])  # nobody tells of this end
+    run(execs, first, "true")
+    run(execs, first)
+    with pytest.raises(Error, match=r"limits\.execs"):
+        run(execs, first)
+    driver.remove(second.id)
+    with pytest.raises(Error, match="no sandbox"):  # a start that fails leaves nothing behind
+        run(execs, second)
+    run(execs, first)
+
+
 def test_each_operation_of_the_door_says_who_may() -> None:
     assert RIGHTS.keys() == HANDLERS.keys()
 
@@ -187,6 +239,37 @@ def test_an_account_and_a_unix_user_belong_together_in_both_directions() -> None
         assert error.value.code == code
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, who gives homes away")
+def test_the_home_of_roots_sessions_is_made_to_the_end(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    entry = pwd.struct_passwd((root.NAME, "x", 65534, 65534, "", str(home), ""))
+
+    def owner() -> tuple[int, int, int]:
+        found = home.lstat()
+        return found.st_uid, found.st_gid, found.st_mode & 0o7777
+
+    home.mkdir(mode=0o755)  # as a kill between making it and giving it away leaves it, or worse
+    for _ in range(2):
+        root._make_home(entry)
+        assert owner() == (65534, 65534, 0o700)
+    (home / "work").touch()
+    home.chmod(0o777)
+    root._make_home(entry)
+    assert owner() == (65534, 65534, 0o700)
+    os.chown(home, 0, 0)  # with something of root's in it, which nobody gets for that
+    for wrong in (lambda: None, lambda: os.chown(home, 1, 1)):
+        wrong()
+        with pytest.raises(Error, match="is the user") as error:
+            root._make_home(entry)
+        assert error.value.code == "unavailable"
+    home.rename(tmp_path / "other")
+    (tmp_path / "empty").mkdir(mode=0o755)
+    home.symlink_to(tmp_path / "empty")
+    with pytest.raises(Error):
+        root._make_home(entry)
+    assert (tmp_path / "empty").stat().st_uid == 0
+
+
 def test_only_root_says_for_whom_it_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     games = inventory.unix_user(5, "")
     assert admission.caller(games.uid, "root", "") == (games.name, games)
@@ -200,7 +283,7 @@ def test_only_root_says_for_whom_it_asks(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_limits_of_the_settings() -> None:
-    assert Limits.of(ExecutorSettings()) == Limits(100, 50, 50, 4)
+    assert Limits.of(ExecutorSettings()) == Limits(100, 50, 50, 4, 64)
     with pytest.raises(Error, match=r"limits\.waiting"):
         Limits.of(ExecutorSettings(limit_waiting=-1))
 
@@ -254,12 +337,29 @@ def test_a_handed_over_session_at_the_limit_ends_with_the_reason(reporter: Repor
     (ended,) = [one for one in reporter.ledger.unreported() if one.state == State.FINALIZED]
     assert (ended.id, ended.error) == (second["id"], "limit")
     for rubbish in (
+        5,
+        None,
+        [],
         {},
         {"id": 5, "author": {}},
         {"id": "x", "author": {"name": "y"}},
         {"id": ids.ulid(), "author": "z"},
     ):
-        reporter._take(rubbish)
+        reporter._take(rubbish)  # type: ignore[arg-type]
+
+
+def test_what_a_hand_over_raises_unexpectedly_ends_that_session_and_stops_no_report(
+    reporter: Reporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyError("pw_name")
+
+    monkeypatch.setattr(admission, "person", fail)
+    job = handed("asmith")
+    reporter._take(job)
+    (ended,) = reporter.ledger.unreported()
+    assert (ended.id, ended.state, ended.error) == (job["id"], State.FINALIZED, "internal")
+    assert "incident" in ended.message
 
 
 def test_the_reason_for_a_refusal_travels() -> None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from beaker_sessions.errors import Error
+from beaker_sessions.model import Identity
 from beaker_sessions.sandbox.oci import taken, userns
 from beaker_sessions.settings import ExecutorSettings
 
@@ -61,3 +65,59 @@ def test_what_cannot_be_read_is_not_there(tmp_path: Path) -> None:
     sssd(tmp_path, "no section\n[domain/lab\n")
     (tmp_path / "login.defs").write_bytes(b"UID_MIN \xff\nUID_MAX many\n")
     assert problems(tmp_path, OURS, OLD) == []
+
+
+LISTED, USERADD, SECOND = OURS[0] + 65536, 100000, 231072
+
+
+@pytest.mark.parametrize(
+    ("sources", "files", "start", "refused"),
+    [
+        ("files sss", {"sssd/sssd.conf": "[domain/lab]\nid_provider = ad\n"}, SECOND, True),
+        ("files sss", {"sssd/sssd.conf": "[domain/lab]\nid_provider = ad\n"}, USERADD, False),
+        ("files sss", {"sssd/sssd.conf": "[domain/lab]\nid_provider = ad\n"}, LISTED, False),
+        ("files sss", {"sssd/sssd.conf": "[domain/lab]\nid_provider = ldap\n"}, SECOND, True),
+        (
+            "sss [NOTFOUND=return] files",
+            {"sssd/conf.d/a.conf": "[domain/lab]\nid_provider = ldap\nmin_id = 5000\nmax_id = 120000\n"},
+            USERADD,
+            True,
+        ),
+        ("sss files", {"sssd/sssd.conf": "[domain/lab]\nid_provider=ldap\nmin_id=5000\nmax_id=90000\n"}, SECOND, False),
+        ("files sss", {}, SECOND, False),  # as Fedora has it everywhere
+        ("files systemd # sss", {"sssd/sssd.conf": "[domain/lab]\nid_provider = ad\n"}, SECOND, False),
+        ("compat", {}, SECOND, False),
+        ("files ldap", {}, SECOND, True),
+        ("files unheard-of", {}, SECOND, True),
+        ("files unheard-of", {}, USERADD, False),
+        ("files winbind", {"samba/smb.conf": "[global]\nidmap config * : range = 3000-7999\n"}, SECOND, False),
+        ("files winbind", {"samba/smb.conf": " idmap config LAB:range=10000 - 999999\n"}, USERADD, True),
+        ("files winbind", {}, SECOND, True),
+    ],
+)
+def test_a_range_where_a_directory_that_is_in_use_has_people_is_refused(
+    sources: str, files: dict[str, str], start: int, refused: bool, tmp_path: Path
+) -> None:
+    """Also when none of them has ever used this machine: nothing lists them, and root inside would be any of them."""
+    (tmp_path / "nsswitch.conf").write_text(f"hosts: files dns\npasswd:\t{sources}\n")
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(text)
+    for file in ("subuid", "subgid"):
+        (tmp_path / file).write_text(f"ada:{start}:65536\n")
+    ada = Identity("ada", 999_999, 999_999, "/home/ada")
+    if not refused:
+        assert userns.subordinate(ada, tmp_path) == start
+        return
+    with pytest.raises(Error, match=f"subordinate ids {start}… of ada lie among") as error:
+        userns.subordinate(ada, tmp_path)
+    assert error.value.code == "conflict"
+    assert "subordinateIds" in error.value.hint
+    for file in ("subuid", "subgid"):
+        (tmp_path / file).write_text("")  # as the hint says
+    assert userns.subordinate(ada, tmp_path) == OURS[0]
+
+
+def test_sources_of_groups_count_too(tmp_path: Path) -> None:
+    (tmp_path / "nsswitch.conf").write_text("passwd: files\ngroup: files lab\n")
+    assert [who for who, _, _ in taken.people(tmp_path)] == ["the directory service lab (nsswitch.conf)"]

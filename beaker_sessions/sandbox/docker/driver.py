@@ -174,7 +174,17 @@ class DockerSandboxes:
         return handle, Terminal(sock.detach(), Framing.RAW if size else Framing.MULTIPLEXED)
 
     def exec_running(self, id: str, handle: str) -> bool:
-        return bool(self._exec(id, handle)["Running"])
+        process = self._exec(id, handle)
+        return process["Running"] or process["ExitCode"] is None  # the engine starts it after its answer
+
+    def execs(self, id: str) -> list[str]:
+        handles: list[str] = self._inspect(id)["ExecIDs"] or []
+        running = []
+        for handle in handles:
+            with _absent_is_fine():  # it ended, and the engine forgot it
+                if self._exec(id, handle)["Running"]:
+                    running.append(handle)
+        return running
 
     def exec_exit(self, id: str, handle: str) -> int:
         deadline, pause = time.monotonic() + EXEC_PATIENCE, 0.002

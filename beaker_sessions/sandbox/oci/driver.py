@@ -55,7 +55,7 @@ from .idmaps import IdMaps
 from .images import Images
 from .mounts import IdMap
 from .network import Network
-from .processes import Process
+from .processes import Process, mentioning
 from .record import Record
 from .remains import GONE, Remains
 from .watch import Watch
@@ -231,15 +231,26 @@ class OciSandboxes:
             size=size, apparmor=container["process"].get("apparmorProfile", ""),
         )  # fmt: skip
         (own / "process.json").write_text(json.dumps(process))
-        holder, connection = conmon.execute(
-            self._runtime(sandbox), id, own, self._network(sandbox), tty=size is not None, stdin=stdin,
-            owner=(userns.outside(uids, identity.uid), userns.outside(gids, identity.gid)),
-        )  # fmt: skip
-        (own / "started").write_text(json.dumps(Process.of(holder).__dict__))
+        try:
+            holder, connection = conmon.execute(
+                self._runtime(sandbox), id, own, self._network(sandbox), tty=size is not None, stdin=stdin,
+                owner=(userns.outside(uids, identity.uid), userns.outside(gids, identity.gid)),
+            )  # fmt: skip
+            (own / "started").write_text(json.dumps(Process.of(holder).__dict__))
+        except BaseException:
+            for started in mentioning(own):  # nobody would know of it
+                started.kill()
+            raise
         return handle, Terminal(connection.detach(), Framing.CONMON)
 
     def exec_running(self, id: str, handle: str) -> bool:
         return self._holder(id, handle).alive()
+
+    def execs(self, id: str) -> list[str]:
+        self._record(id)
+        own = self._directory(id) / "exec"
+        handles = [path.name for path in own.iterdir()] if own.exists() else []
+        return [handle for handle in handles if self.exec_running(id, handle)]
 
     def exec_exit(self, id: str, handle: str) -> int:
         self._holder(id, handle).wait(GONE)
@@ -315,7 +326,11 @@ class OciSandboxes:
 
     def _holder(self, id: str, handle: str) -> Process:
         """The conmon of an exec."""
-        return Process(**json.loads((self._process(id, handle) / "started").read_text()))
+        own = self._process(id, handle)
+        try:
+            return Process(**json.loads((own / "started").read_text()))
+        except (FileNotFoundError, ValueError):  # its executor was killed before that was written
+            return next(iter(mentioning(own)), Process(0, 0))
 
     def _process(self, id: str, handle: str) -> Path:
         """The directory of an exec."""

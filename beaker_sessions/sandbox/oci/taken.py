@@ -1,11 +1,13 @@
 """Which ids of this machine others give out, beside its account files: SSSD, `useradd`, systemd.
 
-Reads their settings; says nothing where they have none. For `doctor`, which compares them with subordinate ids.
+Reads their settings; says nothing where they have none. For `userns` and `doctor`, which compare them with
+subordinate ids.
 """
 
 from __future__ import annotations
 
 import configparser
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -19,6 +21,39 @@ SYSTEMD = (
 )
 # sssd-ldap(5) and sssd-ad(5): where ids are made of security identifiers; and the only bounds where they are not
 MAPPED = (200000, 2000200000)
+# Sources of nsswitch.conf(5) that know people of this machine alone, and list them.
+LOCAL = {"files", "compat", "db", "systemd", "mymachines", "altfiles", "extrausers"}
+
+
+def people(etc: Path) -> Iterator[Given]:
+    """Of people whom the directory services know that this machine asks; SSSD's default where one does not say which.
+
+    SSSD without settings is not there: distributions name it whether or not it is used.
+    """
+    try:
+        text = (etc / "nsswitch.conf").read_text("utf-8", "replace")
+    except OSError:
+        return
+    lines = re.findall(r"^[ \t]*(?:passwd|group|initgroups):([^#\n]*)", text, re.MULTILINE)
+    sources = {word for line in lines for word in re.sub(r"\[[^]]*\]", " ", line).split()}
+    for source in sorted(sources - LOCAL):
+        if source == "sss":
+            yield from directories(etc)
+        elif source == "winbind" and (given := list(_winbind(etc))):
+            yield from given
+        else:
+            yield f"the directory service {source} (nsswitch.conf)", MAPPED[0], MAPPED[1] - 1
+
+
+def _winbind(etc: Path) -> Iterator[Given]:
+    """Source: smb.conf(5), `idmap config DOMAIN : range`."""
+    try:
+        text = (etc / "samba/smb.conf").read_text("utf-8", "replace")
+    except OSError:
+        return
+    pattern = r"^\s*idmap config\s+([^:\n]+?)\s*:\s*range\s*=\s*(\d+)\s*-\s*(\d+)"
+    for domain, first, last in re.findall(pattern, text, re.MULTILINE | re.IGNORECASE):
+        yield f"winbind's domain {domain}", int(first), int(last)
 
 
 def directories(etc: Path) -> Iterator[Given]:
@@ -40,12 +75,10 @@ def directories(etc: Path) -> Iterator[Given]:
         if maps:
             first = _number(values, "ldap_idmap_range_min", MAPPED[0])
             last = _number(values, "ldap_idmap_range_max", MAPPED[1]) - 1
-        else:  # max_id 0 is no bound, and says nothing of where people are
+        else:  # max_id 0 is no bound; FreeIPA's default is the same
             first, last = _number(values, "min_id", 1), _number(values, "max_id", 0)
-            if provider == "ipa" and not last:
-                first, last = MAPPED[0], MAPPED[1] - 1
             if not last:
-                continue
+                first, last = max(first, MAPPED[0]), MAPPED[1] - 1
         yield f"SSSD's domain {domain}", first, last
 
 

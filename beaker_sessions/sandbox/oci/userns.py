@@ -6,7 +6,7 @@ that `useradd` and `usermod` may run at the same time. The maps are pure functio
 The caller's own ids are the same inside and outside, so that files in a home have their right owner on both sides;
 every other id, root first, is one of the account's own range, which means nobody on this machine.
 
-Directory services (LDAP, SSSD) do not list their users, so who has which id cannot be known beforehand. Therefore new
+Directory services (LDAP, SSSD) do not list their users, so who has which id cannot be known beforehand. Therefore
 ranges lie where directories give out no ids, and nobody gets a sandbox whose own ids lie in anybody's range.
 """
 
@@ -24,6 +24,7 @@ from pathlib import Path
 from ...errors import Error
 from ...model import Identity
 from ..subordinate import ETC, Range, check_own, everybody, ranges
+from . import taken
 from .mounts import IdMap
 
 SIZE = 65536
@@ -95,8 +96,8 @@ def maps(identity: Identity, start: int, gids: Iterable[int] = ()) -> tuple[IdMa
 def subordinate(identity: Identity, directory: Path = ETC, first: int = FIRST, last: int = LAST) -> int:
     """The first id of the account's own range of SIZE, in both files, allotted from `first` on when there is none.
 
-    Raises Error conflict when its range overlaps another account's or holds a real account, forbidden when an id of
-    the account lies in anybody's.
+    Raises Error conflict when its range overlaps another account's, holds a real account, or lies where a directory
+    service of this machine has people; forbidden when an id of the account lies in anybody's.
     """
     for attempt in (1, 2):
         known = everybody(directory)
@@ -118,6 +119,17 @@ def subordinate(identity: Identity, directory: Path = ETC, first: int = FIRST, l
                     f"the subordinate ids {start}… of {identity.name} hold the account {account}",
                     f"give {identity.name} another range in {directory}/subuid and {directory}/subgid",
                 )
+            for who, lowest, highest in taken.people(directory):
+                if lowest < start + SIZE and start <= highest:
+                    name = identity.name
+                    what = f"the subordinate ids {start}… of {name} lie among the ids {lowest}-{highest} of {who}"
+                    lines = f"the lines of {name} out of {directory}/subuid and {directory}/subgid"
+                    raise Error(
+                        "conflict",
+                        what,
+                        f"the administrator takes {lines} while none of their sessions runs; new ids come from "
+                        "`subordinateIds`, and files of the old ones in their home need chown",
+                    )
             return start
         if attempt == 1:
             _allot(identity, directory, first, last)
