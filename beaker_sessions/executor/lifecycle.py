@@ -317,6 +317,7 @@ class Lifecycle:
             if session.state == State.STARTED and session.claim and session.claim.ports:
                 published.append(session)
         self._publisher.forward_again(published)
+        self.sessions.schedule()  # what a session waits for may be another program's, which tells nobody of its end
         for found in exists.values():
             self._adopt(found)
         self.inside.resume(lambda: [session.id for session in self.sessions.live()])

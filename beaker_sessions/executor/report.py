@@ -218,7 +218,7 @@ class Reporter:
                 return  # not now; the server hands it on again
             self.sessions.adopt(_refused(session, error), identity)
             return
-        self.sessions.notice(session.id, admitted.warning)
+        self.sessions.notice(session.id, "create", admitted.warning)
 
 
 def _unreadable(job: dict[str, Any]) -> Session | None:
