@@ -270,10 +270,15 @@ class Lifecycle:
                 if time.monotonic() - last > RECONCILE_EVERY:
                     last = time.monotonic()
                     self.reconcile()
+                    self._guard()
             except Error as error:
                 log.warning("cannot look after the sessions: %s", error)
             except Exception:
                 log.exception("looking after the sessions failed")
+
+    def _guard(self) -> None:
+        if any(s.state == State.STARTED and not s.request.host_network for s in self.sessions.live()):
+            self.sandboxes.guard()
 
     def _end_overdue(self) -> None:
         now = time.clock_gettime(time.CLOCK_BOOTTIME)
