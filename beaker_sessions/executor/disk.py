@@ -94,7 +94,7 @@ class Disk:
         else:
             self._told[id] = now
             log.warning("session %s: %s", id, text)
-        self.sessions.notice(id, text)
+        self.sessions.notice(id, "disk", text)
 
 
 def warnings(used: Mapping[str, int], limit: int, free: int, total: int) -> dict[str, str]:

@@ -277,10 +277,15 @@ class Lifecycle:
                 if time.monotonic() - last > RECONCILE_EVERY:
                     last = time.monotonic()
                     self.reconcile()
+                    self._guard()
             except Error as error:
                 log.warning("cannot look after the sessions: %s", error)
             except Exception:
                 log.exception("looking after the sessions failed")
+
+    def _guard(self) -> None:
+        if any(s.state == State.STARTED and not s.request.host_network for s in self.sessions.live()):
+            self.sandboxes.guard()
 
     def _end_overdue(self) -> None:
         now = time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -324,6 +329,7 @@ class Lifecycle:
             if session.state == State.STARTED and session.claim and session.claim.ports:
                 published.append(session)
         self._publisher.forward_again(published)
+        self.sessions.schedule()  # what a session waits for may be another program's, which tells nobody of its end
         for found in exists.values():
             self._adopt(found)
         self.inside.resume(lambda: [session.id for session in self.sessions.live()])

@@ -22,6 +22,7 @@ from ..sandbox import MARK
 from ..settings import ExecutorSettings
 
 LOWEST, HIGHEST = 1024, 65535  # those below are for the machine's own services
+TRIES = 200  # ports looked at for one that is free, while others wait: of a range that somebody took whole it is enough
 USED = (errno.EADDRINUSE, errno.EACCES)
 WITHOUT = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)  # a machine without IPv6
 
@@ -51,7 +52,16 @@ class Ports:
                 whose = self.own.get(port) or f"session {holders[port]}"
                 raise Error("conflict", f"--port {port}:{own}: port {port} of this node is used by {whose}", hint)
             if port:
-                _close(_named(own, port))
+                if not (found := _bound(own, port)):
+                    raise _used(own, port)
+                _close(found)
+
+    def settle(self, request: Request) -> None:
+        """Before `check`, and without a lock that anybody else needs: free what only lingers of the ports asked for."""
+        for own, port in request.ports:
+            if port >= LOWEST:
+                with contextlib.suppress(Error):
+                    _close(_named(own, port))
 
     def pick(self, id: str, request: Request, sessions: Iterable[Session]) -> Mapped:
         """The claim for the ports of `request`: those of the node that it asked for, else free ones at random.
@@ -63,15 +73,18 @@ class Ports:
             return ()
         taken = {port for session in sessions for port in _held(session)} | set(self.own)
         mapped, sockets = [], Sockets()
-        for own, wanted in request.ports:
-            if wanted:
-                with contextlib.suppress(Error):
-                    sockets += _named(own, wanted)
-            else:
-                wanted, found = self._any(own, taken, sockets)
-                sockets += found
-            mapped.append((own, wanted))
-            taken.add(wanted)
+        try:
+            for own, wanted in request.ports:
+                if wanted:
+                    sockets += _bound(own, wanted)
+                else:
+                    wanted, found = self._any(own, taken)
+                    sockets += found
+                mapped.append((own, wanted))
+                taken.add(wanted)
+        except BaseException:
+            _close(sockets)
+            raise
         with self._lock:
             self._held[id] = (tuple(mapped), sockets)
         return tuple(mapped)
@@ -96,7 +109,7 @@ class Ports:
                     except Error:
                         if named.get(own):
                             raise
-                        port, found = self._any(own, taken, sockets)
+                        port, found = self._any(own, taken)
                         sockets += found
                         taken.add(port)
                 result.append((own, port))
@@ -112,12 +125,13 @@ class Ports:
         for _, sockets in gone:
             _close(sockets)
 
-    def _any(self, own: int, taken: set[int], sockets: Sockets) -> tuple[int, Sockets]:
-        for port in random.sample(self.choice, len(self.choice)):
-            if port not in taken and (found := _bound(own, port)):
+    def _any(self, own: int, taken: set[int]) -> tuple[int, Sockets]:
+        left = [port for port in self.choice if port not in taken]
+        for port in random.sample(left, min(TRIES, len(left))):
+            if found := _bound(own, port):
                 return port, found
-        _close(sockets)
-        raise Error("unavailable", "all ports of this node are in use", "try again when other sessions have ended")
+        why = f"no port of {self.choice[0]}-{self.choice[-1]} was found free on this node"
+        raise Error("unavailable", why, "try again when other sessions or programs have ended")
 
 
 def of(settings: ExecutorSettings) -> Ports:
@@ -145,15 +159,19 @@ def bind(mapped: Mapped) -> Sockets:
 
 
 def _named(own: int, port: int) -> Sockets:
-    """Raises Error conflict."""
+    """May run a program: never under a lock that others need. Raises Error conflict."""
     if found := _bound(own, port):
         return found
     # Connections of a session that just ended may linger for a minute; they are nobody's.
     subprocess.run(["ss", "-K", "-t", "-n", "state", "time-wait", "sport", "=", f":{port}"], capture_output=True)
     if found := _bound(own, port):
         return found
-    raise Error("conflict", f"--port {port}:{own}: port {port} of this node is used by another program",
-                f"choose another, or leave it to the node: --port {own}")  # fmt: skip
+    raise _used(own, port)
+
+
+def _used(own: int, port: int) -> Error:
+    why = f"--port {port}:{own}: port {port} of this node is used by another program"
+    return Error("conflict", why, f"choose another, or leave it to the node: --port {own}")
 
 
 def _bound(own: int, port: int) -> Sockets:

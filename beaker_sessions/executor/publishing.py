@@ -49,6 +49,7 @@ class Publisher:
     def forward_again(self, sessions: list[Session]) -> None:
         """Start the forwarders that were killed, and those of sessions that a version without them made."""
         running = forwarding.running() if sessions else {}
+        self._unpublished &= {session.id for session in sessions}
         for session in sessions:
             if session.id in running or not session.claim:
                 continue
@@ -60,7 +61,11 @@ class Publisher:
                     for sock, _ in sockets:
                         sock.close()
                 self._unpublished.discard(session.id)
+                self._sessions.notice(session.id, "ports", "")
             except (Error, OSError) as error:
                 if session.id not in self._unpublished:
                     self._unpublished.add(session.id)
                     log.warning("session %s: its ports are not published: %s", session.id, error)
+                    why = error.message if isinstance(error, Error) else error.strerror
+                    text = f"the ports of this session are not published any more: {why}; tried again every 10 seconds"
+                    self._sessions.notice(session.id, "ports", text)

@@ -220,7 +220,7 @@ class Reporter:
                 return  # not now; the server hands it on again
             self.sessions.adopt(_refused(session, why), identity)
             return
-        self.sessions.notice(session.id, admitted.warning)
+        self.sessions.notice(session.id, "create", admitted.warning)
 
 
 def _unreadable(job: object) -> Session | None:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
@@ -37,7 +38,8 @@ class Live:
     """What is known of a session that is not final, beside what the ledger holds.
 
     since: seconds of CLOCK_BOOTTIME when its main process started, which no change of the wall clock moves.
-    passed: moments of its start, as fields of the session, that its next change will write.
+    passed: moments of its start, as fields of the session, that its next change will write. notices: what its author
+    should know, by whom it comes from. lacks: what it waits for beside what can be claimed, "" for nothing.
     """
 
     session: Session
@@ -45,7 +47,8 @@ class Live:
     progress: Progress | None = None
     since: float | None = None
     exit_seen: bool = False
-    notice: str = ""
+    notices: dict[str, str] = field(default_factory=dict)
+    lacks: str = ""
     passed: dict[str, datetime] = field(default_factory=dict)
     subscribers: set[Subscription] = field(default_factory=set)
 
@@ -110,10 +113,11 @@ class Sessions:
             if live is None:
                 return View(self._final(id)[0])
             if live.session.state != State.CREATED:
-                return View(live.session, progress=live.progress, notice=live.notice)
+                return View(live.session, progress=live.progress, notice="; ".join(live.notices.values()))
             waiting = [entry.session for entry in self._live.values() if entry.session.state == State.CREATED]
             index = next(i for i, session in enumerate(waiting) if session.id == id)
-            why = self.cordoned or claims.reason([plan.amount(s.request) for s in waiting], index, self.free())
+            amounts = [plan.amount(session.request) for session in waiting]
+            why = self.cordoned or live.lacks or claims.reason(amounts, index, self.free())
             return View(live.session, index + 1, why)
 
     def views(self) -> list[View]:
@@ -175,6 +179,7 @@ class Sessions:
         conflict for a key that was used for another request, or a name or port in use, unavailable on a cordoned node,
         limit when the account has as much as one may.
         """
+        self.ports.settle(request)
         fingerprint = hashlib.sha256(repr(replace(request, size=(0, 0))).encode("utf-8", "surrogatepass")).hexdigest()
         with self._lock:
             if key and (known := self.ledger.by_key(account, key)):
@@ -206,7 +211,7 @@ class Sessions:
                 with self.ledger.transaction():  # one commit for intent and claim: it is on the way to a prompt
                     self.ledger.add(session, identity, key, fingerprint)
                     self._live[session.id] = Live(session, identity)
-                    starting = self._claim()
+                    starting = list(self._claim())
             except BaseException:
                 del self._live[session.id]
                 for other, was in before.items():
@@ -232,20 +237,46 @@ class Sessions:
             for id in self._claim():
                 self.on_start(id)
 
-    def _claim(self) -> list[str]:
+    def _claim(self) -> Iterator[str]:
+        """Claim for all of the queue that may start now, one after the other.
+
+        Who gets no port lets the others pass, as nothing that they leave would help it, and keeps its place: it is
+        asked again each time, and then before them.
+        """
         if self.cordoned:
-            return []
-        waiting = [s for s in self.live() if s.state == State.CREATED]
-        amounts = [plan.amount(s.request) for s in waiting]
-        starting = []
-        for index in claims.startable(amounts, self.free()):
-            session, amount = waiting[index], amounts[index]
-            gpus = claims.pick(amount.gpus, self.inventory.gpus, held(self.live()))
-            ports = self.ports.pick(session.id, session.request, self.live())
-            claim = Claim(gpus, amount.cpus, amount.memory, ports)
-            self.move(session.id, State.SCHEDULED, claim=claim, scheduled=datetime.now(UTC))
-            starting.append(session.id)
-        return starting
+            return
+        queue = waiting = [live for live in self._live.values() if live.session.state == State.CREATED]
+        lacks: dict[str, str] = {}
+        fewest, why = (
+            sys.maxsize,
+            "",
+        )  # ports that somebody did not get: who wants as many is not tried
+        while waiting:
+            amounts = [plan.amount(live.session.request) for live in waiting]
+            startable = claims.startable(amounts, self.free())
+            without = len(lacks)
+            for index in startable:
+                session, amount = waiting[index].session, amounts[index]
+                wanted = sum(not port for _, port in session.request.ports)
+                try:
+                    if wanted >= fewest:
+                        raise Error("unavailable", why)
+                    ports = self.ports.pick(session.id, session.request, self.live())
+                except (Error, OSError) as error:
+                    why = error.message if isinstance(error, Error) else f"no ports: {error.strerror}"
+                    fewest, lacks[session.id] = min(fewest, wanted or fewest), why
+                    continue
+                gpus = claims.pick(amount.gpus, self.inventory.gpus, held(self.live()))
+                claim = Claim(gpus, amount.cpus, amount.memory, ports)
+                self.move(session.id, State.SCHEDULED, claim=claim, scheduled=datetime.now(UTC))
+                yield session.id
+            if len(lacks) == without:
+                break
+            waiting = [live for index, live in enumerate(waiting) if index not in startable]
+        for live in queue:
+            if live.lacks != (now := lacks.get(live.session.id, "")):
+                live.lacks = now
+                self._notify(live)
 
     def move(self, id: str, state: State | None = None, actor: str = "executor", **changes: object) -> Session:
         """Change a session: durable first, then visible, then told to its followers. Returns it as it is now."""
@@ -356,11 +387,13 @@ class Sessions:
                 live.progress = progress
                 self._notify(live)
 
-    def notice(self, id: str, text: str) -> None:
-        """What a session's author should know now, "" for nothing more."""
+    def notice(self, id: str, about: str, text: str) -> None:
+        """What a session's author should know now about something, "" for nothing more."""
         with self._lock:
-            if (live := self._live.get(id)) and live.notice != text:
-                live.notice = text
+            if (live := self._live.get(id)) and live.notices.get(about, "") != text:
+                live.notices.pop(about, None)
+                if text:
+                    live.notices[about] = text
                 self._notify(live)
 
     def offer(self, id: str, attach: Callable[[], Terminal]) -> tuple[int, int]:

@@ -236,6 +236,9 @@ class Sandboxes(Protocol):
     def remove(self, id: str) -> None:
         """Remove the sandbox and all that belongs to it, killing what runs. Silent if there is none."""
 
+    def guard(self) -> None:
+        """Have the firewall around sandboxes there, should somebody have flushed it. Raises Error unavailable."""
+
     def check(self) -> list[Finding]:
         """What `executor doctor` should say about the engine and the kernel."""
 

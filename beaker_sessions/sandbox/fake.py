@@ -181,6 +181,9 @@ class FakeSandboxes:
     def disk(self, id: str) -> int | None:
         return len(self._process(id).said)
 
+    def guard(self) -> None:
+        pass
+
     def check(self) -> list[Finding]:
         return [Finding("warning", "the fake driver runs nothing", "set driver: docker")]
 

@@ -19,20 +19,35 @@ from . import MARK
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,14}")  # of an interface, and of a table
 HIGHEST = 65535
+# Of clouds: link-local; Alibaba's; Azure's, which is a resolver as well. Those of IPv6 are closed with all of it.
+METADATA = "169.254.0.0/16, 100.100.100.200, 168.63.129.16"
 
 
-def rules(bridge: str, network: str, resolvers: Iterable[str], access: Iterable[str]) -> str:
+def rules(
+    bridge: str, network: str, resolvers: Iterable[str], access: Iterable[str], uplinks: Iterable[str] = ()
+) -> str:
     """The commands of nft that make the table, whether or not there is one.
 
     network: the sessions' own, as `10.0.0.0/22`, which speaks with the world as this machine; "" where another sees to
     that. resolvers: addresses of DNS servers, of this machine or not. access:
-    TCP ports of this machine that sessions may reach, as `PORT` or `ADDRESS:PORT`. Raises Error invalid for another.
+    TCP ports of this machine that sessions may reach, as `PORT` or `ADDRESS:PORT`. uplinks: interfaces that lead beyond
+    this machine though they are bridges or of a pair. Raises Error invalid for another access.
     """
     if not NAME.fullmatch(bridge):
         raise Error("invalid", f"bridge: {bridge!r} cannot be the name of an interface", "correct the settings")
+    access = list(access)
     allowed = "\n".join(f"        {rule} accept" for rule in map(_access, access))
+    # What the machine leads on to a container of its own, by the address and port that were called.
+    led_on = "\n".join(f"        {rule} accept" for rule in map(_led_on, access))
     names = ", ".join(sorted({address for address in resolvers if _is_ipv4(address)}))
     dns = f"ip daddr {{ {names} }} meta l4proto {{ tcp, udp }} th dport 53 accept" if names else ""
+    dns_led_on = (
+        f"ct original ip daddr {{ {names} }} meta l4proto {{ tcp, udp }} ct original proto-dst 53 accept"
+        if names
+        else ""
+    )
+    beyond = ", ".join(f'"{name}"' for name in sorted(uplinks))
+    within = f"oifname != {{ {beyond} }} " if beyond else ""
     masquerade = f"""    chain postrouting {{
         type nat hook postrouting priority srcnat; policy accept;
         ip saddr {network} oifname != "{bridge}" masquerade
@@ -56,9 +71,12 @@ table inet {bridge} {{
         oifname "{bridge}" ct state established,related accept
         oifname "{bridge}" drop
         iifname != "{bridge}" accept
-        {dns}
         meta nfproto ipv6 reject
-        ip daddr 169.254.0.0/16 reject
+        {dns_led_on}
+{led_on}
+        ct status dnat reject
+        {within}meta oifkind {{ "bridge", "veth" }} reject
+        ip daddr {{ {METADATA} }} reject
     }}
     chain output {{
         type filter hook output priority -10; policy accept;
@@ -93,6 +111,12 @@ def _access(item: str) -> str:
     if not port.isdecimal() or not 0 < int(port) <= HIGHEST or (address and not _is_ipv4(address)):
         raise Error("invalid", f"sessionAccess: {item!r} is neither PORT nor ADDRESS:PORT", "correct the settings")
     return f"{f'ip daddr {address} ' if address else ''}tcp dport {int(port)}"
+
+
+def _led_on(item: str) -> str:
+    address, _, port = item.rpartition(":")
+    called = f"ct original ip daddr {address}" if address else "ct status dnat"
+    return f"{called} meta l4proto tcp ct original proto-dst {int(port)}"
 
 
 def _is_ipv4(text: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -129,42 +130,133 @@ def test_what_the_settings_name_is_open(inside: Inside, oci_lab: OciLab) -> None
         assert calling(inside, gateway(oci_lab), port) == "ECONNREFUSED"
 
 
-def test_metadata_services_are_closed(inside: Inside) -> None:
-    """Whose address the machine has here: a way to it there is."""
-    for address in ("169.254.169.254", "fd00:ec2::254"):
-        kind = ["-6"] if ":" in address else []
-        subprocess.run(["ip", *kind, "address", "add", address, "dev", "lo"], check=True)
+METADATA = ("169.254.169.254", "100.100.100.200", "168.63.129.16", "fd00:ec2::254", "fd20:ce::254")
+
+
+def words(*lines: str, prefix: tuple[str, ...] = ()) -> None:
+    for line in lines:
+        subprocess.run([*prefix, *line.split()], check=True)
+
+
+@contextlib.contextmanager
+def network_of_another(name: str) -> Iterator[tuple[str, ...]]:
+    """A network namespace behind the interface `name` of this machine; the words that run a program in it."""
+    with subprocess.Popen(["unshare", "--net", "sleep", "1000"]) as owner:
+        there = ("nsenter", f"--net=/proc/{owner.pid}/ns/net")
         try:
-            family = socket.AF_INET6 if kind else socket.AF_INET
-            with socket.create_server((address, 0), family=family) as service:
-                assert calling(inside, address, service.getsockname()[1]) in ("ECONNREFUSED", "ENETUNREACH")
+            wait_for("it", lambda: os.readlink(f"/proc/{owner.pid}/ns/net") != os.readlink("/proc/self/ns/net"))
+            words(f"ip link add {name} type veth peer name eth0 netns {owner.pid}", f"ip link set {name} up")
+            words("ip link set lo up", "ip link set eth0 up", prefix=there)
+            yield there
         finally:
-            subprocess.run(["ip", *kind, "address", "delete", address, "dev", "lo"], check=True)
+            owner.kill()
+            subprocess.run(["ip", "link", "delete", name], check=False)
 
 
-def test_unpublished_ports_are_open_to_root_alone(inside: Inside, other: Inside, oci_lab: OciLab) -> None:
+@contextlib.contextmanager
+def serving(there: tuple[str, ...]) -> Iterator[None]:
+    """A server of port 8000 in that network, at all its addresses."""
+    code = (
+        "import socket, time; s = socket.create_server(('::', 8000), family=10, dualstack_ipv6=True); print(flush=True)"
+    )
+    command = [*there, sys.executable, "-c", f"{code}; time.sleep(1000)"]
+    with subprocess.Popen([*there, sys.executable, "-c", code], stdout=subprocess.PIPE) as server:
+        assert server.stdout
+        server.stdout.readline()
+        yield
+        server.kill()
+
+
+@pytest.fixture
+def world(oci_lab: OciLab) -> Iterator[tuple[str, ...]]:
+    """What is beyond the machine: its only way out leads there, at 198.51.100.2. It serves port 8000."""
+    with network_of_another("uplink0") as there:
+        words("ip address add 198.51.100.1/24 dev uplink0", "ip -6 address add fd99::1/64 dev uplink0 nodad")
+        words("ip address add 198.51.100.2/24 dev eth0", "ip -6 address add fd99::2/64 dev eth0 nodad", prefix=there)
+        words("ip route add default via 198.51.100.2", "ip -6 route add default via fd99::2")
+        oci_lab.sandboxes.network._ensure(again=True)
+        with serving(there):
+            yield there
+
+
+@pytest.fixture
+def container(oci_lab: OciLab) -> Iterator[str]:
+    """Somebody's container, as Docker makes one, with its port 8000 published as 8080 of the machine; its address."""
+    there = ["PREROUTING", "-m", "addrtype", "--dst-type", "LOCAL", "-j", "test-docker"]
+    nat = ["iptables", "-w", "-t", "nat"]
+    with network_of_another("vethdocker") as inside:
+        words("ip link add docker9 type bridge", "ip address add 10.97.0.1/24 dev docker9", "ip link set docker9 up")
+        words("ip link set vethdocker master docker9")
+        words("ip address add 10.97.0.2/24 dev eth0", "ip route add default via 10.97.0.1", prefix=inside)
+        try:
+            for rule in (["-N", "test-docker"], ["-A", *there]):
+                subprocess.run([*nat, *rule], check=True)
+            led = "! -i docker9 -p tcp --dport 8080 -j DNAT --to-destination 10.97.0.2:8000"
+            subprocess.run([*nat, "-A", "test-docker", *led.split()], check=True)
+            with serving(inside):
+                yield "10.97.0.2"
+        finally:
+            for rule in (["-D", *there], ["-F", "test-docker"], ["-X", "test-docker"]):
+                subprocess.run([*nat, *rule], check=True)
+            words("ip link delete docker9")
+    del oci_lab
+
+
+def test_the_way_out_is_open_and_metadata_services_are_not(inside: Inside, world: tuple[str, ...]) -> None:
+    assert calling(inside, "198.51.100.2", 8000) == "open"
+    for address in METADATA:
+        words(f"ip address add {address} dev lo{' nodad' if ':' in address else ''}", prefix=world)
+        assert user_calling(address, 8000) == "open", "the test tests nothing"
+        assert calling(inside, address, 8000) in ("ECONNREFUSED", "ENETUNREACH"), address
+
+
+def test_a_bridge_that_leads_to_other_machines_is_a_way_out(
+    inside: Inside, world: tuple[str, ...], oci_lab: OciLab
+) -> None:
+    words("ip link add br0 type bridge", "ip link set br0 up", "ip address flush dev uplink0")
+    try:
+        words("ip link set uplink0 master br0", "ip address add 198.51.100.1/24 dev br0")
+        words("ip route add default via 198.51.100.2")
+        oci_lab.sandboxes.network._ensure(again=True)
+        wait_for("the bridge", lambda: user_calling("198.51.100.2", 8000) == "open")
+        assert calling(inside, "198.51.100.2", 8000) == "open"
+    finally:
+        words("ip link delete br0")
+    del world
+
+
+def test_containers_of_the_machine_are_closed_whatever_they_publish(
+    inside: Inside, world: tuple[str, ...], container: str, oci_lab: OciLab
+) -> None:
+    network, machine = oci_lab.sandboxes.network, gateway(oci_lab)
+    assert user_calling("198.51.100.1", 8080, prefix=world, uid=0) == "open", "published for the world"
+    assert user_calling(container, 8000) == "open"
+    assert calling(inside, container, 8000) == "ECONNREFUSED"
+    assert calling(inside, machine, 8080) == "ECONNREFUSED"
+    assert calling(inside, "198.51.100.1", 8080) == "ECONNREFUSED"
+    for access, port in (("8080", 8080), (f"{machine}:8080", 8080), ("9999", 0), (f"{container}:8000", 0)):
+        network.access = [access]
+        try:
+            network._ensure(again=True)
+            assert calling(inside, machine, 8080) == ("open" if port else "ECONNREFUSED"), access
+            assert calling(inside, container, 8000) == ("open" if container in access else "ECONNREFUSED"), access
+        finally:
+            network.access = []
+            network._ensure(again=True)
+
+
+def test_unpublished_ports_are_open_to_root_alone(inside: Inside, other: Inside) -> None:
     address = serve(inside)
     assert user_calling(address, 8000, uid=0) == "open"
     assert user_calling(address, 8000) == "ECONNREFUSED"
     assert calling(other, address, 8000) != "open"
     # A container of somebody else's, on a bridge of its own, or another machine with a route to us.
-    name = f"x{oci_lab.owner}"
-    with subprocess.Popen(["unshare", "--net", "sleep", "1000"]) as stranger:
-        there = ("nsenter", f"--net=/proc/{stranger.pid}/ns/net")
-        try:
-            wait_for("it", lambda: os.readlink(f"/proc/{stranger.pid}/ns/net") != os.readlink("/proc/self/ns/net"))
-            add = ["ip", "link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", str(stranger.pid)]
-            subprocess.run(add, check=True)
-            subprocess.run(["ip", "address", "add", "10.98.0.1/24", "dev", name], check=True)
-            subprocess.run(["ip", "link", "set", name, "up"], check=True)
-            for words in ("address add 10.98.0.2/24 dev eth0", "link set eth0 up", "route add default via 10.98.0.1"):
-                subprocess.run([*there, "ip", *words.split()], check=True)
-            with socket.create_server(("10.98.0.1", 0)) as reached:
-                assert user_calling("10.98.0.1", reached.getsockname()[1], uid=0, prefix=there) == "open"
-            assert user_calling(address, 8000, uid=0, prefix=there) == "silence"
-        finally:
-            stranger.kill()
-            subprocess.run(["ip", "link", "delete", name], check=False)
+    with network_of_another("stranger0") as there:
+        words("ip address add 10.98.0.1/24 dev stranger0")
+        words("ip address add 10.98.0.2/24 dev eth0", "ip route add default via 10.98.0.1", prefix=there)
+        with socket.create_server(("10.98.0.1", 0)) as reached:
+            assert user_calling("10.98.0.1", reached.getsockname()[1], uid=0, prefix=there) == "open"
+        assert user_calling(address, 8000, uid=0, prefix=there) == "silence"
 
 
 def test_published_ports_are_open_to_all_and_only_while_they_are_published(
@@ -188,6 +280,20 @@ def test_a_firewall_that_was_flushed_is_there_again(inside: Inside, oci_lab: Oci
         assert calling(inside, gateway(oci_lab), service.getsockname()[1]) == "open", "the test tests nothing"
         oci_lab.again()
         assert calling(inside, gateway(oci_lab), service.getsockname()[1]) == "ECONNREFUSED"
+
+
+def test_a_firewall_that_was_flushed_is_there_again_though_no_session_starts(
+    inside: Inside, world: tuple[str, ...], oci_lab: OciLab
+) -> None:
+    """Everything that the reconciling executor asks for, after all tables went, iptables' too."""
+    address = serve(inside)
+    assert user_calling(address, 8000) == "ECONNREFUSED"
+    words("nft flush ruleset")
+    assert user_calling(address, 8000) == "open", "the test tests nothing"
+    oci_lab.sandboxes.guard()
+    assert user_calling(address, 8000) == "ECONNREFUSED"
+    assert calling(inside, "198.51.100.2", 8000) == "open"
+    del world
 
 
 def test_rules_of_an_earlier_version_go(inside: Inside, oci_lab: OciLab) -> None:

@@ -241,6 +241,9 @@ class DockerSandboxes:
         size = self.engine.call("GET", f"{_path(id)}/json", {"size": "1"}, timeout=SIZING).get("SizeRw")
         return None if size is None else int(size)
 
+    def guard(self) -> None:
+        self.network.ensure()
+
     def check(self) -> list[Finding]:
         return check(self.engine, cdi.load(self.cdi_paths, self.cdi_hooks))
 

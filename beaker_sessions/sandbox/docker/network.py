@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterable
 
 from ...errors import Error
-from .. import LABEL_OWNER, firewall, resolvers
+from .. import LABEL_OWNER, firewall, resolvers, uplinks
 from .engine import Engine
 
 
@@ -42,8 +42,8 @@ class Network:
             except Error as failed:
                 if failed.code != "conflict":  # another thread's
                     raise
-        rules = firewall.rules(self.name, "", resolvers.addresses(), self.access)
         prefix = self._prefix()
+        rules = firewall.rules(self.name, "", resolvers.addresses(), self.access, uplinks.names(prefix))
         if rules != self._rules or not firewall.exists(self.name, prefix):
             firewall.apply(rules, prefix)
             self._rules = rules

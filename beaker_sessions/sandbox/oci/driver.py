@@ -301,6 +301,9 @@ class OciSandboxes:
         except OSError as error:
             raise Error("unavailable", f"the disk use of {id} is not known: {error}") from error
 
+    def guard(self) -> None:
+        self.network.guard()
+
     def check(self) -> list[Finding]:
         init = programs.find(programs.INITS)
         if self.pids:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ...errors import Error
-from .. import firewall, resolvers
+from .. import firewall, resolvers, uplinks
 from . import mounts, retired
 
 COUNT = 4  # namespaces kept ready
@@ -92,6 +92,11 @@ class Network:
         for path in self.directory.iterdir():
             if path.suffix != READY and path.name not in ready and path.name not in used:
                 self.drop(path.name)
+
+    def guard(self) -> None:
+        """Have the firewall there, should somebody have flushed it. Raises Error unavailable."""
+        if self._network and not self._closed:
+            self._ensure(again=True)
 
     def warm(self, after: float = 0.0) -> None:
         """Make namespaces in the background until enough are ready, beginning after so many seconds."""
@@ -205,7 +210,7 @@ class Network:
 
     def _protect(self, network: ipaddress.IPv4Network) -> None:
         """Have the firewall say what it should: it may have been set up anew, and resolvers may be others by now."""
-        text = firewall.rules(self.bridge, str(network), resolvers.addresses(), self.access)
+        text = firewall.rules(self.bridge, str(network), resolvers.addresses(), self.access, uplinks.names())
         if text != self._rules or not firewall.exists(self.bridge):
             firewall.apply(text)
             self._rules = text
