@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
 import struct
 
 from .loop import Loop
+from .passing import read, refuse
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +40,9 @@ class Agents:
         try:
             agent = socket.socket(fileno=descriptor)
         except OSError:
-            os.close(descriptor)
+            self._loop.soon(self._loop.passing.drop, descriptor)  # an archive
             return
-        if (agent.family, agent.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
-            agent.close()
-            return
+        refuse(agent)
         self._loop.soon(lambda: self._loop.spawn(self._add(agent)))
 
     def close(self) -> None:
@@ -63,13 +61,17 @@ class Agents:
         async with self._lock:
             self._agents.append(agent)
             while len(self._agents) > (0 if self._closed else LOGINS):
-                self._agents.pop(0).close()
+                self._drop(self._agents.pop(0))
 
     async def _close(self) -> None:
         async with self._lock:
             self._closed = True
             while self._agents:
-                self._agents.pop().close()
+                self._drop(self._agents.pop())
+
+    def _drop(self, agent: socket.socket) -> None:
+        """What its other side has sent may be anything, and more may come until it is closed."""
+        self._loop.passing.drop(agent.detach())
 
     async def _answer(self, message: bytes) -> bytes:
         # A connection can be bound to one remote host by an extension; these serve many, so none is passed on.
@@ -85,8 +87,7 @@ class Agents:
                         log.info("an agent does not answer: %s", error)
                     finally:
                         if not answer:  # that login has ended, or is in the midst of an answer that nobody waits for
-                            agent.close()
-                            self._agents.pop()
+                            self._drop(self._agents.pop())
                     if answer:
                         return answer
         if message[0] == REQUEST_IDENTITIES:
@@ -103,14 +104,13 @@ class Agents:
         data = b""
         while len(data) < count:
             try:
-                # This flag, because whoever handed the connection over can have it block again.
-                more = connection.recv(count - len(data), socket.MSG_DONTWAIT)
+                more = read(connection, count - len(data))
             except BlockingIOError:
                 await self._loop.ready(connection.fileno(), seconds)
                 continue
-            if not more:
+            if not more or not more[0]:  # the end, or what no agent sends
                 return b""
-            data += more
+            data += more[0]
         return data
 
     async def _send(self, connection: socket.socket, message: bytes) -> None:

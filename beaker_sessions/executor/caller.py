@@ -23,6 +23,7 @@ from ..errors import Error
 from ..sandbox import Terminal
 from .incident import incident
 from .loop import Loop, Workers
+from .passing import read, refuse
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -63,27 +64,33 @@ class Caller:
             timer.cancel()
         self._woken.clear()
 
-    async def first(self) -> dict[str, Any] | None:
-        """The request, None when the caller left instead. Raises TimeoutError when it says nothing."""
+    async def first(self, *, takes: bool = False) -> dict[str, Any] | None:
+        """The request, None when the caller left instead. Raises TimeoutError when it says nothing.
+
+        takes: a descriptor may come with it, here and with no later frame. Raises Error.
+        """
         deadline = time.monotonic() + PATIENCE
         while not self.readable:
             if (left := deadline - time.monotonic()) <= 0:
                 raise TimeoutError
             await self.turn(left)
-        return self.receive(FRAME)
+        return await self.receive(FRAME, takes=takes)
 
-    def receive(self, limit: int = LATER) -> dict[str, Any] | None:
+    async def receive(self, limit: int = LATER, *, takes: bool = False) -> dict[str, Any] | None:
         """The frame that is there, None when the caller has left. Raises Error invalid for what is no JSON object."""
         try:
-            packet, descriptors, flags, _ = socket.recv_fds(self.connection, limit, 1, socket.MSG_CMSG_CLOEXEC)
+            if (found := read(self.connection, limit)) is not None:
+                packet, is_cut = found
+            elif takes:
+                packet, is_cut, self.agent = await self.loop.passing.take(self.connection, self._key)
+                refuse(self.connection)
+            else:
+                raise Error("invalid", "no file goes with this frame", "update beaker")
         finally:
             self._expect()
-        for descriptor in descriptors:
-            self._drop()
-            self.agent = descriptor
         if not packet:
             return None
-        if flags & socket.MSG_TRUNC:
+        if is_cut:
             raise Error(
                 "invalid", f"this request is larger than {limit} bytes", "shorten the command or its environment"
             )
@@ -97,13 +104,9 @@ class Caller:
 
     def close(self) -> None:
         self.loop.asyncio.remove_reader(self.connection.fileno())
-        self.connection.close()
-        self._drop()
-
-    def _drop(self) -> None:
-        """Close the descriptor that came, unless somebody has taken it."""
-        if self.agent >= 0:
-            os.close(self.agent)
+        self.loop.passing.close(self.connection)
+        if self.agent >= 0:  # and nobody has taken it
+            self.loop.passing.drop(self.agent)
             self.agent = -1
 
     def _expect(self) -> None:

@@ -9,7 +9,6 @@ that the loop goes on with.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
 import os
 import resource
@@ -27,16 +26,19 @@ from ..model import Identity, Session, State
 from ..sandbox import Finding
 from . import admission, images
 from .access import Access
-from .caller import PATIENCE, Caller, answering
+from .caller import FRAME, PATIENCE, Caller, answering
 from .following import Following
 from .lifecycle import Lifecycle
 from .listener import Listener
 from .loop import Loop, Workers
+from .outputs import Outputs
+from .passing import read
 from .peers import Peer, credentials, peer
 from .sessions import View
 
 log = logging.getLogger(__name__)
 
+PROBE = 3.0  # seconds for another executor to answer anything
 STOP_PATIENCE = 35.0  # seconds without any news of a session that was told to stop
 CALLERS = 2048  # connections at once: each may hold two descriptors and 30 kB. Root's are not counted
 CALLERS_EACH = 512  # of one user: more than there are sessions on a machine, each followed by somebody
@@ -71,16 +73,23 @@ class Door:
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._most = min(CALLERS, files // DESCRIPTORS)
         self._callers: Counter[int] = Counter()  # connections, by uid
+        self._outputs = Outputs()
         self._refused = 0  # callers who are being told so
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
     def listen(self) -> None:
-        """Bind, in place of a socket that nobody answers any more. Raises Error conflict when another executor does."""
+        """Bind, in place of a socket where nobody answers any more. Raises Error conflict when another executor does.
+
+        A process that was killed and cannot end keeps its socket open. That it is not alive, `fence` has made sure.
+        """
         Path(self.path).parent.mkdir(parents=True, exist_ok=True, mode=0o755)
         with closing(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)) as probe:
+            probe.settimeout(PROBE)
             try:
                 probe.connect(self.path)
-            except (FileNotFoundError, ConnectionRefusedError):
+                probe.send(b"{}")
+                probe.recv(FRAME)
+            except (FileNotFoundError, ConnectionError, TimeoutError, BlockingIOError):
                 Path(self.path).unlink(missing_ok=True)
             else:
                 raise Error(
@@ -97,7 +106,7 @@ class Door:
         # A user may hold as many as nobody holds, so there is always room for one more user.
         if uid and self._callers[uid] >= min(CALLERS_EACH, self._most - others):
             if self._refused >= REFUSED:
-                connection.close()
+                self.loop.passing.close(connection)
                 return None
             self._refused += 1
             return self._refuse(connection, uid)
@@ -119,8 +128,10 @@ class Door:
             with closing(Caller(self.loop, connection, self._quick, uid)) as caller:
                 what = f"user {uid} has {self._callers[uid]} connections to the executor, and may have no more now"
                 error = Error("unavailable", what, "close some, or try again a little later")
-                caller.try_send({"error": error.as_dict()})
                 await caller.turn(REFUSED_FOR)  # a caller that cannot ask would not hear
+                if caller.readable:  # nor would one whose question is not read
+                    read(caller.connection, FRAME)
+                caller.try_send({"error": error.as_dict()})
         finally:
             self._refused -= 1
 
@@ -130,7 +141,12 @@ class Door:
             who = peer(caller.connection)
         except Error as error:
             who = error
-        request = await caller.first()  # before any answer: one to what was not read is lost with the connection
+        try:  # to read it before any answer: one to what was not read is lost with the connection
+            request = await caller.first(takes=isinstance(who, Peer))  # no file of who has as many names as they like
+        except Error:
+            if isinstance(who, Error):
+                raise who from None
+            raise
         if request is None:
             return
         if isinstance(who, Error):
@@ -264,10 +280,18 @@ class Door:
 
     def _logs(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> Answer:
         session = self._own(request, account)
-        output = self.lifecycle.logs(session) or (
-            self.access.logs(caller.token, session.id) if session.state == State.FINALIZED else b""
-        )
-        return self._handed_over(caller, sealed(output))
+        return self._handed_over(caller, self._output(caller, session))
+
+    def _output(self, caller: Caller, session: Session) -> int:
+        """A descriptor of a session's latest output. A file that only root may write, or memory."""
+        if session.state != State.FINALIZED:
+            live = (one.id for one in self.sessions.live())
+            return self._outputs.of(session.id, lambda: self.lifecycle.logs(session), live)
+        try:
+            return os.open(self.lifecycle.output / session.id, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:  # not kept here
+            found = [session.id]
+            return self._outputs.of(session.id, lambda: self.access.logs(caller.token, session.id), found)
 
     async def _handed_over(self, caller: Caller, descriptor: int) -> None:
         try:
@@ -326,21 +350,6 @@ class Door:
         return wire.job(
             view.session, node=node["id"], hostname=node["hostname"], cluster=self.lifecycle.settings.cluster, **queue
         )
-
-
-def sealed(data: bytes) -> int:
-    """A descriptor of these bytes in memory, unchangeable, at their beginning. They go with its last holder."""
-    descriptor = os.memfd_create("output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        with open(descriptor, "wb", closefd=False) as file:
-            file.write(data)
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
-        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
 
 
 WAITING = ("create", "doctor", "images", "logs")  # operations that may wait for what is slow

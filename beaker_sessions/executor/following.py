@@ -110,7 +110,7 @@ class Following:
             raise Error("conflict", what, f"the session goes on: beaker session attach {id}")
         if not caller.readable:
             return True
-        frame = caller.receive()
+        frame = await caller.receive()
         if frame is None:
             return False
         if "reading" in frame:
@@ -200,7 +200,7 @@ class Following:
 
     async def _resized(self, caller: Caller, id: str, handle: str) -> bool:
         """Act on what the caller of a second process says, which is its size. False when it has left."""
-        frame = caller.receive()
+        frame = await caller.receive()
         if frame and "resize" in frame:
             await caller.work(self.sandboxes.resize, id, wire.window(frame["resize"]), handle)
         return frame is not None

@@ -125,7 +125,8 @@ def _load(caller: Caller, name: str, store: Store) -> dict[str, Any]:
     """Take the archive whose descriptor came with the request: who asks can read it, which a path would not show."""
     archive = caller.agent
     if archive < 0 or not stat.S_ISREG(os.fstat(archive).st_mode):
-        raise Error("invalid", "the archive is not a regular file", "write it to a file first")
+        what = "the archive is not a regular file, or its file system is a program of a user (FUSE)"
+        raise Error("invalid", what, "copy it to a file of this machine first")
     store.load(Path(f"/proc/{os.getpid()}/fd/{archive}"), name)
     return next(_json(image) for image in store.stored() if image.id == store.id(name))
 

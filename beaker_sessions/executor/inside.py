@@ -72,7 +72,8 @@ class Inside:
     def lend(self, id: str, agent: int) -> None:
         """Whoever attached has an SSH agent: take over the connection to it."""
         with self._lock:
-            self._agents.setdefault(id, Agents(self._loop)).add(agent)
+            agents = self._agents.setdefault(id, Agents(self._loop))
+        agents.add(agent)
 
     def forget(self, id: str) -> None:
         with self._lock:
@@ -180,12 +181,13 @@ class Inside:
                     await caller.send(frame)
 
     async def _serve_agent(self, id: str, agents: Agents, connection: socket.socket) -> None:
-        with closing(connection):
-            try:
-                await self._loop.work(self._workers, id, self._check, id, connection)
-            except Error:
-                return
+        try:
+            await self._loop.work(self._workers, id, self._check, id, connection)
             await agents.serve(connection)
+        except Error:
+            pass
+        finally:
+            self._loop.passing.close(connection)
 
     def _check(self, id: str, connection: socket.socket) -> None:
         try:

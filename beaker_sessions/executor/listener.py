@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 from .loop import Loop
+from .passing import refuse
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ def bind(directory: str, name: str, kind: int) -> socket.socket:
             os.unlink(path)
         listening.bind(path)
         os.chmod(path, 0o666)  # root of the session is nobody in particular outside
+        refuse(listening)  # and so do the connections that it takes
         listening.listen(8)
     except BaseException:
         listening.close()
@@ -68,7 +70,7 @@ class Listener:
         if not self._closed:
             self._closed = True
             self._pause()
-            self._socket.close()
+            self._loop.passing.drop(self._socket.detach())  # with what waits in it
             for task in self._served:
                 task.cancel()
 

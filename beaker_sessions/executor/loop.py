@@ -18,10 +18,13 @@ from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Hashable
 from typing import Any, ParamSpec, TypeVar
 
+from .passing import Passing
+
 P = ParamSpec("P")
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
+STILL = 30  # seconds in which the loop does nothing, after which the process ends
 ROOT = 0  # the key of the machine's root, for whom some workers are kept
 
 
@@ -80,12 +83,28 @@ class Loop:
         self.asyncio = asyncio.new_event_loop()
         self.failure: BaseException | None = None  # why it has ended
         self._tasks: set[asyncio.Task[None]] = set()
+        self.passing = Passing(self)
+        self._beat = threading.Event()
         # A descriptor of its own for these: asyncio would also wake for output that waits, which is not ours to read.
         self._hangups, self._hung = select.epoll(), dict[int, Callable[[], None]]()
         self.asyncio.add_reader(self._hangups.fileno(), self._on_hangups)
 
     def start(self) -> None:
         threading.Thread(target=self._run, name="loop", daemon=True).start()
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+
+    def _watch(self) -> None:
+        """End the process when the loop stands still, since nobody is served then; whoever started it starts it again.
+
+        Looks are counted, not seconds: a process that was stopped for a while may go on.
+        """
+        silent = 0
+        while silent < STILL:
+            self._beat.clear()
+            self.asyncio.call_soon_threadsafe(self._beat.set)
+            silent = 0 if self._beat.wait(1.0) else silent + 1
+        log.critical("the loop has stood still for %d s, and the executor ends", STILL)
+        os._exit(1)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.asyncio)

@@ -15,7 +15,7 @@ from .. import __version__, trust
 from ..errors import Error
 from ..sandbox import IMAGES, Sandboxes, firewall
 from ..settings import ExecutorSettings, load
-from . import admission, doctor, exposition, images, inventory, plan, ports
+from . import admission, doctor, exposition, fence, images, inventory, plan, ports
 from .access import Access, trusted
 from .disk import Disk
 from .door import Door
@@ -118,6 +118,7 @@ def serve(settings: ExecutorSettings) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, stop)  # before any thread: they inherit it
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    lock = fence.hold(Path(settings.storage_path, "executor", "lock"))
     ledger = Ledger(Path(settings.storage_path, "executor", "ledger.db"))
     driver, why = sandboxes(settings, (ledger.fact("driver") or "") if ledger.live() else "")
     ledger.fact("driver", driver.name)
@@ -145,6 +146,7 @@ def serve(settings: ExecutorSettings) -> None:
     if loop.failure:
         raise Error("internal", f"the door has failed: {loop.failure!r}", "start the executor again; sessions go on")
     ledger.close()
+    os.close(lock)
 
 
 if __name__ == "__main__":

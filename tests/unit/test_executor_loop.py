@@ -41,6 +41,7 @@ def loop() -> Iterator[Loop]:
     yield loop
     loop.soon(loop.asyncio.stop)
     thread.join()
+    loop.passing.stop()
     loop.asyncio.close()
 
 
