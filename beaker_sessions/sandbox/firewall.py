@@ -38,14 +38,13 @@ def rules(
     access = list(access)
     allowed = "\n".join(f"        {rule} accept" for rule in map(_access, access))
     # What the machine leads on to a container of its own, by the address and port that were called.
-    led_on = "\n".join(f"        {rule} accept" for rule in map(_led_on, access))
+    led_on = [f"        {rule} accept" for rule in map(_led_on, access)]
     names = ", ".join(sorted({address for address in resolvers if _is_ipv4(address)}))
     dns = f"ip daddr {{ {names} }} meta l4proto {{ tcp, udp }} th dport 53 accept" if names else ""
-    dns_led_on = (
-        f"ct original ip daddr {{ {names} }} meta l4proto {{ tcp, udp }} ct original proto-dst 53 accept"
-        if names
-        else ""
-    )
+    # Of each protocol apart: nft 1.0.6 does not know the port's type else.
+    original = f"ct original ip daddr {{ {names} }} meta l4proto"
+    dns_led_on = [f"        {original} {protocol} ct original proto-dst 53 accept" for protocol in ("tcp", "udp")]
+    opened = "\n".join([*(dns_led_on if names else ()), *led_on])
     beyond = ", ".join(f'"{name}"' for name in sorted(uplinks))
     within = f"oifname != {{ {beyond} }} " if beyond else ""
     masquerade = f"""    chain postrouting {{
@@ -72,8 +71,7 @@ table inet {bridge} {{
         oifname "{bridge}" drop
         iifname != "{bridge}" accept
         meta nfproto ipv6 reject
-        {dns_led_on}
-{led_on}
+{opened}
         ct status dnat reject
         {within}meta oifkind {{ "bridge", "veth" }} reject
         ip daddr {{ {METADATA} }} reject

@@ -65,11 +65,11 @@ def test_machine_and_sessions_are_closed_to_each_other(make: Maker, docker_lab: 
         service.stdout.readline()
         try:
             assert calling(make, first.id, gateway, 8000) == "ECONNREFUSED"
-            # Whoever sets up a firewall anew, or prunes networks, is followed at the next start.
+            # Whoever sets up a firewall anew, or prunes networks, is followed within seconds, or at the next start.
             network = docker_lab.sandboxes.network
             firewall.remove(network.name, network._prefix())
             assert calling(make, first.id, gateway, 8000) == "open", "the test tests nothing"
-            network.ensure()
+            docker_lab.sandboxes.guard()
             assert calling(make, first.id, gateway, 8000) == "ECONNREFUSED"
         finally:
             service.kill()

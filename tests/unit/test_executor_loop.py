@@ -11,12 +11,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from beaker_sessions.executor import caller
+from beaker_sessions.executor import lifecycle as lifecycle_module
 from beaker_sessions.executor.agent import Agents
 from beaker_sessions.executor.caller import Caller
 from beaker_sessions.executor.inside import Inside
@@ -220,4 +222,26 @@ def test_a_start_for_which_there_is_no_thread_is_made_up_for(
     assert sessions.view(id).session.state == State.SCHEDULED
     lifecycle.reconcile()
     wait_for("its end, as there is no such image", lambda: sessions.view(id).session.state == State.FINALIZED)
+    ledger.close()
+
+
+def test_the_firewall_is_looked_after_while_a_session_runs_and_none_starts(
+    loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    looked, ledger = threading.Event(), Ledger(tmp_path / "ledger.db")
+    driver = FakeSandboxes()
+    monkeypatch.setattr(driver, "guard", looked.set)
+    monkeypatch.setattr(lifecycle_module, "RECONCILE_EVERY", 0.1)
+    sessions = Sessions(ledger, Inventory("gpu-1", 8.0, 1 << 36, ()))
+    inside = Inside(loop, tmp_path / "sessions", "http://127.0.0.1:9", driver.init)
+    lifecycle = Lifecycle(sessions, driver, ExecutorSettings(storage_path=str(tmp_path)), inside, "test")
+    lifecycle.reconcile()
+    sessions.on_start = str
+    id = sessions.create("ann", Identity("ann", 1500, 1500, "/home/ann"), Request(gpus=0, image="x"), None).id
+    monkeypatch.setattr(lifecycle, "reconcile", lambda: None)
+    threading.Thread(target=lifecycle._tick, daemon=True).start()
+    assert not looked.wait(3), "nothing runs that it would protect"
+    sessions.move(id, State.STARTED, started=datetime.now(UTC))
+    assert looked.wait(SECONDS)
+    sessions.ended(id, 0)
     ledger.close()
