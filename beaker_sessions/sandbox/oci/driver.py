@@ -2,7 +2,8 @@
 
 Owns: the order in which a sandbox is made and unmade, and its directory. Must not decide policy, nor keep anything in
 memory that a new instance could not find again: `sandbox.json` is written before anything else is made, so that what
-was interrupted at any point is found and removed by the next instance.
+was interrupted at any point is found and removed by the next instance. A little longer than 400 lines: it is the whole
+interface, each method a few lines that call the modules beside it.
 
     STATE/sessions/ID/   sandbox.json config.json upper/ log exit … (the bundle of one sandbox), exec/HANDLE/
     STATE/images/        containers-storage, and descriptions of images; may be elsewhere

@@ -4,7 +4,8 @@ Owns every request to a registry. A user chooses the registry, and it chooses wh
 blobs are. So nothing is fetched from elsewhere than the registry, unless by https from a public address, to which the
 connection then is, or from a host that the settings name. Credentials go to the registry, and to
 a token service only when that is the registry's host, one that it is a part of, or named. Of what comes back nothing
-but the image reaches anybody: errors say a status, never a text.
+but the image reaches anybody: errors say a status, never a text. Longer than 400 lines, so that every way out of this
+machine that a registry could choose is in one place.
 
 Sources: https://github.com/opencontainers/distribution-spec, image-spec's `manifest.md` and `image-index.md`, Docker's
 token authentication, and the layout of https://github.com/containers/image's `dir:`.
