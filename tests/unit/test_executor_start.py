@@ -82,7 +82,7 @@ def test_the_socket_of_one_that_does_not_answer_is_taken_over(tmp_path: Path, mo
     loop.asyncio.close()
 
 
-def test_whoever_is_refused_hears_it_though_they_asked(tmp_path: Path):
+def test_whoever_is_refused_hears_it_though_they_asked():
     loop = Loop()
     one = Door.__new__(Door)
     one.loop, one._quick, one._refused, one._callers = loop, Workers("test", 1, 1), 1, Counter({1000: 512})
