@@ -42,7 +42,16 @@ def clean() -> None:
         _remove(file)
     for directory in (host.RUN / "sessions").glob("*/"):  # file systems in memory: their sessions are gone
         subprocess.run(["umount", "--lazy", directory], stderr=subprocess.DEVNULL)
-    for path in (host.RUN / "setup", host.RUN / "sessions", services.DOOR, host.STATE, host.LOGS, installed.BASE):
+    sockets = [path for end in ("sock", "lock") for path in host.RUN.glob(f"server-*.{end}")]
+    for path in (
+        *sockets,
+        host.RUN / "setup",
+        host.RUN / "sessions",
+        services.DOOR,
+        host.STATE,
+        host.LOGS,
+        installed.BASE,
+    ):
         _remove(path)
     for path in (host.VENV, host.ROOT / "build"):
         _remove(path)

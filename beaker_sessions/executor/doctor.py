@@ -154,7 +154,9 @@ def main() -> int:
     logging.disable()
     try:
         settings = load(ExecutorSettings, options.config)
-        found = list(findings(settings, *sandboxes(settings)))
+        start = "systemctl restart beaker-executor, or make session; its log says why it ended"
+        found = [Finding("error", f"no executor answers at {settings.socket}", start)]
+        found += findings(settings, *sandboxes(settings))
     except Error as error:
         found = [Finding("error", error.message, error.hint)]
     for finding in found:

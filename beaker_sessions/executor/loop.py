@@ -14,6 +14,7 @@ import os
 import select
 import signal
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Hashable
 from typing import Any, ParamSpec, TypeVar
@@ -102,7 +103,8 @@ class Loop:
         while silent < STILL:
             self._beat.clear()
             self.asyncio.call_soon_threadsafe(self._beat.set)
-            silent = 0 if self._beat.wait(1.0) else silent + 1
+            time.sleep(1.0)  # not only until the beat: this thread would do nothing else
+            silent = 0 if self._beat.is_set() else silent + 1
         log.critical("the loop has stood still for %d s, and the executor ends", STILL)
         os._exit(1)
 

@@ -131,8 +131,6 @@ def test_a_flood_of_connections_holds_nobody_else_up(stack: Stack, ada: User, bo
             assert set(said) <= ({"nothing", "unavailable", "closed"} if some_refused else {"nothing"}), said
             if some_refused:
                 wait_for("a refusal", lambda: b"connections to the exec" in bob.beaker("session", "list").stderr)
-                for _ in range(20):
-                    assert b"connections to the exec" in bob.beaker("session", "list").stderr
     wait_for("the end of the flood", lambda: bob.beaker("session", "list").returncode == 0)
 
 

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -245,3 +246,16 @@ def test_the_firewall_is_looked_after_while_a_session_runs_and_none_starts(
     assert looked.wait(SECONDS)
     sessions.ended(id, 0)
     ledger.close()
+
+
+def test_a_loop_with_nothing_to_do_costs_next_to_nothing():
+    """Its watchdog looks now and then, and does not spin."""
+    loop = Loop()
+    loop.start()
+    try:
+        before = time.process_time()
+        time.sleep(2)
+        assert time.process_time() - before < 0.5, "seconds of CPU in 2 s"
+    finally:
+        loop.soon(loop.asyncio.stop)
+        loop.passing.stop()

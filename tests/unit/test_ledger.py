@@ -111,3 +111,14 @@ def test_a_corrupt_file_is_put_aside(path):
     assert ledger.live() == []
     assert [p.read_bytes()[:4] for p in path.parent.glob("ledger.db.corrupt-*")] == [b"this"]
     ledger.close()
+
+
+def test_nobody_but_root_reads_what_was_run(tmp_path: Path):
+    path = tmp_path / "executor" / "ledger.db"
+    path.parent.mkdir()
+    path.touch(mode=0o644)  # as an earlier version left it
+    ledger = Ledger(path)
+    ledger.fact("node", "N1")
+    modes = {file.name: file.stat().st_mode & 0o777 for file in path.parent.iterdir()}
+    ledger.close()
+    assert modes == {"ledger.db": 0o600, "ledger.db-wal": 0o600, "ledger.db-shm": 0o600}

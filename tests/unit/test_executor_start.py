@@ -1,4 +1,4 @@
-"""One living executor for one state, and a new one beside a dead one that cannot end."""
+"""An executor that begins beside another, that cannot serve any more, or that has too many callers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from beaker_sessions.errors import Error
 from beaker_sessions.executor import door, fence
 from beaker_sessions.executor.door import Door
-from beaker_sessions.executor.loop import Loop
+from beaker_sessions.executor.loop import Loop, Workers
 
 HOLD = """
 import pathlib, sys
@@ -77,6 +78,19 @@ def test_the_socket_of_one_that_does_not_answer_is_taken_over(tmp_path: Path, mo
             caller.connect(path)
             one._socket.accept()[0].close()
         one._socket.close()
+    loop.passing.stop()
+    loop.asyncio.close()
+
+
+def test_whoever_is_refused_hears_it_though_they_asked():
+    loop = Loop()
+    one = Door.__new__(Door)
+    one.loop, one._quick, one._refused, one._callers = loop, Workers("test", 1, 1), 1, Counter({1000: 512})
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        theirs.send(b'{"op": "list"}')
+        loop.asyncio.run_until_complete(one._refuse(ours, 1000))
+        assert b"512 connections" in theirs.recv(1 << 17)
     loop.passing.stop()
     loop.asyncio.close()
 
