@@ -88,7 +88,7 @@ class Door:
         data = codec.dumps(frame).encode()
         if len(data) > FRAME:
             raise Error("invalid", f"the command and its environment are too long ({len(data)} bytes)", "use a script")
-        connection = _agent() if agent else None
+        connection = _agent() if agent and not inside() else None  # there it has one
         rights = [(SOL_SOCKET, SCM_RIGHTS, connection.fileno().to_bytes(4, sys.byteorder))] if connection else []
         try:
             self._socket.sendmsg([data], rights, MSG_NOSIGNAL)

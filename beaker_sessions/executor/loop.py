@@ -102,7 +102,10 @@ class Loop:
         silent = 0
         while silent < STILL:
             self._beat.clear()
-            self.asyncio.call_soon_threadsafe(self._beat.set)
+            try:
+                self.asyncio.call_soon_threadsafe(self._beat.set)
+            except RuntimeError:
+                return  # it was closed, which only tests do
             time.sleep(1.0)  # not only until the beat: this thread would do nothing else
             silent = 0 if self._beat.is_set() else silent + 1
         log.critical("the loop has stood still for %d s, and the executor ends", STILL)

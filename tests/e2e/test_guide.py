@@ -75,6 +75,7 @@ BY_HAND = {
     *("make session", 'make session ARGS="--gpus 0 -- python3 --version"', "make down", "make clean", "git pull"),
     *("make test", "make check", "make bench", "make lock", "journalctl -u beaker-executor", "ssh gpu-1.lab"),
     "make image BASE=nvidia/cuda:12.4.1-runtime-ubuntu22.04 NAME=lab/cuda",
+    "nvidia-ctk cdi generate",
     "nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml",
     "python3 bench/gpu_check.py /usr/local/bin/beaker",
 }

@@ -66,13 +66,15 @@ def restart(stack: Stack) -> None:
 
 
 def test_whoever_takes_the_servers_port_gets_no_token(stack: Stack, ada: User, bob: User):
+    with closing(Client(stack.endpoint, ada.token)) as client:
+        new = {"BEAKER_TOKEN": client.create_token({"name": "never seen by the executor"})["token"]}
     stack.server.kill()
     try:
         with running(bob, THIEF, b"listening", port(stack)) as thief:
             stack.executor.kill()
             stack.start_executor()
             assert ada.beaker("config", "test").returncode == 69
-            assert ada.beaker("session", "list").returncode == 69  # the executor, which did not know her token yet
+            assert ada.beaker("session", "list", env=new).returncode == 69  # the executor
             wait_for("an attempt to report", lambda: "cannot report" in stack.executor.log.read_text())
             thief.kill()
             assert thief.stdout

@@ -139,8 +139,8 @@ def test_a_clock_that_jumps_by_a_day_ends_nothing(
     start = time.time() + (86400 if jump == "+1d" else -86400)
 
     def told() -> bool:
-        done = ada.beaker("session", "create", "--gpus", "0", "--", "true")
-        assert done.returncode == 0, done.stderr
+        if ada.beaker("session", "create", "--gpus", "0", "--", "true").returncode != 0:
+            return False  # the server has just been started again
         latest = stack.admin.jobs(kind="session", finalized=True)
         return any(abs(datetime.fromisoformat(job["status"]["created"]).timestamp() - start) < 600 for job in latest)
 

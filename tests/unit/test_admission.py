@@ -300,6 +300,7 @@ def reporter(make: Make, tmp_path: Path) -> Iterator[Reporter]:
     ledger.fact("node", "N1")
     access = Access(ledger, settings.endpoint, settings.accounts)
     yield Reporter(lifecycle, access, settings, Metrics(lifecycle.sessions, lifecycle.sandboxes, str(tmp_path), dict))
+    loop.passing.stop()
     loop.asyncio.close()
 
 
