@@ -303,7 +303,7 @@ def test_root_of_a_sandbox_is_nobody_whom_a_directory_service_knows(stack: Stack
     """The person's uid lies in ada's subordinate ids, since nothing on this machine lists it. They have no session."""
     if stack.driver != "oci":
         pytest.skip("sessions of Docker Engine have no subordinate ids")
-    (stack.root / "net").mkdir(exist_ok=True)
+    (stack.root / "net").mkdir()
     secret = stack.root / "net/of-dora"
     secret.write_text("secret")
     os.chown(secret, PERSON, PERSON)
@@ -325,6 +325,7 @@ def test_root_of_a_sandbox_is_nobody_whom_a_directory_service_knows(stack: Stack
     finally:
         forget_ranges(ada)
         secret.unlink()
+        secret.parent.rmdir()
 
 
 def forget_ranges(user: User) -> None:
