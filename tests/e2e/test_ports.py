@@ -69,6 +69,7 @@ def address(stack: Stack) -> Iterator[str]:
     for command in (
         add, ["ip", "address", "add", "10.97.2.1/24", "dev", name], ["ip", "link", "set", name, "up"],
         [*there, "address", "add", "10.97.2.2/24", "dev", "way"], [*there, "link", "set", "way", "up"],
+        [*there, "route", "add", "default", "via", "10.97.2.1"],  # as the way out that it is
     ):  # fmt: skip
         subprocess.run(command, check=True)
     yield "10.97.2.1"
