@@ -23,7 +23,7 @@ from ..errors import Error
 from ..sandbox import Terminal
 from .incident import incident
 from .loop import Loop, Workers
-from .passing import read, refuse
+from .passing import read
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -82,8 +82,8 @@ class Caller:
             if (found := read(self.connection, limit)) is not None:
                 packet, is_cut = found
             elif takes:
+                # Not refused from now on: of what waits already, a look would then no longer show that it has some.
                 packet, is_cut, self.agent = await self.loop.passing.take(self.connection, self._key)
-                refuse(self.connection)
             else:
                 raise Error("invalid", "no file goes with this frame", "update beaker")
         finally:

@@ -123,10 +123,12 @@ class Passing:
 
     async def _drop(self) -> None:
         while self._dropped:
-            some = self._dropped[: receiver.MOST]
-            await self._send(b"drop", some)
-            for descriptor in some:
-                os.close(descriptor)  # not the last: they are on their way
+            some = self._dropped[: receiver.MOST - 1]
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                await self._send(b"drop", [*some, theirs.fileno()])
+                for descriptor in some:
+                    os.close(descriptor)  # not the last: the process that has them waits for the end of `ours`
             del self._dropped[: len(some)]
         self._dropping = False
 

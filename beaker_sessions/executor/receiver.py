@@ -6,7 +6,8 @@ CONTROL is a socket; each packet on it is a job, done by a process of its own, w
 kernel does not wait for a socket's unsent data then. Must import nothing of the project and no more of the standard
 library than it needs, as each job is a copy of it.
 
-Jobs: `take` with a connection and a socket for the answer, and `drop` with descriptors. The answer to `take` is a byte,
+Jobs: `take` with a connection and a socket for the answer, and `drop` with descriptors, of which the last is a socket
+that the executor closes when it has closed the others. The answer to `take` is a byte,
 b"T" for a packet that was too long and b"F" else, then the packet, with its first descriptor if that is one of the
 two kinds that the executor takes. The answer's socket is closed when the process has ended.
 """
@@ -42,6 +43,8 @@ def main(control: socket.socket) -> None:
                 os.read(begin, 1)  # the end, when this process is the last that holds them
                 if job == b"take":
                     take(*descriptors)
+                else:
+                    wait(descriptors[-1])
             finally:
                 os._exit(0)
         for descriptor in (*descriptors, begin, let_go):
@@ -53,6 +56,12 @@ def _fork() -> int:
         return os.fork()
     except OSError:
         return -1  # no process is left for now
+
+
+def wait(released: int) -> None:
+    """Until the executor has closed its own copies, of which this process's must not be closed before."""
+    with socket.socket(fileno=os.dup(released)) as end:
+        end.recv(1)
 
 
 def take(connection: int, answer: int) -> None:
