@@ -114,7 +114,9 @@ def test_what_is_kept(stack: Stack, ada: User, net: Path):
     second = ada.beaker(*CREATE, "--", "bash", "-c", scripts(1))
     kept = {line for line, code in zip(LINES, second.stdout.split(), strict=True) if code == b"0"}
     assert kept == {line for line, fate in table().items() if fate.startswith("kept")}
-    assert subprocess.run(["pgrep", "-f", "sleep 98765[4]"]).returncode == 1  # on the machine neither
+    assert (
+        subprocess.run(["pgrep", "-u", str(ada.uid), "-f", "sleep 98765[4]"]).returncode == 1
+    )  # on the machine neither
     bare = ada.beaker(*CREATE, "--bare", "--", "bash", "-c", scripts(1))
     assert {line for line, code in zip(LINES, bare.stdout.split(), strict=True) if code == b"0"} == set()
     for name in ("work", "venv", ".cache"):
