@@ -19,9 +19,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from beaker_sessions.executor.forwarder import NOBODY
-from beaker_sessions.sandbox import commands
-
 from . import daemon, host
 from .environment import launcher, program
 from .steps import Failed, Report, Step, command
@@ -30,7 +27,7 @@ BASE = Path("/opt/beaker-sessions")
 CURRENT = BASE / "current"
 PACKAGE = CURRENT / "package"
 PYTHON = CURRENT / "bin/python"
-SYSTEM = (0, NOBODY)  # whom services, and forwarders of ports, run as
+SYSTEM = (0, 65534)  # whom services, and forwarders of ports, run as
 _LOCK = "requirements.txt"
 _STAMP = ".environment"
 
@@ -154,6 +151,8 @@ def _in_use(place: Path) -> bool:
 
     Users' programs, whose memory is not looked at (`commands`), keep the directory of their package open for this.
     """
+    from beaker_sessions.sandbox import commands  # here: it is what is set up, though this needs the library alone
+
     path = str(place).encode()
     for process in Path("/proc").glob("[0-9]*"):
         if any(path in commands.read(int(process.name), SYSTEM, name) for name in ("cmdline", "maps")):

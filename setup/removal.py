@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from beaker_sessions.sandbox import IMAGES
-
 from . import driver, engine, everyone, host, installed, services
 
 
@@ -64,7 +62,7 @@ def clean() -> None:
 
 def _remove_images() -> None:
     if disk := services.setting("imagePath", ""):  # what else is on it is somebody's
-        _remove(Path(disk, IMAGES))
+        _remove(Path(disk, "beaker-images"))  # as `beaker_sessions.sandbox.IMAGES`
 
 
 def _stop_services() -> None:
