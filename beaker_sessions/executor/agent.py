@@ -13,7 +13,7 @@ import socket
 import struct
 
 from .loop import Loop
-from .passing import read, refuse
+from .passing import read
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Agents:
         except OSError:
             self._loop.soon(self._loop.passing.drop, descriptor)  # an archive
             return
-        refuse(agent)
+        # What it sends is not refused: a look would then no longer show that files wait already.
         self._loop.soon(lambda: self._loop.spawn(self._add(agent)))
 
     def close(self) -> None:
