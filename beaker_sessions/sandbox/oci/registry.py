@@ -171,7 +171,7 @@ class Registry:
 
     def manifest(self) -> Manifest:
         """The image of this machine's kind. Raises Error not_found, unauthorized, unavailable or invalid."""
-        with self._told():
+        with self.told():
             raw = self._document(self.wanted.digest or self.wanted.tag)
             if "manifests" in (index := documents.json_object(raw)):
                 machine = ARCHITECTURES.get(platform.machine(), platform.machine())
@@ -188,7 +188,7 @@ class Registry:
         partial = path.with_suffix(f".{secrets.token_hex(4)}")
         digest, left = hashlib.sha256(), blob.size
         try:
-            with self._told():
+            with self.told():
                 with self._open(f"/blobs/{blob.digest}", large=True) as answer, open(partial, "xb") as file:
                     while left >= 0 and (chunk := answer.some(min(CHUNK, left + 1))):
                         left -= len(chunk)
@@ -209,8 +209,8 @@ class Registry:
         return raw
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        """Failures as people should see them."""
+    def told(self) -> Iterator[None]:
+        """Failures as people should see them, with the names of image and registry."""
         host, missing = self.wanted.host, f"the image {self.wanted.name} is not on this machine, and"
         try:
             yield
