@@ -75,10 +75,10 @@ def serving(answer: Callable[[str, dict[str, str]], Answer]) -> Iterator[Server]
 
 
 class Drip:
-    """pause: seconds between two bytes of what drips: the blobs, or the manifest."""
+    """pause: seconds between two bytes of what drips: the blobs, or the manifest. left: set when somebody hung up."""
 
     def __init__(self, pause: float = 0.2, chunked: bool = False, manifest: bool = False) -> None:
-        self.over, self.begun = threading.Event(), threading.Event()
+        self.over, self.begun, self.left = threading.Event(), threading.Event(), threading.Event()
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -86,11 +86,12 @@ class Drip:
 
             def do_GET(self) -> None:
                 self.send_response(200)
-                dripping = ("/manifests/" in self.path) is manifest
+                dripping = ("/manifests/" if manifest else "/blobs/") in self.path
                 if chunked and dripping:
                     self.send_header("Transfer-Encoding", "chunked")
                 else:
                     self.send_header("Content-Length", str(len(LAYER if "/blobs/" in self.path else MANIFEST)))
+                self.send_header("Content-Type", "application/vnd.oci.image.manifest.v1+json")
                 self.end_headers()
                 self.close_connection = True
                 if not dripping:
@@ -102,7 +103,7 @@ class Drip:
                         self.wfile.write(b"0")
                         self.wfile.flush()
                 except OSError:
-                    pass
+                    outer.left.set()
 
             def log_message(self, *_: object) -> None:
                 pass
