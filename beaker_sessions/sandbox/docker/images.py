@@ -155,7 +155,8 @@ def _local(engine: Engine, reference: str) -> Image | None:
         if error.code == "not_found":
             return None
         raise
-    return Image(found["Id"], reference, tuple(found["Config"].get("Env") or ()), found["Size"])
+    env = (found["Config"] or {}).get("Env") or ()  # an image may be without
+    return Image(found["Id"], reference, tuple(env), found["Size"])
 
 
 def _read(engine: Engine, container: str, path: str) -> str | None:
