@@ -77,7 +77,7 @@ def test_what_is_no_image_is_an_error_that_names_it(store: Images, name: str) ->
             store.get(reference, Pull.MISSING, lambda _: None)
         assert (error.value.code, reference in error.value.message) == ("invalid", True), error.value
         assert server.address in error.value.message
-        assert (left(store), store.stored(), store._fetching) == ([], [], {})
+        assert (left(store), store.stored(), store._turns._turns) == ([], [], {})
 
 
 def test_an_image_does_not_take_the_place_of_another_with_its_configuration(store: Images) -> None:

@@ -24,7 +24,7 @@ import yaml
 from beaker_sessions.sandbox import commands
 from beaker_sessions.sandbox.oci.registry import ARCHITECTURES
 from tests import images, network
-from tests.dripping import Drip, Server, described, image
+from tests.dripping import TYPE, Answer, Drip, Server, described, image
 from tests.stack import BIN, Stack, User, wait_for
 
 PASSWORD = "correct horse"
@@ -107,6 +107,30 @@ def where_images_come_from(stack: Stack, make: Callable[[], T]) -> Iterator[T]:
     network.inside(stack.docker.pid if stack.driver == "docker" else os.getpid(), begin)
     with made[0] as server:
         yield server
+
+
+def test_what_a_registry_sends_that_is_no_image_ends_the_session_and_frees_its_gpus(stack: Stack, ada: User):
+    """It was retried every 10 s, held them for ever, and could not be stopped."""
+    found = {"Content-Type": TYPE}
+    index = {"Content-Type": "application/vnd.oci.image.index.v1+json"}
+    platform_ = {"os": "linux", "architecture": ARCHITECTURES[platform.machine()]}
+    manifests: list[Answer] = [
+        (200, found, b"<html>"), (200, found, b""), (200, found, b'{"schemaVersion": 2, "layers": ["x"]}'),
+        (200, index, json.dumps({"schemaVersion": 2, "manifests": [{"platform": platform_}]}).encode()),
+        (302, {"Location": "file:///etc/shadow"}, b""), (500, {}, b"\x1b[2J"),
+        (401, {"WWW-Authenticate": "Bearer"}, b""),
+    ]  # fmt: skip
+    answers = [lambda path, _, one=one: one if "/manifests/" in path else (200, {}, b"{}") for one in manifests]
+    answers += [image(b"<html>", b"layer"), image(b"[]", b""), image(b"{}", b"layer" * 99)]
+    for answer in answers:
+        with where_images_come_from(stack, lambda answer=answer: Server(answer)) as server:
+            reference = f"{server.address}/a/b:1"
+            done = ada.beaker("session", "create", "--gpus", "2", "--image", reference, "--", "true")
+            assert done.returncode in (64, 69, 77), done.stderr  # never "internal"
+            assert reference.encode() in done.stderr.split(b"Reserved")[-1]
+            assert b"incident" not in done.stderr
+            assert b"\x1b[2J" not in done.stderr
+            wait_for("its end", lambda: not stack.live())
 
 
 @pytest.mark.parametrize("manifest", [False, True])
