@@ -78,7 +78,7 @@ def test_an_image_comes_with_ones_own_login(stack: Stack, ada: User, bob: User, 
     login = ada.home / path
     ada.run("mkdir", "-p", str(login.parent))
     try:
-        for content in ("", "{", '{"auths": []}', logged_in(registry, "wrong")):
+        for content in ("", "{", "[" * 100_000, '{"auths": []}', logged_in(registry, "wrong")):
             login.write_text(content)
             done = ada.beaker(*words)
             assert done.returncode != 0
