@@ -16,6 +16,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,7 +157,8 @@ def default(target: Path | None) -> None:
     place.mkdir(parents=True, exist_ok=True)
     with _building("default"), archive.building(place) as directory:
         layers: list[Path] = []
-        network.on_the_machine(lambda: layers.extend(archive.build(place, directory, lambda _: None)))
+        python = Path(sys.executable)
+        network.on_the_machine(lambda: layers.extend(archive.build(place, directory, lambda _: None, python)))
         if target:
             archive.write(target, layers, recipe.key())
 
