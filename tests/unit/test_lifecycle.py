@@ -40,6 +40,7 @@ def lifecycle(tmp_path: Path) -> Iterator[Lifecycle]:
         inside.close(session.id)
     loop.soon(loop.asyncio.stop)
     thread.join()
+    loop.passing.stop()
     loop.asyncio.close()
     ledger.close()
 
