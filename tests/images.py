@@ -75,6 +75,8 @@ def bullseye() -> Path:
 
 def _bootstrap(release: str, packages: str, sources: list[str], variant: str = "minbase") -> Path:
     path = BUILD / f"debian-{hashlib.sha256(f'{release} {packages}'.encode()).hexdigest()[:12]}.tar"
+    if path.exists():  # the checkout may be read-only
+        return path
     with _building(path.name):
         if path.exists():
             return path
