@@ -50,7 +50,7 @@ from .. import (
     resolvers,
     subordinate,
 )
-from . import apparmor, cgroups, config, conmon, layer, logs, mounts, programs, record, rootfs, userns
+from . import apparmor, cgroups, config, conmon, keyring, layer, logs, mounts, programs, record, rootfs, userns
 from .check import check
 from .idmaps import IdMaps
 from .images import Images
@@ -91,6 +91,7 @@ class OciSandboxes:
         limits: Limits | None = None, realms: Mapping[str, str] | None = None,
         ids: tuple[int, int] = (userns.FIRST, userns.LAST),
     ) -> None:  # fmt: skip
+        keyring.join()  # with all threads and programs to come
         self.state, self.owner, self.etc = state, owner, etc
         self.cdi_paths, self.cdi_hooks = list(cdi_paths), list(cdi_hooks)
         self.ids, self.maps = ids, IdMaps()
