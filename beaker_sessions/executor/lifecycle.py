@@ -28,6 +28,7 @@ from . import admission, credentials, disk, forwarding, inventory, plan
 from .homes import home
 from .incident import incident
 from .inside import Inside
+from .ports import Sockets
 from .publishing import Publisher
 from .rundir import TARGET
 from .sessions import Live, Sessions
@@ -83,8 +84,10 @@ class Lifecycle:
         def guarded() -> None:
             try:
                 act(id)
+            except Error as error:  # the next reconcile takes it up again
+                log.warning("session %s: %s failed: %s", id, what, error)
             except Exception:
-                log.exception("session %s: %s failed", id, what)  # the next reconcile takes it up again
+                log.exception("session %s: %s failed", id, what)
             finally:
                 with self._lock:
                     self._busy.discard(key)
@@ -106,16 +109,39 @@ class Lifecycle:
         live = self.sessions.entry(id)
         if live is None or live.session.state != State.SCHEDULED:
             return
+        if self._tried(id, live, self._make):
+            self._began(id, live, time.clock_gettime(time.CLOCK_BOOTTIME), datetime.now(UTC))
+
+    def _resume(self, id: str) -> None:
+        """A start that was interrupted: go on where it was, or begin again if what was made has ended by itself."""
+        live = self.sessions.entry(id)
+        if live is None or live.session.state != State.SCHEDULED:
+            return
+        found = self.sandboxes.find(id)
+        if found and found.status == Status.CREATED and id not in self._cut_off:
+            if self._tried(id, live, self._finish):
+                self._began(id, live, time.clock_gettime(time.CLOCK_BOOTTIME), datetime.now(UTC))
+        elif found is None or found.started is None:
+            self.sandboxes.remove(id)
+            self._start(id)
+        else:
+            if found.status == Status.RUNNING:
+                self.sandboxes.start(id, live.session.request.size if live.session.request.tty else None)
+            live.changed = True  # it may have ended before anybody watched
+            self._began(id, live, _started(found.pid), found.started)
+
+    def _tried(self, id: str, live: Live, act: Callable[[str, Live], None]) -> bool:
+        """Do a part of a start. What it raises ends the session."""
         try:
-            self._make(id, live.session, live.identity)
+            act(id, live)
         except Exception as unexpected:
             error = unexpected if isinstance(unexpected, Error) else incident(log)
             log.warning("session %s could not start: %s", id, error)
             why = f"{error.message}; {error.hint}" if error.hint else error.message
             canceled = live.session.canceled_for
             self.sessions.ended(id, None, canceled or why, "" if canceled else error.code)
-            return
-        self._began(id, live, time.clock_gettime(time.CLOCK_BOOTTIME), datetime.now(UTC))
+            return False
+        return True
 
     def _began(self, id: str, live: Live, since: float, started: datetime) -> None:
         live.since = since
@@ -125,23 +151,8 @@ class Lifecycle:
         if live.changed:
             self._examine(id)
 
-    def _resume(self, id: str) -> None:
-        """A start that was interrupted: finish it if the main process has begun, else begin again."""
-        live = self.sessions.entry(id)
-        if live is None or live.session.state != State.SCHEDULED:
-            return
-        found = self.sandboxes.find(id)
-        if found is None or found.status == Status.CREATED or (found.status == Status.EXITED and not found.started):
-            self.sandboxes.remove(id)  # its pinned mounts died with the executor that made it
-            self._start(id)
-            return
-        if found.status == Status.RUNNING:
-            self.sandboxes.start(id, live.session.request.size if live.session.request.tty else None)
-        live.changed = True  # it may have ended before anybody watched
-        self._began(id, live, _started(found.pid), found.started or datetime.now(UTC))
-
-    def _make(self, id: str, session: Session, identity: Identity) -> None:
-        request = session.request
+    def _make(self, id: str, live: Live) -> None:
+        session, identity, request = live.session, live.identity, live.session.request
         assert request.image  # `plan.defaults` has filled it in
         admission.check_person(identity)  # one of an earlier version may wait in the queue; ids are the driver's matter
         login = partial(credentials.find, identity)
@@ -161,10 +172,19 @@ class Lifecycle:
             )  # fmt: skip
             self.sandboxes.create(spec)
             self.sessions.passed(id, "made")
-            size = self.sessions.offer(id, lambda: self.sandboxes.attach(id, replay=False))
-            self.sandboxes.start(id, size if request.tty else None)
-            if sockets:
-                self._publisher.forward(id, sockets)
+            self._let_go(id, request, sockets)
+
+    def _finish(self, id: str, live: Live) -> None:
+        """Start what another executor has made."""
+        with ExitStack() as pins:
+            _, sockets = self._publisher.bind(id, live.session, pins)
+            self._let_go(id, live.session.request, sockets)
+
+    def _let_go(self, id: str, request: Request, sockets: Sockets) -> None:
+        size = self.sessions.offer(id, lambda: self.sandboxes.attach(id, replay=False))
+        self.sandboxes.start(id, size if request.tty else None)
+        if sockets:
+            self._publisher.forward(id, sockets)
 
     def _going(self, id: str) -> None:
         live = self.sessions.entry(id)

@@ -198,7 +198,7 @@ class OciSandboxes:
 
     def start(self, id: str, size: tuple[int, int] | None) -> None:
         directory, sandbox = self._directory(id), self._record(id)
-        if not conmon.waiting(self.runtime, id):
+        if not conmon.waiting(self.runtime, id, sandbox.init):
             return
         if size:
             # Through the sandbox's own end, because conmon would do it at some later moment.
@@ -207,7 +207,7 @@ class OciSandboxes:
                 with mounts.opened(fd):
                     conmon.set_size(fd, size)
         (directory / "started").touch()
-        conmon.start(self._runtime(sandbox), id, directory)
+        conmon.start(self._runtime(sandbox), id, directory, sandbox.init)
         self._tell(id)
 
     def resize(self, id: str, size: tuple[int, int], process: str = "") -> None:
@@ -269,7 +269,7 @@ class OciSandboxes:
 
     def stop(self, id: str, grace: float) -> None:
         sandbox = self._record(id)
-        if not conmon.waiting(self.runtime, id):
+        if not conmon.waiting(self.runtime, id, sandbox.init):
             number = signals.SIGHUP if sandbox.tty else signals.SIGTERM
             sandbox.init.heeds(number, "init", READY)  # what a namespace's first has no handler for is lost
             sandbox.init.kill(number)
@@ -354,8 +354,11 @@ class OciSandboxes:
     def _found(self, directory: Path, sandbox: Record) -> Found:
         if not sandbox.conmon.alive():
             sandbox.init.kill()  # its conmon was killed: nobody holds its streams and its exit code
-        waiting = conmon.waiting(self.runtime, sandbox.id)
-        return sandbox.found(directory, waiting=waiting, oom=self.cgroups.oom(sandbox.cgroup))
+        waiting = conmon.waiting(self.runtime, sandbox.id, sandbox.init)
+        found = sandbox.found(directory, waiting=waiting, oom=self.cgroups.oom(sandbox.cgroup))
+        if found.status is Status.EXITED and not conmon.begun(self.runtime, sandbox.id):
+            return replace(found, started=None)  # its executor was killed at the moment of the start
+        return found
 
     def _network(self, sandbox: Record) -> Path | None:
         return self.network.directory / sandbox.network if sandbox.network else None
