@@ -308,6 +308,8 @@ class Lifecycle:
             found = exists.pop(session.id, None)
             live = self.sessions.entry(session.id)
             if live is None or session.state == State.CREATED:
+                if live and found:
+                    self._recall(found)
                 continue
             if session.state == State.SCHEDULED:
                 self._resume(session.id, found)
@@ -334,7 +336,7 @@ class Lifecycle:
             self._adopt(found)
         self.inside.resume(lambda: [session.id for session in self.sessions.live()])
         if not self.ready.is_set():
-            self.sessions.ledger.fact("boot", self._boot)
+            self.sessions.ledger.note("boot", self._boot)
             self.ready.set()
             self.sessions.cordon("start", "")
 
@@ -355,6 +357,19 @@ class Lifecycle:
             self.sessions.move(id, State.STARTED, started=found.started or datetime.now(UTC))
             self._examine({id})
 
+    def _recall(self, found: Found) -> None:
+        """A session that waits, says the ledger, and has a sandbox: the ledger's latest changes were lost."""
+        try:
+            claim = wire.session(json.loads(found.labels[plan.LABEL_JOB])).claim
+            if not self.sessions.recall(found.id, claim):
+                return
+        except (KeyError, ValueError, Error) as error:
+            self.sessions.cordon(found.id, f"what session {found.id} holds is not known: {error}")
+            return
+        log.warning("session %s runs, and the ledger had it in the queue", found.id)
+        self.sessions.cordon(found.id, "")
+        self._resume(found.id, found)
+
     def _adopt(self, found: Found) -> None:
         """A sandbox that the ledger does not know: lost with it, or the remains of one that ended."""
         if found.labels.get(LABEL_OWNER) != self.owner:
@@ -372,9 +387,17 @@ class Lifecycle:
             why = f"the container of session {found.id} has unreadable labels ({error}); remove it by hand"
             self.sessions.cordon(found.id, why)
             return
-        log.warning("session %s was found by its container; the ledger did not know it", found.id)
         state = State.STARTED if found.status == Status.RUNNING else State.SCHEDULED
-        self.sessions.adopt(replace(session, state=state, started=found.started), identity)
+        try:
+            self.sessions.adopt(replace(session, state=state, started=found.started), identity)
+        except Error as error:
+            if error.code != "conflict":
+                raise
+            # The ledger is older than what runs: whoever it says holds these has ended, and is about to be final.
+            self.sessions.cordon(found.id, f"what session {found.id} holds is still another's in the ledger")
+            return
+        log.warning("session %s was found by its container; the ledger did not know it", found.id)
+        self.sessions.cordon(found.id, "")
         if found.status == Status.CREATED:
             self._resume(found.id, found)
         elif found.status == Status.EXITED:
