@@ -100,7 +100,7 @@ class Images:
                 mounts.remove_tree(path)
         try:
             self._tidy()
-        except (OSError, ValueError) as error:  # live sessions go on; what needs the storage says more
+        except (OSError, ValueError, Error) as error:  # live sessions go on; what needs the storage says more
             log.warning("the images cannot be tidied: %s", error)
 
     def get(
@@ -206,7 +206,7 @@ class Images:
     def describe(self, id: str) -> Description:
         """Raises Error not_found for an image that is not in the storage."""
         path = self._description(id)
-        with contextlib.suppress(FileNotFoundError, ValueError):
+        with contextlib.suppress(OSError, ValueError, TypeError):
             return Description(**json.loads(path.read_text()))
         description = self._describe(id)
         temporary = path.with_suffix(f".{os.urandom(4).hex()}")
