@@ -186,7 +186,7 @@ def test_list_prints_an_escaped_table(
     }  # fmt: skip
     door.append([{"job": job}, {"job": {"id": "J2", "name": "日本", "status": {}}}, {"end": True}])
     assert main.run(["session", "list", "--all"]) == 0
-    assert door[0] == {"v": 1, "op": "list", "token": "t", "all": True, "finalized": False}
+    assert door[0] == {"v": 1, "op": "list", "token": "t", "beat": True, "all": True, "finalized": False}
     assert capsys.readouterr().out.splitlines() == [
         "ID  NAME       AUTHOR  NODE   GPUS  STATUS     DURATION",
         "J1  a\\x1b[2Jb  ai      gpu-1  2     succeeded  25:01:00",
