@@ -382,6 +382,11 @@ class OciSandboxes:
             self._namespaces[key] = mounts.user_namespace(uids, gids)
         return self._namespaces[key]
 
+    def find(self, id: str) -> Found | None:
+        directory = self._directory(id)
+        sandbox = record.load(directory)
+        return self._found(directory, sandbox) if sandbox and sandbox.made else None
+
     def list(self) -> list[Found]:  # last: its name hides the type from what follows
         return [self._found(directory, sandbox) for directory, sandbox in self._sandboxes()]
 
