@@ -74,7 +74,7 @@ def test_every_address_is_given_out(make: Make) -> None:
     (net.directory / "700").unlink()
     path = net.take()
     assert path.name == "700"
-    assert reaches(net, path)
+    wait_for("the way", lambda: reaches(net, path))
     for other in set(net.directory.iterdir()) - {path}:
         other.unlink()
 
@@ -97,6 +97,17 @@ def test_an_address_is_taken_until_its_interface_is_gone(make: Make, monkeypatch
     assert not run(["ip", "link", "show", "dev", net._interface(path)])
 
 
+def test_the_bridge_has_one_address_whoever_comes_and_goes(make: Make) -> None:
+    """Else those who run remember another, and send to nobody for half a minute."""
+    net = make()
+    net._ensure()
+    before = net._link()["address"]
+    paths = [net.take() for _ in range(3)]
+    net.drop(paths[0].name)
+    wait_for("the end", lambda: not paths[0].exists())
+    assert net._link()["address"] == before
+
+
 BROKEN = {
     "deleted": "ip link delete {bridge}",
     "set down": "ip link set {bridge} down",
@@ -110,7 +121,7 @@ BROKEN = {
 def test_a_bridge_that_somebody_broke_is_mended_for_those_who_are_on_it(make: Make, how: str) -> None:
     net = make()
     path, other = net.take(), net.take()
-    assert reaches(net, path, other)
+    wait_for("the way", lambda: reaches(net, path, other))  # a bridge takes up to a second after its first port
     words(BROKEN[how].format(bridge=net.bridge, port=net._interface(path)))
     with pytest.raises(OSError, match=r"unreachable|No route|timed out"):
         reaches(net, path)

@@ -196,9 +196,7 @@ class Network:
     def _connect(self, path: Path, network: ipaddress.IPv4Network) -> None:
         """Give a namespace its interface, address and route."""
         name, address = self._interface(path), network[int(path.name)]
-        # The same at each address, as others remember it: locally administered, then the address.
-        hardware = f"02:be:{address.packed.hex(':')}"
-        pair = f"link add {name} type veth peer name eth0 address {hardware} netns {path}\n"
+        pair = f"link add {name} type veth peer name eth0 address {_hardware(address)} netns {path}\n"
         _output(["ip", "-batch", "-"], pair + self._port(name))
         within = (
             "link set lo up\n"
@@ -252,7 +250,8 @@ class Network:
 
     def _bridge(self, network: ipaddress.IPv4Network, link: dict[str, Any]) -> None:
         """Have the bridge there, with its address, and packets forwarded. link: what there is of it."""
-        commands = "" if link else f"link add {self.bridge} type bridge\n"
+        # With an address of its own: else it takes the lowest of its ports', and sessions remember the one before.
+        commands = "" if link else f"link add {self.bridge} address {_hardware(network[1])} type bridge\n"
         if not any(address["local"] == str(network[1]) for address in link.get("addr_info", ())):
             commands += f"address add {network[1]}/{network.prefixlen} dev {self.bridge}\n"
         if commands:
@@ -260,6 +259,7 @@ class Network:
             _output(["ip", "-batch", "-"], commands)
         elif not self._chosen.exists():  # an earlier version made it
             self._chosen.write_text(str(network))
+            _run(["ip", "link", "set", self.bridge, "address", link["address"]])  # to stay what it is
         retired.remove(self.bridge)
         self._forward()
 
@@ -307,6 +307,11 @@ def _keep(path: Path) -> None:
     mounts.mount(f"/proc/self/task/{threading.get_native_id()}/ns/net", path, None, mounts.MS_BIND)
     for name, value in SYSCTLS.items():
         Path("/proc/sys/net", name).write_text(value)
+
+
+def _hardware(address: ipaddress.IPv4Address) -> str:
+    """What goes with an IP address, the same at each time, as others remember it: locally administered."""
+    return f"02:be:{address.packed.hex(':')}"
 
 
 def _shown(command: list[str]) -> list[dict[str, Any]]:
