@@ -295,8 +295,9 @@ class OciSandboxes:
         watch = Watch(self._sandboxes)
         self._watches.append(watch)
         try:
-            yield ""
-            yield from watch
+            with self.network.followed():
+                yield ""
+                yield from watch
         finally:
             self._watches.remove(watch)
             watch.close()
