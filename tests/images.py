@@ -16,6 +16,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -75,6 +76,8 @@ def bullseye() -> Path:
 
 def _bootstrap(release: str, packages: str, sources: list[str], variant: str = "minbase") -> Path:
     path = BUILD / f"debian-{hashlib.sha256(f'{release} {packages}'.encode()).hexdigest()[:12]}.tar"
+    if path.exists():  # the checkout may be read-only
+        return path
     with _building(path.name):
         if path.exists():
             return path
@@ -157,7 +160,8 @@ def default(target: Path | None) -> None:
     place.mkdir(parents=True, exist_ok=True)
     with _building("default"), archive.building(place) as directory:
         layers: list[Path] = []
-        network.on_the_machine(lambda: layers.extend(archive.build(place, directory, lambda _: None)))
+        python = Path(sys.executable)
+        network.on_the_machine(lambda: layers.extend(archive.build(place, directory, lambda _: None, python)))
         if target:
             archive.write(target, layers, recipe.key())
 

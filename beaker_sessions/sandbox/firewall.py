@@ -52,10 +52,16 @@ def rules(
         ip saddr {network} oifname != "{bridge}" masquerade
     }}
 """
-    # -10: before those of others, whose `accept` is not the last word; a `drop` or `reject` of ours is.
+    # -10: before those of others, whose `accept` is not the last word; a `drop` or `reject` of ours is. What calls by
+    # TCP gets a reset, because the kernel sends few of the other answers, and callers that are busy miss them. But one
+    # for what was led on would come from an address that was not called.
     return f"""table inet {bridge} {{}}
 delete table inet {bridge}
 table inet {bridge} {{
+    chain refuse {{
+        meta l4proto tcp reject with tcp reset
+        reject
+    }}
     chain input {{
         type filter hook input priority -10; policy accept;
         iifname != "{bridge}" accept
@@ -63,24 +69,24 @@ table inet {bridge} {{
         meta l4proto tcp socket mark {MARK} accept
         {dns}
 {allowed}
-        reject
+        goto refuse
     }}
     chain forward {{
         type filter hook forward priority -10; policy accept;
         oifname "{bridge}" ct state established,related accept
         oifname "{bridge}" drop
         iifname != "{bridge}" accept
-        meta nfproto ipv6 reject
+        meta nfproto ipv6 goto refuse
 {opened}
         ct status dnat reject
-        {within}meta oifkind {{ "bridge", "veth" }} reject
-        ip daddr {{ {METADATA} }} reject
+        {within}meta oifkind {{ "bridge", "veth" }} goto refuse
+        ip daddr {{ {METADATA} }} goto refuse
     }}
     chain output {{
         type filter hook output priority -10; policy accept;
         oifname != "{bridge}" accept
         ct state established,related accept
-        meta skuid != 0 reject
+        meta skuid != 0 goto refuse
     }}
 {masquerade if network else ""}}}
 """

@@ -301,6 +301,12 @@ class DockerSandboxes:
             before, log = log, self._tail(id, LIMIT, tty)
         return joined
 
+    def find(self, id: str) -> Found | None:
+        with _absent_is_fine():
+            container = self._inspect(id)
+            return _found(container) if container["Config"]["Labels"].get(LABEL_OWNER) == self.owner else None
+        return None
+
     def list(self) -> list[Found]:  # last: its name hides the type from what follows
         filters = {"label": [f"{LABEL_OWNER}={self.owner}"]}
         found = []

@@ -50,7 +50,7 @@ from .. import (
     resolvers,
     subordinate,
 )
-from . import apparmor, cgroups, config, conmon, layer, logs, mounts, programs, record, rootfs, userns
+from . import apparmor, cgroups, config, conmon, keyring, layer, logs, mounts, programs, record, rootfs, userns
 from .check import check
 from .idmaps import IdMaps
 from .images import Images
@@ -91,6 +91,7 @@ class OciSandboxes:
         limits: Limits | None = None, realms: Mapping[str, str] | None = None,
         ids: tuple[int, int] = (userns.FIRST, userns.LAST),
     ) -> None:  # fmt: skip
+        keyring.join()  # with all threads and programs to come
         self.state, self.owner, self.etc = state, owner, etc
         self.cdi_paths, self.cdi_hooks = list(cdi_paths), list(cdi_hooks)
         self.ids, self.maps = ids, IdMaps()
@@ -379,6 +380,11 @@ class OciSandboxes:
         if key not in self._namespaces:
             self._namespaces[key] = mounts.user_namespace(uids, gids)
         return self._namespaces[key]
+
+    def find(self, id: str) -> Found | None:
+        directory = self._directory(id)
+        sandbox = record.load(directory)
+        return self._found(directory, sandbox) if sandbox and sandbox.made else None
 
     def list(self) -> list[Found]:  # last: its name hides the type from what follows
         return [self._found(directory, sandbox) for directory, sandbox in self._sandboxes()]

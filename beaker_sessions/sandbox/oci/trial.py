@@ -66,7 +66,7 @@ def run(runtime: str, busybox: str, cgroups: Cgroups, state: Path) -> None:
 def _run(runtime: list[str], bundle: Path, id: str) -> None:
     try:
         done = subprocess.run(
-            [*runtime, "run", "--bundle", str(bundle), id], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            [*runtime, "run", "--no-new-keyring", "--bundle", str(bundle), id], stdin=subprocess.DEVNULL, capture_output=True, text=True,
             errors="replace", check=False, timeout=SECONDS,
         )  # fmt: skip
     except FileNotFoundError as error:
