@@ -5,7 +5,7 @@ to a caller. Each has two moments, before and after. A place is the lines of the
 line reached on two ways is two places. Nothing of this is in the product: it is started with these functions replaced.
 
     SOAK_TRACE   a file to which a line is added for each moment: `MOMENT KIND PLACE`
-    SOAK_KILL    a file; while it exists, the process dies when the moment in it comes for the Nth time: `N MOMENT KIND PLACE`
+    SOAK_KILL    a file; while it exists, the process dies at the moment in it, the Nth time: `N MOMENT KIND PLACE`
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What operators and fate do to a node, at random but from a seed: one act after the other, each undone before the next.
+"""What operators and fate do to a node, at random but from a seed: one act after the other, each undone at its end.
 
 Owns the acts, and what each of them excuses. An act that changes the machine does so in the network and the mounts of
 the campaign's own. `Fate.excuses` says which sessions an act may have ended, and when; all others must go on.
@@ -266,11 +266,13 @@ class Fate:
         """In a copy of the ledger: it is opened, or what is wrong is said; it never ends in a traceback."""
         with tempfile.TemporaryDirectory(dir=self.stack.root) as place:
             copy = Path(place, "ledger.db")
-            with contextlib.closing(
-                sqlite3.connect(f"file:{self.stack.state}/executor/ledger.db?mode=ro", uri=True)
-            ) as db:
-                with contextlib.closing(sqlite3.connect(copy)) as to:
-                    db.backup(to)
+            with (
+                contextlib.closing(
+                    sqlite3.connect(f"file:{self.stack.state}/executor/ledger.db?mode=ro", uri=True)
+                ) as db,
+                contextlib.closing(sqlite3.connect(copy)) as to,
+            ):
+                db.backup(to)
             content = bytearray(copy.read_bytes())
             for _ in range(self.chance.randrange(1, 30)):
                 content[self.chance.randrange(len(content))] ^= 1 << self.chance.randrange(8)
@@ -307,13 +309,12 @@ class Fate:
         self._mended("the firewall", lambda: firewall.exists(self.stack.bridge))
 
     def _mended(self, what: str, check: Callable[[], bool]) -> None:
-        """It is looked after while there are sessions."""
-        with contextlib.suppress(TimeoutError):
+        """It is looked after while there are sessions, and people go on making them."""
+        try:
             wait_for(what, check, MENDED)
-            return
-        live = [id for id, pid in self.stack.sandboxes().items() if pid]
-        if live:
-            self.failures.append(f"{what} is not there again after {MENDED:g} s, with {len(live)} sessions")
+        except TimeoutError:
+            live = sum(bool(pid) for pid in self.stack.sandboxes().values())
+            self.failures.append(f"{what} is not there again after {MENDED:g} s; {live} sessions run")
 
     # -- all else
 

@@ -1,4 +1,4 @@
-"""The stack of the campaign with the driver `oci`: no Docker Engine, a small image, and what is left of its sessions."""
+"""The stack of the campaign with the driver `oci`: no Docker Engine, a small image, and what its sessions leave."""
 
 from __future__ import annotations
 

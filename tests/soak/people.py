@@ -21,6 +21,7 @@ import pexpect
 from tests.stack import BIN, User
 
 PATIENCE = 120.0  # seconds in which a command line must have ended
+PAUSE = 2.0  # seconds at most between two sessions of one of them
 NUMBERS = 20000  # lines of a flow
 
 
@@ -112,6 +113,7 @@ class People:
         while not self.over.is_set():
             (act,) = chance.choices(list(acts), list(acts.values()))
             act(self._errand(act.__name__.strip("_"), chance), chance)
+            self.over.wait(chance.uniform(0, PAUSE))
 
     # -- what they do
 

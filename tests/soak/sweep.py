@@ -7,6 +7,7 @@ started, and the operation must come to its right end. Owns the operations and w
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from .node import Node
 
 HALF = 0.1  # seconds for which a command is at work, so that what its start brings with it has happened
 QUIET = 0.7  # seconds without an event after which an operation is over
-TAKES = ("unlink", "rmdir", "rename", "replace")
+TAKES = ("unlink", "rename")
 PATIENCE = 60.0  # seconds in which what was interrupted must come to its end, on a busy machine
 
 
@@ -196,8 +197,9 @@ class Pull(Create):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{probe.getsockname()[1]}"
-        settings = f"version: 0.1\nstorage: {{filesystem: {{rootdirectory: {self.place}}}}}\nhttp: {{addr: '{self.address}'}}\n"
-        (self.place / "config.yml").write_text(settings)
+        storage = {"filesystem": {"rootdirectory": str(self.place)}}
+        settings = {"version": 0.1, "storage": storage, "http": {"addr": self.address}}
+        (self.place / "config.yml").write_text(json.dumps(settings))  # which is YAML too
         self.registry = Process(self.place / "log", "docker-registry", "serve", str(self.place / "config.yml"))
         self.registry.start()
 

@@ -1,4 +1,4 @@
-"""The executor killed once at each place of its code, by the operation that leads there: `make soak SWEEP=1` has all."""
+"""The executor killed once at each place of its code; `make soak SWEEP=1` kills it at every event."""
 
 from __future__ import annotations
 
