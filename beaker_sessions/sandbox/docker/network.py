@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import struct
+import threading
 from collections.abc import Iterable
 
 from ...errors import Error
@@ -26,9 +27,14 @@ class Network:
     def __init__(self, engine: Engine, owner: str, name: str, access: Iterable[str]) -> None:
         self.engine, self.owner, self.name, self.access = engine, owner, name, list(access)
         self._table = firewall.Table(name)
+        self._lock = threading.Lock()  # the engine refuses whoever comes while another makes it
 
     def ensure(self) -> None:
         """Have both there. Raises Error."""
+        with self._lock:
+            self._ensure()
+
+    def _ensure(self) -> None:
         try:
             self.engine.call("GET", f"/networks/{self.name}")
         except Error as error:
@@ -40,11 +46,7 @@ class Network:
                     "com.docker.network.bridge.name": self.name, "com.docker.network.bridge.enable_icc": "false",
                 },
             }  # fmt: skip
-            try:
-                self.engine.call("POST", "/networks/create", body=body)
-            except Error as failed:
-                if failed.code != "conflict":  # another thread's
-                    raise
+            self.engine.call("POST", "/networks/create", body=body)
         prefix = self._prefix()
         rules = firewall.rules(self.name, "", resolvers.addresses(), self.access, uplinks.names(prefix))
         if self._table.ensure(rules, prefix):

@@ -16,6 +16,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ...errors import Error
 from . import documents, mounts
 from .documents import Wrong
 
