@@ -132,7 +132,7 @@ class Left:
         def ended() -> bool:
             if node.state(id) == State.STARTED and node.driver._processes[id].command != ("true",):
                 node.lifecycle.stop(id, "daemon")
-            node.lifecycle._examine({id})
+            node.lifecycle._examine(id)
             return node.state(id) == State.FINALIZED
 
         wait_for("an end", ended)
