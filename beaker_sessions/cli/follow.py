@@ -17,7 +17,7 @@ from . import output
 from .backlog import PROMPT, STUCK, Backlog
 from .door import Away, Door
 from .loop import READABLE, Loop
-from .stream import CHUNK, STDOUT, Stream
+from .stream import CHUNK, STDOUT, Stream, past
 from .terminal import DetachKey, Output, Signals, Terminal, may_read, size
 
 TYPE_CHECKING = False
@@ -49,6 +49,7 @@ class Follow:
         self._stream: Stream | None = None
         self._streamed = False  # there was a stream: what it carried must not come again
         self._handle = ""
+        self._earlier: list[tuple[int, bytes]] = []
         self._ended: dict[str, Any] | None = None
         self._result: int | None = None
         self._canceled_by = 0
@@ -132,7 +133,9 @@ class Follow:
             return
         self._returning, self._pause = False, 0.05
         event = frame.get("event")
-        if event == "created":
+        if event == "earlier":
+            self._earlier = past(fd, frame["framing"])
+        elif event == "created":
             self.id = frame["job"]["id"]
             self._progress.tell(frame)
             if self._canceled_by:
@@ -187,6 +190,7 @@ class Follow:
             self._lost()
             return
         self._loop.cancel("away", "give up")
+        self._earlier = []  # comes again
         if self._tty:
             self._resize()
 
@@ -196,7 +200,8 @@ class Follow:
             return {**frame, "op": "exec_exit", "handle": self._handle}
         if not self.id:
             return self._request  # the same idempotency key: no second session
-        return {**frame, "op": "attach", "size": size(), "replay": True, "stream": not self._streamed}
+        whole = self._op == "create"  # an attach asks for the latest output
+        return {**frame, "op": "attach", "size": size(), "replay": True, "stream": not self._streamed, "whole": whole}
 
     def _give_up(self) -> None:
         known = f"session {self.id} goes on; come back with: beaker session attach {self.id}"
@@ -223,12 +228,22 @@ class Follow:
             self._resize()
         if frame.get("replay"):
             self._show([(STDOUT, a2b_base64(frame["replay"]))])
+        self._show_earlier()
         if not self._input:
             self._stream.half_close()
+
+    def _show_earlier(self) -> None:
+        """What the session wrote before there was a stream, or instead of one when it has ended."""
+        if self._earlier:
+            self._streamed = True
+            self._progress.finish()
+            self._show(self._earlier)
+            self._earlier = []
 
     def _end(self, frame: dict[str, Any]) -> None:
         self._ended = frame
         self._drop_door()
+        self._show_earlier()
         self._loop.cancel()
         if self._stream or not self._backlog.has_room:
             self._loop.after(DRAIN, "drain", self._finish)

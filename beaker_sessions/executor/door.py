@@ -218,7 +218,7 @@ class Door:
         created |= {"warning": admitted.warning} if admitted.warning else {}
         detach = bool(request.get("detach"))
         return self.following.session(
-            caller, session, terminal=not detach, size=wanted.size, brief=detach, first=created
+            caller, session, terminal=not detach, size=wanted.size, brief=detach, first=created, whole=True
         )
 
     def _attach(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> Answer:
@@ -227,8 +227,9 @@ class Door:
         size = wire.window(request["size"]) if request.get("size") else None
         replay = request.get("replay", True) is True
         return self.following.session(
-            caller, session, terminal=request.get("stream", True) is True, size=size, replay=replay
-        )
+            caller, session, terminal=request.get("stream", True) is True, size=size, replay=replay,
+            whole=request.get("whole") is True,
+        )  # fmt: skip
 
     def _exec(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> Answer:
         session = self._own(request, account)

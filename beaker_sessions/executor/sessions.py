@@ -38,7 +38,7 @@ class Live:
     """What is known of a session that is not final, beside what the ledger holds.
 
     since: seconds of CLOCK_BOOTTIME when its main process started, which no change of the wall clock moves.
-    changed: the driver told of its sandbox while it started.
+    changed: the driver told of its sandbox while it started. offered: a follower was given its streams in time.
     passed: moments of its start, as fields of the session, that its next change will write. notices: what its author
     should know, by whom it comes from. lacks: what it waits for beside what can be claimed, "" for nothing.
     """
@@ -48,6 +48,7 @@ class Live:
     progress: Progress | None = None
     since: float | None = None
     changed: bool = False
+    offered: bool = False
     notices: dict[str, str] = field(default_factory=dict)
     lacks: str = ""
     passed: dict[str, datetime] = field(default_factory=dict)
@@ -408,7 +409,7 @@ class Sessions:
         terminal = attach()
         with self._lock:
             if taker in live.subscribers:
-                taker.terminal = terminal
+                taker.terminal, live.offered = terminal, True
                 taker.notify()
                 return taker.size or size
         os.close(terminal.fd)  # it left meanwhile
