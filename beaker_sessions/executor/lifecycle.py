@@ -382,7 +382,7 @@ class Lifecycle:
             self._adopt(id)
         self.inside.resume(lambda: [session.id for session in self.sessions.live()])
         if not self.ready.is_set():
-            self.sessions.ledger.fact("boot", self._boot)
+            self.sessions.ledger.note("boot", self._boot)
             self.ready.set()
             self.sessions.cordon("start", "")
 
@@ -392,7 +392,9 @@ class Lifecycle:
         if live is None:
             return
         session = live.session
-        if session.state == State.SCHEDULED:
+        if session.state == State.CREATED and listed:
+            self._recall(listed)
+        elif session.state == State.SCHEDULED:
             self._spawn("start", id, self._resume)
         elif session.state == State.EXITED:
             self._spawn("clean up", id, self._clean_up)
@@ -406,6 +408,19 @@ class Lifecycle:
                 self._spawn("end", id, self._end)  # an executor was killed, or an engine away, before it ended
             elif live.since is None:
                 live.since = _started(listed.pid)
+
+    def _recall(self, found: Found) -> None:
+        """A session that waits, says the ledger, and has a sandbox: the ledger's latest changes were lost."""
+        try:
+            claim = wire.session(json.loads(found.labels[plan.LABEL_JOB])).claim
+            if not self.sessions.recall(found.id, claim):
+                return
+        except (KeyError, ValueError, Error) as error:
+            self.sessions.cordon(found.id, f"what session {found.id} holds is not known: {error}")
+            return
+        log.warning("session %s runs, and the ledger had it in the queue", found.id)
+        self.sessions.cordon(found.id, "")
+        self._spawn("start", found.id, self._resume)
 
     def _adopt(self, id: str) -> None:
         """A sandbox that the ledger does not know: lost with it, or the remains of one that ended."""
@@ -424,9 +439,17 @@ class Lifecycle:
             why = f"the container of session {id} has unreadable labels ({error}); remove it by hand"
             self.sessions.cordon(id, why)
             return
-        log.warning("session %s was found by its container; the ledger did not know it", id)
         state = State.STARTED if found.status == Status.RUNNING else State.SCHEDULED
-        self.sessions.adopt(replace(session, state=state, started=found.started), identity)
+        try:
+            self.sessions.adopt(replace(session, state=state, started=found.started), identity)
+        except Error as error:
+            if error.code != "conflict":
+                raise
+            # The ledger is older than what runs: whoever it says holds these has ended, and is about to be final.
+            self.sessions.cordon(id, f"what session {id} holds is still another's in the ledger")
+            return
+        log.warning("session %s was found by its container; the ledger did not know it", id)
+        self.sessions.cordon(id, "")
         self._spawn("start", id, self._resume)
 
 

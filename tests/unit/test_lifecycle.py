@@ -47,6 +47,7 @@ def lifecycle(tmp_path: Path) -> Iterator[Lifecycle]:
     wait_for("what was dropped to be closed", lambda: not loop.passing._dropping)
     loop.soon(loop.asyncio.stop)
     thread.join()
+    loop.passing.stop()
     loop.asyncio.close()
     loop.passing.stop()
     ledger.close()

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import Error
-from . import mounts, network, programs
+from .. import netns
+from . import mounts, programs
 from .processes import Process, readable
 
 LOG_SIZE = 1 << 30  # bytes of a log after which conmon forgets it, should no executor be there to trim it before
@@ -49,11 +50,12 @@ def create(
     stays, would keep all that is mounted there. Raises Error internal with what the runtime said.
     """
     arguments = ["--log-path", f"k8s-file:{directory}/log", "--log-size-max", str(LOG_SIZE), "--no-sync-log"]
+    arguments += ["--no-new-keyring"]  # see `keyring`
     # With a terminal, who leaves may come back; a pipe that was closed is at its end.
     arguments += ["--terminal", "--stdin", "--leave-stdin-open"] if tty else ["--stdin"] if stdin else []
     with _pipe() as (reader, writer), _short(directory) as short:
         pipes = {"_OCI_SYNCPIPE": writer}
-        network.inside(namespace, lambda: _run(runtime, id, directory, short, arguments, pipes, root))
+        netns.inside(namespace, lambda: _run(runtime, id, directory, short, arguments, pipes, root))
         writer.close()
         init = _answer(reader, f"{Path(runtime.path).name} create")
     os.utime(_fifo(runtime, id), (0, 0))
@@ -85,7 +87,7 @@ def execute(
     ):
         begin.write(b"\0")
         pipes = {"_OCI_SYNCPIPE": sync, "_OCI_ATTACHPIPE": attach, "_OCI_STARTPIPE": begun}
-        network.inside(namespace, lambda: _run(runtime, id, directory, short, arguments, pipes))
+        netns.inside(namespace, lambda: _run(runtime, id, directory, short, arguments, pipes))
         for pipe in (sync, attach, begun):
             pipe.close()
         _answer(attached, "conmon --exec")
