@@ -173,13 +173,14 @@ class Sessions:
     # -- changing
 
     def create(
-        self, account: str, identity: Identity, request: Request, key: str | None, id: str | None = None
-    ) -> Session:
+        self, account: str, identity: Identity, request: Request, key: str | None, id: str | None = None,
+        revision: int = 1,
+    ) -> Session:  # fmt: skip
         """A new session in the queue, or the one that was made with this key before. Durable when it returns.
 
-        id: given when the server took the create. Raises Error invalid when the node could never satisfy the request,
-        conflict for a key that was used for another request, or a name or port in use, unavailable on a cordoned node,
-        limit when the account has as much as one may.
+        id, revision: given when the server took the create. Raises Error invalid when the node could never satisfy the
+        request, conflict for a key that was used for another request, or a name or port in use, unavailable on a
+        cordoned node, limit when the account has as much as one may.
         """
         self.ports.settle(request)
         fingerprint = hashlib.sha256(repr(replace(request, size=(0, 0))).encode("utf-8", "surrogatepass")).hexdigest()
@@ -206,7 +207,7 @@ class Sessions:
             admission.within(self.limits, request, self._of(account))
             now = datetime.now(UTC)
             session = Session(
-                id or ids.ulid(), account, self.ledger.fact("node") or "", request, created=now, revision=1
+                id or ids.ulid(), account, self.ledger.fact("node") or "", request, created=now, revision=revision
             )
             before = {live.session.id: live.session for live in self._live.values()}
             try:
