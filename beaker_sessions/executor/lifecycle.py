@@ -226,13 +226,13 @@ class Lifecycle:
         return session.canceled_for or found.why
 
     def _clean_up(self, id: str) -> None:
+        output = b""
         try:
             output = self.sandboxes.logs(id, OUTPUT_KEPT)
-            if output:
-                (self.output / id).write_bytes(output)
         except Exception as error:
             if not isinstance(error, Error) or error.code != "not_found":  # it never came to be
                 log.warning("the output of session %s could not be kept: %s", id, error)
+        is_kept = self._keep(id, output)
         since = time.monotonic()
         while True:
             try:
@@ -247,9 +247,22 @@ class Lifecycle:
                 if time.monotonic() - since > STUCK:
                     self.sessions.cordon(id, f"session {id} cannot be removed: {problem.message}")
                 time.sleep(2)
+        if not is_kept:
+            self._keep(id, output)  # the disk was full, and has the room of this session now
         self.inside.close(id)
         self.sessions.cordon(id, "")
         self.sessions.release(id)
+
+    def _keep(self, id: str, output: bytes) -> bool:
+        """Write a session's output where `logs` finds it: all, or nothing and False."""
+        if output:
+            try:
+                (self.output / id).write_bytes(output)
+            except OSError as error:
+                log.warning("the output of session %s could not be kept: %s", id, error)
+                (self.output / id).unlink(missing_ok=True)
+                return False
+        return True
 
     # -- watching
 
@@ -277,6 +290,7 @@ class Lifecycle:
                 if time.monotonic() - last > RECONCILE_EVERY:
                     last = time.monotonic()
                     self.reconcile()
+                    self.sessions.ledger.keep_room()
                     self._guard()
             except Error as error:
                 log.warning("cannot look after the sessions: %s", error)
