@@ -28,13 +28,15 @@ from . import admission, credentials, disk, forwarding, inventory, plan
 from .homes import home
 from .incident import incident
 from .inside import Inside
+from .ports import Sockets
 from .publishing import Publisher
 from .rundir import TARGET
-from .sessions import Sessions
+from .sessions import Live, Sessions
 
 log = logging.getLogger(__name__)
 
 RESTARTED = "the machine was restarted"
+REMOVED = "somebody else removed its container"
 SIGNALLED = 128  # an exit code above it says that a signal ended the process: which one is what is above
 GRACE = 10.0  # seconds between asking a session to end and killing it
 OUTPUT_KEPT = 1 << 20  # bytes of its output that are kept for `session logs` after the end
@@ -54,7 +56,7 @@ class Lifecycle:
         self.output = Path(settings.storage_path, "executor", "output")
         self.output.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.ready = threading.Event()  # the first reconcile is done: what runs here is known
-        self._busy: set[str] = set()  # sessions that a thread of ours starts or cleans up right now
+        self._busy: set[tuple[str, str]] = set()  # what a thread of ours does right now, or will, and to which session
         self._lock = threading.Lock()
         self._reconciling = threading.Lock()
         self._boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -64,33 +66,42 @@ class Lifecycle:
             {session.id for session in sessions.live()} if restarted else set()
         )  # by a restart of the machine
         sessions.cordon("start", "the executor is starting")
-        sessions.on_start = lambda id: self._spawn(id, self._start)
-        sessions.on_exit = lambda id: self._spawn(id, self._clean_up)
+        # Under the lock of `sessions`: one that is seen to be scheduled is already noted as busy.
+        sessions.on_start = lambda id: self._spawn("start", id, self._start)
+        sessions.on_exit = lambda id: self._spawn("clean up", id, self._clean_up)
 
     def run(self) -> None:
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
         threading.Thread(target=self._tick, name="tick", daemon=True).start()
 
-    def _spawn(self, id: str, act: Callable[[str], None]) -> None:
+    def _spawn(self, what: str, id: str, act: Callable[[str], None]) -> None:
+        """Do something to a session in a thread, unless one does this already, or something else of this name.
+
+        Whatever was known when it was asked for, `act` looks anew: nobody else does this to the session meanwhile.
+        """
+        key = what, id
+
         def guarded() -> None:
             try:
                 act(id)
+            except Error as error:  # the next reconcile takes it up again
+                log.warning("session %s: %s failed: %s", id, what, error)
             except Exception:
-                log.exception("session %s: %s failed", id, act.__name__)  # the next reconcile takes it up again
+                log.exception("session %s: %s failed", id, what)
             finally:
                 with self._lock:
-                    self._busy.discard(f"{act.__name__} {id}")
+                    self._busy.discard(key)
 
         with self._lock:
-            if f"{act.__name__} {id}" in self._busy:
+            if key in self._busy:
                 return
-            self._busy.add(f"{act.__name__} {id}")
+            self._busy.add(key)
         try:
-            threading.Thread(target=guarded, name=f"{act.__name__} {id}", daemon=True).start()
+            threading.Thread(target=guarded, name=f"{what} {id}", daemon=True).start()
         except RuntimeError as error:  # the machine has no thread left; the next reconcile takes it up again
-            log.error("session %s: %s has to wait: %s", id, act.__name__, error)
+            log.error("session %s: %s has to wait: %s", id, what, error)
             with self._lock:
-                self._busy.discard(f"{act.__name__} {id}")
+                self._busy.discard(key)
 
     # -- starting
 
@@ -98,24 +109,50 @@ class Lifecycle:
         live = self.sessions.entry(id)
         if live is None or live.session.state != State.SCHEDULED:
             return
+        if self._tried(id, live, self._make):
+            self._began(id, live, time.clock_gettime(time.CLOCK_BOOTTIME), datetime.now(UTC))
+
+    def _resume(self, id: str) -> None:
+        """A start that was interrupted: go on where it was, or begin again if what was made has ended by itself."""
+        live = self.sessions.entry(id)
+        if live is None or live.session.state != State.SCHEDULED:
+            return
+        found = self.sandboxes.find(id)
+        if found and found.status == Status.CREATED and id not in self._cut_off:
+            if self._tried(id, live, self._finish):
+                self._began(id, live, time.clock_gettime(time.CLOCK_BOOTTIME), datetime.now(UTC))
+        elif found is None or found.started is None:
+            self.sandboxes.remove(id)
+            self._start(id)
+        else:
+            if found.status == Status.RUNNING:
+                self.sandboxes.start(id, live.session.request.size if live.session.request.tty else None)
+            live.changed = True  # it may have ended before anybody watched
+            self._began(id, live, _started(found.pid), found.started)
+
+    def _tried(self, id: str, live: Live, act: Callable[[str, Live], None]) -> bool:
+        """Do a part of a start. What it raises ends the session."""
         try:
-            self._make(id, live.session, live.identity)
+            act(id, live)
         except Exception as unexpected:
             error = unexpected if isinstance(unexpected, Error) else incident(log)
             log.warning("session %s could not start: %s", id, error)
             why = f"{error.message}; {error.hint}" if error.hint else error.message
             canceled = live.session.canceled_for
             self.sessions.ended(id, None, canceled or why, "" if canceled else error.code)
-            return
-        live.since = time.clock_gettime(time.CLOCK_BOOTTIME)
-        self.sessions.move(id, State.STARTED, started=datetime.now(UTC))
-        if live.session.canceled:
-            self._spawn(id, self._end)
-        if live.exit_seen:
-            self._examine({id})
+            return False
+        return True
 
-    def _make(self, id: str, session: Session, identity: Identity) -> None:
-        request = session.request
+    def _began(self, id: str, live: Live, since: float, started: datetime) -> None:
+        live.since = since
+        self.sessions.move(id, State.STARTED, started=started)
+        if live.session.canceled:
+            self._spawn("end", id, self._end)
+        if live.changed:
+            self._examine(id)
+
+    def _make(self, id: str, live: Live) -> None:
+        session, identity, request = live.session, live.identity, live.session.request
         assert request.image  # `plan.defaults` has filled it in
         admission.check_person(identity)  # one of an earlier version may wait in the queue; ids are the driver's matter
         login = partial(credentials.find, identity)
@@ -135,10 +172,19 @@ class Lifecycle:
             )  # fmt: skip
             self.sandboxes.create(spec)
             self.sessions.passed(id, "made")
-            size = self.sessions.offer(id, lambda: self.sandboxes.attach(id, replay=False))
-            self.sandboxes.start(id, size if request.tty else None)
-            if sockets:
-                self._publisher.forward(id, sockets)
+            self._let_go(id, request, sockets)
+
+    def _finish(self, id: str, live: Live) -> None:
+        """Start what another executor has made."""
+        with ExitStack() as pins:
+            _, sockets = self._publisher.bind(id, live.session, pins)
+            self._let_go(id, live.session.request, sockets)
+
+    def _let_go(self, id: str, request: Request, sockets: Sockets) -> None:
+        size = self.sessions.offer(id, lambda: self.sandboxes.attach(id, replay=False))
+        self.sandboxes.start(id, size if request.tty else None)
+        if sockets:
+            self._publisher.forward(id, sockets)
 
     def _going(self, id: str) -> None:
         live = self.sessions.entry(id)
@@ -181,7 +227,7 @@ class Lifecycle:
     def stop(self, id: str, actor: str) -> None:
         """End a session, wherever it is in its life, without waiting for it. What fails `reconcile` takes up again."""
         if not self.sessions.cancel(id, actor):
-            self._spawn(id, self._end)
+            self._spawn("end", id, self._end)
 
     def _end(self, id: str) -> None:
         """End a session's main process. If it does not, the node is cordoned, and its GPUs are not given away."""
@@ -204,18 +250,16 @@ class Lifecycle:
         except FileNotFoundError:
             return b""
 
-    def _examine(self, ids: set[str]) -> None:
-        """Look whether these sessions' main processes have ended."""
-        for found in self.sandboxes.list():
-            live = self.sessions.entry(found.id)
-            if found.id not in ids or live is None or found.status != Status.EXITED:
-                continue
-            if live.session.state == State.SCHEDULED:
-                live.exit_seen = True  # `_start` has not yet said that it ran
-                live = self.sessions.entry(found.id)
-                if live is None or live.session.state != State.STARTED:
-                    continue
-            self.sessions.ended(found.id, found.exit_code, self._farewell(found, live.session))
+    def _examine(self, id: str) -> None:
+        """Look whether a session's main process has ended."""
+        live = self.sessions.entry(id)
+        if live and live.session.state == State.SCHEDULED:
+            live.changed = True  # `_began` looks again, once it has said that it ran
+            live = self.sessions.entry(id)
+        if live and live.session.state == State.STARTED:
+            found = self.sandboxes.find(id)
+            if found and found.status == Status.EXITED:
+                self.sessions.ended(id, found.exit_code, self._farewell(found, live.session))
 
     def _farewell(self, found: Found, session: Session) -> str:
         """Why a session ended, as far as its exit code does not say it."""
@@ -226,6 +270,9 @@ class Lifecycle:
         return session.canceled_for or found.why
 
     def _clean_up(self, id: str) -> None:
+        live = self.sessions.entry(id)
+        if live is None or live.session.state != State.EXITED:
+            return
         output = b""
         try:
             output = self.sandboxes.logs(id, OUTPUT_KEPT)
@@ -237,8 +284,7 @@ class Lifecycle:
         while True:
             try:
                 self.sandboxes.remove(id)
-                live = self.sessions.entry(id)
-                if live and live.session.claim and live.session.claim.ports:
+                if live.session.claim and live.session.claim.ports:
                     forwarding.end(id)
                 break
             except Exception as unexpected:
@@ -271,7 +317,7 @@ class Lifecycle:
         while True:
             try:
                 for id in self.sandboxes.watch():
-                    self._examine({id}) if id else self.reconcile()
+                    self._examine(id) if id else self.reconcile()
                     trouble = ""
             except Error as error:
                 if str(error) != trouble:
@@ -315,61 +361,44 @@ class Lifecycle:
             self._reconcile()
 
     def _reconcile(self) -> None:
+        """What is listed says where to look, and no more: sessions start and end meanwhile. Each act looks anew."""
         known = self.sessions.live()  # before the list: what ran then must be in it
         exists = {found.id: found for found in self.sandboxes.list()}
-        published = []
         for session in known:
-            found = exists.pop(session.id, None)
-            live = self.sessions.entry(session.id)
-            if live is None or session.state == State.CREATED:
-                if live and found:
-                    self._recall(found)
-                continue
-            if session.state == State.SCHEDULED:
-                self._resume(session.id, found)
-            elif session.state == State.STARTED and found is None:
-                why = (
-                    "the machine was restarted"
-                    if session.id in self._cut_off
-                    else "somebody else removed its container"
-                )
-                self.sessions.ended(session.id, None, why)
-            elif session.state == State.STARTED and found and found.status == Status.EXITED:
-                self.sessions.ended(session.id, found.exit_code, self._farewell(found, session))
-            elif session.state == State.STARTED and session.canceled:
-                self._spawn(session.id, self._end)  # an executor was killed, or an engine away, before it ended
-            elif session.state == State.STARTED and found and live.since is None:
-                live.since = _started(found.pid)
-            elif session.state == State.EXITED:
-                self._spawn(session.id, self._clean_up)
-            if session.state == State.STARTED and session.claim and session.claim.ports:
-                published.append(session)
+            self._compare(session.id, exists.pop(session.id, None))
+        published = [s for s in self.sessions.live() if s.state == State.STARTED and s.claim and s.claim.ports]
         self._publisher.forward_again(published)
         self.sessions.schedule()  # what a session waits for may be another program's, which tells nobody of its end
-        for found in exists.values():
-            self._adopt(found)
+        for id in exists:
+            self._adopt(id)
         self.inside.resume(lambda: [session.id for session in self.sessions.live()])
         if not self.ready.is_set():
             self.sessions.ledger.note("boot", self._boot)
             self.ready.set()
             self.sessions.cordon("start", "")
 
-    def _resume(self, id: str, found: Found | None) -> None:
-        """A start that was interrupted: finish it if the main process runs, else begin again."""
-        if f"_start {id}" in self._busy:
-            return
-        if found and found.status == Status.CREATED:
-            self.sandboxes.remove(id)  # its pinned mounts died with the executor that made it
-        if found is None or found.status == Status.CREATED:
-            self._spawn(id, self._start)
-            return
+    def _compare(self, id: str, listed: Found | None) -> None:
+        """Mend what differs between a session and its sandbox as it was listed."""
         live = self.sessions.entry(id)
-        if live:
-            if found.status == Status.RUNNING:
-                self.sandboxes.start(id, live.session.request.size if live.session.request.tty else None)
-                live.since = _started(found.pid)
-            self.sessions.move(id, State.STARTED, started=found.started or datetime.now(UTC))
-            self._examine({id})
+        if live is None:
+            return
+        session = live.session
+        if session.state == State.CREATED and listed:
+            self._recall(listed)
+        elif session.state == State.SCHEDULED:
+            self._spawn("start", id, self._resume)
+        elif session.state == State.EXITED:
+            self._spawn("clean up", id, self._clean_up)
+        elif session.state == State.STARTED:
+            if listed is None:
+                if self.sandboxes.find(id) is None:
+                    self.sessions.ended(id, None, RESTARTED if id in self._cut_off else REMOVED)
+            elif listed.status == Status.EXITED:
+                self._examine(id)
+            elif session.canceled:
+                self._spawn("end", id, self._end)  # an executor was killed, or an engine away, before it ended
+            elif live.since is None:
+                live.since = _started(listed.pid)
 
     def _recall(self, found: Found) -> None:
         """A session that waits, says the ledger, and has a sandbox: the ledger's latest changes were lost."""
@@ -382,15 +411,15 @@ class Lifecycle:
             return
         log.warning("session %s runs, and the ledger had it in the queue", found.id)
         self.sessions.cordon(found.id, "")
-        self._resume(found.id, found)
+        self._spawn("start", found.id, self._resume)
 
-    def _adopt(self, found: Found) -> None:
+    def _adopt(self, id: str) -> None:
         """A sandbox that the ledger does not know: lost with it, or the remains of one that ended."""
-        if found.labels.get(LABEL_OWNER) != self.owner:
+        known, found = self.sessions.ledger.get(id), self.sandboxes.find(id)
+        if found is None or found.labels.get(LABEL_OWNER) != self.owner:
             return
-        known = self.sessions.ledger.get(found.id)
         if known and known[0].state == State.FINALIZED:
-            self.sandboxes.remove(found.id)
+            self.sandboxes.remove(id)
         if known:
             return  # made since we looked
         try:
@@ -398,24 +427,19 @@ class Lifecycle:
             identity = inventory.unix_user(int(found.labels[plan.LABEL_UID]), self.settings.session_home)
         except (KeyError, ValueError, Error) as error:
             # Whose GPUs it holds is not known, so no GPU is free for sure.
-            why = f"the container of session {found.id} has unreadable labels ({error}); remove it by hand"
-            self.sessions.cordon(found.id, why)
+            why = f"the container of session {id} has unreadable labels ({error}); remove it by hand"
+            self.sessions.cordon(id, why)
             return
         state = State.STARTED if found.status == Status.RUNNING else State.SCHEDULED
         try:
             self.sessions.adopt(replace(session, state=state, started=found.started), identity)
         except Error as error:
-            if error.code != "conflict":
-                raise
-            # The ledger is older than what runs: whoever it says holds these has ended, and is about to be final.
-            self.sessions.cordon(found.id, f"what session {found.id} holds is still another's in the ledger")
+            # The disk is full, or the ledger is older than what runs: whoever holds these there is about to be final.
+            self.sessions.cordon(id, f"the ledger does not take session {id}, which runs: {error.message}")
             return
-        log.warning("session %s was found by its container; the ledger did not know it", found.id)
-        self.sessions.cordon(found.id, "")
-        if found.status == Status.CREATED:
-            self._resume(found.id, found)
-        elif found.status == Status.EXITED:
-            self.sessions.ended(found.id, found.exit_code, self._farewell(found, session))
+        log.warning("session %s was found by its container; the ledger did not know it", id)
+        self.sessions.cordon(id, "")
+        self._spawn("start", id, self._resume)
 
 
 def _started(pid: int) -> float:

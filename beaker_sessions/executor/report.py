@@ -183,9 +183,9 @@ class Reporter:
                         raise
                     # It would be refused for ever, and hold up all that follow.
                     log.error("the server refuses session %s, which it will not know of: %s", session.id, error)
+                if session.state == State.FINALIZED:  # the server has it now; later, nobody would come back for it
+                    output.unlink(missing_ok=True)
                 self.ledger.reported(session.id, session.revision)
-                if session.state == State.FINALIZED:
-                    output.unlink(missing_ok=True)  # the server has it now
 
     def _send(self, client: Client, session: Session, output: Path) -> None:
         node = self.ledger.fact("node") or ""

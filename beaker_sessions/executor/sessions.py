@@ -38,6 +38,7 @@ class Live:
     """What is known of a session that is not final, beside what the ledger holds.
 
     since: seconds of CLOCK_BOOTTIME when its main process started, which no change of the wall clock moves.
+    changed: the driver told of its sandbox while it started.
     passed: moments of its start, as fields of the session, that its next change will write. notices: what its author
     should know, by whom it comes from. lacks: what it waits for beside what can be claimed, "" for nothing.
     """
@@ -46,7 +47,7 @@ class Live:
     identity: Identity
     progress: Progress | None = None
     since: float | None = None
-    exit_seen: bool = False
+    changed: bool = False
     notices: dict[str, str] = field(default_factory=dict)
     lacks: str = ""
     passed: dict[str, datetime] = field(default_factory=dict)

@@ -251,5 +251,8 @@ class Sandboxes(Protocol):
     def disk(self, id: str) -> int | None:
         """Bytes on the disk that the sandbox has written outside of its mounts; None when the engine does not tell."""
 
+    def find(self, id: str) -> Found | None:
+        """One sandbox as it is now, None when there is none of this executor."""
+
     def list(self) -> list[Found]:  # last: its name hides the type from what follows
-        """Every sandbox of this executor, whatever its state."""
+        """Every sandbox of this executor, whatever its state. What it says of one is old once others were looked at."""

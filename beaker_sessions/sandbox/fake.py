@@ -187,6 +187,9 @@ class FakeSandboxes:
     def check(self) -> list[Finding]:
         return [Finding("warning", "the fake driver runs nothing", "set driver: docker")]
 
+    def find(self, id: str) -> Found | None:
+        return self._found.get(id)
+
     def list(self) -> list[Found]:  # last: its name hides the type from what follows
         return [*self._found.values()]
 

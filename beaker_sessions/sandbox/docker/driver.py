@@ -163,7 +163,13 @@ class DockerSandboxes:
         gate = f"{config.GATE}-{secrets.token_hex(8)}" if size else ""
         body = config.process(command, env, identity, workdir, gate, tty=size is not None, stdin=stdin)
         handle: str = self.engine.call("POST", f"{_path(id)}/exec", body=body)["Id"]
-        sock = self.engine.hijack(f"/exec/{handle}/start", body={"Detach": False, "Tty": size is not None})
+        try:
+            sock = self.engine.hijack(f"/exec/{handle}/start", body={"Detach": False, "Tty": size is not None})
+        except Error as error:
+            if error.code != "unavailable":
+                raise
+            what = f"{error.message}, and had not said whether the command was started: it may have run"
+            raise Error(error.code, what, "look with ps in the session before you run it again") from error
         try:
             if size:
                 self.resize(id, size, handle)
@@ -302,6 +308,12 @@ class DockerSandboxes:
             time.sleep(LOG_PAUSE)
             before, log = log, self._tail(id, LIMIT, tty)
         return joined
+
+    def find(self, id: str) -> Found | None:
+        with _absent_is_fine():
+            container = self._inspect(id)
+            return _found(container) if container["Config"]["Labels"].get(LABEL_OWNER) == self.owner else None
+        return None
 
     def list(self) -> list[Found]:  # last: its name hides the type from what follows
         filters = {"label": [f"{LABEL_OWNER}={self.owner}"]}

@@ -52,7 +52,7 @@ from .. import (
     resolvers,
     subordinate,
 )
-from . import apparmor, cgroups, config, conmon, layer, logs, mounts, programs, record, rootfs, userns
+from . import apparmor, cgroups, config, conmon, keyring, layer, logs, mounts, programs, record, rootfs, userns
 from .check import check
 from .idmaps import IdMaps
 from .images import Images
@@ -94,6 +94,7 @@ class OciSandboxes:
         limits: Limits | None = None, realms: Mapping[str, str] | None = None,
         ids: tuple[int, int] = (userns.FIRST, userns.LAST),
     ) -> None:  # fmt: skip
+        keyring.join()  # with all threads and programs to come
         self.state, self.owner, self.etc = state, owner, etc
         self.cdi_paths, self.cdi_hooks = list(cdi_paths), list(cdi_hooks)
         self.ids, self.maps = ids, IdMaps()
@@ -204,7 +205,7 @@ class OciSandboxes:
 
     def start(self, id: str, size: tuple[int, int] | None) -> None:
         directory, sandbox = self._directory(id), self._record(id)
-        if not conmon.waiting(self.runtime, id):
+        if not conmon.waiting(self.runtime, id, sandbox.init):
             return
         if size:
             # Through the sandbox's own end, because conmon would do it at some later moment.
@@ -213,7 +214,7 @@ class OciSandboxes:
                 with mounts.opened(fd):
                     conmon.set_size(fd, size)
         (directory / "started").touch()
-        conmon.start(self._runtime(sandbox), id, directory)
+        conmon.start(self._runtime(sandbox), id, directory, sandbox.init)
         self._tell(id)
 
     def resize(self, id: str, size: tuple[int, int], process: str = "") -> None:
@@ -284,7 +285,7 @@ class OciSandboxes:
 
     def stop(self, id: str, grace: float) -> None:
         sandbox = self._record(id)
-        if not conmon.waiting(self.runtime, id):
+        if not conmon.waiting(self.runtime, id, sandbox.init):
             number = signals.SIGHUP if sandbox.tty else signals.SIGTERM
             sandbox.init.heeds(number, "init", READY)  # what a namespace's first has no handler for is lost
             sandbox.init.kill(number)
@@ -301,8 +302,9 @@ class OciSandboxes:
         watch = Watch(self._sandboxes)
         self._watches.append(watch)
         try:
-            yield ""
-            yield from watch
+            with self.network.followed():
+                yield ""
+                yield from watch
         finally:
             self._watches.remove(watch)
             watch.close()
@@ -379,8 +381,11 @@ class OciSandboxes:
     def _found(self, directory: Path, sandbox: Record) -> Found:
         if not sandbox.conmon.alive():
             sandbox.init.kill()  # its conmon was killed: nobody holds its streams and its exit code
-        waiting = conmon.waiting(self.runtime, sandbox.id)
-        return sandbox.found(directory, waiting=waiting, oom=self.cgroups.oom(sandbox.cgroup))
+        waiting = conmon.waiting(self.runtime, sandbox.id, sandbox.init)
+        found = sandbox.found(directory, waiting=waiting, oom=self.cgroups.oom(sandbox.cgroup))
+        if found.status is Status.EXITED and not conmon.begun(self.runtime, sandbox.id):
+            return replace(found, started=None)  # its executor was killed at the moment of the start
+        return found
 
     def _network(self, sandbox: Record) -> Path | None:
         return self.network.directory / sandbox.network if sandbox.network else None
@@ -405,6 +410,11 @@ class OciSandboxes:
         if key not in self._namespaces:
             self._namespaces[key] = mounts.user_namespace(uids, gids)
         return self._namespaces[key]
+
+    def find(self, id: str) -> Found | None:
+        directory = self._directory(id)
+        sandbox = self.records.load(directory)
+        return self._found(directory, sandbox) if sandbox and sandbox.made else None
 
     def list(self) -> list[Found]:  # last: its name hides the type from what follows
         return [self._found(directory, sandbox) for directory, sandbox in self._sandboxes()]

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import Error
-from . import mounts
+from . import documents, mounts
+from .documents import Wrong
 
 
 class Storage:
@@ -45,18 +46,18 @@ class Storage:
         """Bytes of the layers of all images, each layer once."""
         return sum(size(layer) for layer in self._needed().values())
 
-    def env(self, id: str) -> list[str]:
-        """The variables of an image, `NAME=value`. Raises Error invalid for an image whose configuration has none."""
+    def env(self, image: dict[str, Any]) -> list[str]:
+        """The variables of an image, `NAME=value`. Raises Wrong for an image that is not what its configuration says.
+
+        Its id is the configuration's digest; so one with other layers could else take the place of somebody's image.
+        """
+        id = image["id"]
         # containers/storage names a file of an image after its key, in Base64 when that has other than letters.
-        key = base64.b64encode(id.encode()).decode()
-        try:
-            config = json.loads((self.root / "overlay-images" / id.removeprefix("sha256:") / f"={key}").read_text())
-            env = (config.get("config") or {}).get("Env") or []
-            if not isinstance(env, list) or not all(isinstance(pair, str) and "=" in pair for pair in env):
-                raise ValueError("its environment is none")
-        except (ValueError, AttributeError, RecursionError) as error:
-            raise Error("invalid", f"the configuration of the image is not valid: {error}", "build it anew") from error
-        return env
+        key = base64.b64encode(f"sha256:{id}".encode()).decode()
+        config = documents.json_object((self.root / "overlay-images" / id / f"={key}").read_bytes())
+        if documents.layers(config) != [layer.get("diff-digest") for layer in reversed(self.chain(image))]:
+            raise Wrong("layers that are not those of its configuration")
+        return documents.env(config)
 
     def sweep(self) -> None:
         """Remove layers that no image has. Nobody may add to the storage meanwhile; if another process does, nothing
