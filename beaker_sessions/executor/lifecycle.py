@@ -303,26 +303,26 @@ class Lifecycle:
         live = self.sessions.entry(id)
         if live is None or live.session.state != State.EXITED or ("remove", id) in self._busy:
             return
+        output = unseen = b""
         try:
             output = self.sandboxes.logs(id, OUTPUT_KEPT)
             if output and not live.offered:
-                self._unseen(id).write_bytes(self.unseen(live.session))
-            if output:
-                (self.output / id).write_bytes(output)
+                unseen = self.unseen(live.session)
         except Exception as error:
             if not isinstance(error, Error) or error.code != "not_found":  # it never came to be
                 log.warning("the output of session %s could not be kept: %s", id, error)
+        again = None if self._keep(id, output, unseen) else (output, unseen)
         if self._removed(id, live, time.monotonic()):
-            self._release(id)
+            self._release(id, again)
         else:  # what cannot be killed takes nobody's turn
-            self._spawn("remove", id, self._remove)
+            self._spawn("remove", id, lambda id: self._remove(id, again))
 
-    def _remove(self, id: str) -> None:
+    def _remove(self, id: str, again: tuple[bytes, bytes] | None) -> None:
         """Remove what is left of a session, however long the kernel keeps it."""
         live, since = self.sessions.entry(id), time.monotonic()
         while live and not self._removed(id, live, since):
             time.sleep(2)
-        self._release(id)
+        self._release(id, again)
 
     def _removed(self, id: str, live: Live, since: float) -> bool:
         try:
@@ -337,10 +337,26 @@ class Lifecycle:
             return False
         return True
 
-    def _release(self, id: str) -> None:
+    def _release(self, id: str, again: tuple[bytes, bytes] | None) -> None:
+        if again:
+            self._keep(id, *again)  # the disk was full, and has the room of this session now
         self.inside.close(id)
         self.sessions.cordon(id, "")
         self.sessions.release(id)
+
+    def _keep(self, id: str, output: bytes, unseen: bytes) -> bool:
+        """Write a session's output where `logs` and `unseen` find it: all, or nothing and False."""
+        files = {self.output / id: output, self._unseen(id): unseen}
+        try:
+            for path, data in files.items():
+                if data:
+                    path.write_bytes(data)
+        except OSError as error:
+            log.warning("the output of session %s could not be kept: %s", id, error)
+            for path in files:
+                path.unlink(missing_ok=True)
+            return False
+        return True
 
     # -- watching
 
@@ -369,6 +385,7 @@ class Lifecycle:
                     last = time.monotonic()
                     self.reconcile()
                     self._forget_unseen()
+                    self.sessions.ledger.keep_room()
                     self._guard()
             except Error as error:
                 log.warning("cannot look after the sessions: %s", error)
@@ -471,10 +488,8 @@ class Lifecycle:
         try:
             self.sessions.adopt(replace(session, state=state, started=found.started), identity)
         except Error as error:
-            if error.code != "conflict":
-                raise
-            # The ledger is older than what runs: whoever it says holds these has ended, and is about to be final.
-            self.sessions.cordon(id, f"what session {id} holds is still another's in the ledger")
+            # The disk is full, or the ledger is older than what runs: whoever holds these there is about to be final.
+            self.sessions.cordon(id, f"the ledger does not take session {id}, which runs: {error.message}")
             return
         log.warning("session %s was found by its container; the ledger did not know it", id)
         self.sessions.cordon(id, "")

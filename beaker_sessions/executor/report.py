@@ -114,7 +114,7 @@ class Reporter:
             "instance": self.instance,
         }
         node = client.register_node(self.settings.cluster, body)
-        self.ledger.fact("node", node["id"])
+        self.ledger.note("node", node["id"])
         self._registered = True
 
     def _compare(self, client: Client) -> bool:

@@ -280,8 +280,10 @@ class DockerSandboxes:
         try:
             yield
         except OSError as error:
-            code = "storage_full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "internal"
-            raise Error(code, f"cannot {what}: {error}", f"see df {self.files.state}") from error
+            hint = f"see df {self.files.state}"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise Error("storage_full", f"cannot {what}: the disk of {self.files.state} is full", hint) from error
+            raise Error("internal", f"cannot {what}: {error}", hint) from error
         except Error as error:
             if error.code == "internal" and (root := images.full(self.engine)):
                 raise Error(
