@@ -192,6 +192,12 @@ answers = sa.Table(  # what was answered to a create with an idempotency key
     sa.Column("created", Time, nullable=False),
     sa.Index("answers_created", "created"),
 )
+facts = sa.Table(  # about the database itself: `epoch`, which is another one after a restore
+    "facts",
+    METADATA,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("value", sa.Text, nullable=False),
+)
 audit = sa.Table(
     "audit",
     METADATA,

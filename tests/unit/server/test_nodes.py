@@ -238,6 +238,7 @@ def test_existing_tokens_are_of_the_nodes_that_they_registered(tmp_path: Path) -
     )  # fmt: skip
     with store.engine.begin() as connection:  # as version 0007 left it
         connection.exec_driver_sql("ALTER TABLE tokens DROP COLUMN hostname")
+        connection.exec_driver_sql("DROP TABLE facts")
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0007'")
     store.close()
     store = Store(sqlite_url(tmp_path / "server.db"))
