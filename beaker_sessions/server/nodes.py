@@ -119,7 +119,7 @@ class Nodes(Rules):
             rows.update(tables.tokens, caller.token_id, node_id=id, hostname=body.hostname)
             rows.touch(home.id)
             self.record(rows, caller, "register_node", id, hostname=body.hostname, instance=body.instance or "")
-            return node_json(node_of(rows, id), rows.now)
+            return node_json(node_of(rows, id), rows.now) | {"epoch": self.store.epoch}
 
     def update_node(self, caller: Caller, node: str, body: NodePatch) -> JSON:
         """By administrators, and by the node's own executor, which may drain itself."""
@@ -182,6 +182,7 @@ class Nodes(Rules):
                     rows.update(tables.jobs, job.id, handed=rows.now)
             others = [other for other in rows.nodes(cluster_id=row.cluster_id) if usable(other, rows.now)]
             return {
+                "epoch": self.store.epoch,
                 "jobs": [json.loads(job.body) | {"token": session_token(rows, caller, job)} for job in waiting],
                 "cancel": list(rows.to_cancel(row.id)),
                 "refused": rows.refused(body.vouched),
@@ -205,7 +206,13 @@ def session_token(rows: Rows, caller: Caller, job: Row) -> str:
 
 
 def fence(node: Row, instance: str) -> None:
-    """Raises Error conflict unless `instance` is the executor that registered the node last."""
+    """Raises Error conflict unless `instance` is the executor that registered the node last.
+
+    not_found for one that started after that: the database is older than its registration, so it is to register again.
+    """
+    if instance > node.instance:
+        hint = "register the node again"
+        raise Error("not_found", f"this executor of {node.hostname} is not registered: the database was restored", hint)
     if node.instance != instance:
         hint = "only one executor may run on a machine: stop this one"
         raise Error("conflict", f"another executor registered {node.hostname} after this one", hint)

@@ -121,12 +121,12 @@ class Rows:
         self.connection.execute(sa.update(tokens).where(tokens.c.node_id == node).values(hostname=hostname))
 
     def refused(self, hashes: Sequence[str]) -> list[str]:
-        """Those that are of no token that works."""
+        """Those of tokens that have ended. One that is not known is of another database: nothing is said of it."""
         if not hashes:
             return []
-        works = tokens.c.revoked.is_(None) & (tokens.c.expiry.is_(None) | (tokens.c.expiry > self.now))
-        query = sa.select(tokens.c.hash).where(tokens.c.hash.in_(hashes), works)
-        return sorted(set(hashes) - set(self.connection.execute(query).scalars()))
+        ended = tokens.c.revoked.is_not(None) | (tokens.c.expiry <= self.now)
+        query = sa.select(tokens.c.hash).where(tokens.c.hash.in_(hashes), ended)
+        return sorted(self.connection.execute(query).scalars())
 
     # clusters and nodes
 
