@@ -9,10 +9,15 @@ import sqlite3
 
 BROKEN = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR)  # primary codes of a damaged file
 
+MEND = "stop the server, and restore a backup: beaker-server restore FILE"
+
 
 def is_damage(error: BaseException | None) -> bool:
     """Whether SQLite refused because its file is damaged, and not because it is locked or the disk is full."""
-    return isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorcode", 0) & 0xFF in BROKEN
+    code = getattr(error, "sqlite_errorcode", None)
+    if code is None:  # Python's own: of these there is one of this kind, for text that is no UTF-8
+        return isinstance(error, sqlite3.OperationalError)
+    return code & 0xFF in BROKEN
 
 
 def damage(connection: sqlite3.Connection, *, quick: bool = False) -> str:

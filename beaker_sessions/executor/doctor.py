@@ -20,7 +20,7 @@ from pathlib import Path
 from .. import trust
 from ..client import Client
 from ..errors import Error
-from ..integrity import damage
+from ..integrity import MEND, damage
 from ..sandbox import LOW_DISK, Finding, Sandboxes, cdi, vulnerabilities
 from ..settings import CONFIG, ExecutorSettings, ServerSettings, load
 from . import inventory, plan
@@ -113,8 +113,7 @@ def _database(file: Path | None) -> Iterable[Finding]:
             yield Finding("warning", f"the database {file} could not be checked: {error}", "run it again")
         return
     if found:
-        mend = "stop the server, and restore a backup: beaker-server restore FILE"
-        yield Finding("error", f"the database {file} is damaged: {found}", mend)
+        yield Finding("error", f"the database {file} is damaged: {found}", MEND)
     else:
         yield Finding("ok", f"the database {file} is whole")
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import shutil
 import sqlite3
@@ -22,10 +23,11 @@ from pathlib import Path
 
 from .. import ids, trust
 from ..errors import Error
-from ..integrity import damage, is_damage
-from .store import MEND, Store, sqlite_url
+from ..integrity import MEND, damage, is_damage
+from .store import Store, sqlite_url
 
 JOURNALS = ("-wal", "-shm", "-journal")  # SQLite's files beside a database, https://www.sqlite.org/tempfiles.html
+log = logging.getLogger(__name__)
 EXAMPLE = "name a file in a directory of root's, such as /var/backups/beaker.db"
 
 
@@ -38,9 +40,13 @@ def check_marker(marker: Path, database: Path) -> None:
 
 def mark(marker: Path) -> None:
     """Note that there is a database from now on."""
-    with contextlib.suppress(FileExistsError):
+    try:
         os.close(os.open(marker, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         _settle(marker.parent)
+    except FileExistsError:
+        pass
+    except OSError as error:  # keys may be where nothing else can be written
+        log.warning("cannot make %s: %s; a database that is lost will be begun anew", marker, error.strerror)
 
 
 @contextlib.contextmanager

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 from datetime import datetime, timedelta
 
 from .. import ids, wire
 from ..bodies import ClusterBody, ClusterPatch, Heartbeat, NodeBody, NodePatch
 from ..errors import Error
+from ..integrity import MEND
 from ..model import Scope
 from . import tables
 from .accounts import add_token
@@ -15,6 +17,7 @@ from .rules import JSON, Caller, Rules, found, page
 from .samples import keep_samples
 from .store import Row, Rows
 
+log = logging.getLogger(__name__)
 HANDED = 100  # how many new sessions one heartbeat hands over
 WATCHED = timedelta(seconds=60)  # after a look at its output, for how long a running session's is sent
 SILENCE = timedelta(seconds=30)  # a node not heard from for this long is "not reporting"
@@ -183,7 +186,7 @@ class Nodes(Rules):
             others = [other for other in rows.nodes(cluster_id=row.cluster_id) if usable(other, rows.now)]
             return {
                 "epoch": self.store.epoch,
-                "jobs": [json.loads(job.body) | {"token": session_token(rows, caller, job)} for job in waiting],
+                "jobs": [said | {"token": session_token(rows, caller, job)} for job in waiting if (said := _body(job))],
                 "cancel": list(rows.to_cancel(row.id)),
                 "refused": rows.refused(body.vouched),
                 "output": {id: wire.time(at) for id, at in rows.watched(row.id, rows.now - WATCHED).items()},
@@ -195,6 +198,15 @@ class Nodes(Rules):
                     if other.id != row.id
                 ],
             }
+
+
+def _body(job: Row) -> JSON | None:
+    """What the node is handed; nothing of a record that is damaged, so that the node gets the others."""
+    try:
+        return dict(json.loads(job.body))
+    except ValueError as error:
+        log.error("session %s is not handed on: its record is damaged: %s; %s", job.id, error, MEND)
+        return None
 
 
 def session_token(rows: Rows, caller: Caller, job: Row) -> str:

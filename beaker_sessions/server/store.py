@@ -20,7 +20,7 @@ import sqlalchemy as sa
 
 from .. import ids
 from ..errors import Error
-from ..integrity import damage, is_damage
+from ..integrity import MEND, damage, is_damage
 from ..model import State
 from . import migrations, tables
 from .tables import accounts, answers, audit, clusters, jobs, nodes, organizations, tokens
@@ -29,7 +29,6 @@ Row = sa.Row[Any]
 KEPT = timedelta(days=7)  # how long an idempotency key is remembered
 WAIT = 5.0  # seconds that a transaction waits for the one that writes
 START = 300.0  # and a server that starts for another that makes or migrates the database
-MEND = "stop the server, and restore a backup: beaker-server restore FILE"
 log = logging.getLogger(__name__)
 
 
@@ -345,6 +344,8 @@ class Store:
             yield
         except sa.exc.IntegrityError as error:
             raise Error("conflict", "somebody else just made the same thing", "look at it, then try again") from error
+        except json.JSONDecodeError as error:  # what callers send was read before
+            raise _damaged(str(self.engine.url.database), f"a record is no JSON: {error}") from error
         except (sa.exc.DBAPIError, sa.exc.TimeoutError, sqlite3.Error) as error:
             cause = getattr(error, "orig", None) or error
             if is_damage(cause):

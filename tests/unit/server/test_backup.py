@@ -18,11 +18,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from beaker_sessions import ids
+from beaker_sessions import ids, wire
 from beaker_sessions.client import Client
 from beaker_sessions.errors import Error
 from beaker_sessions.integrity import damage
-from beaker_sessions.server import backup, store
+from beaker_sessions.model import Request, Session
+from beaker_sessions.server import backup, store, tables
 from beaker_sessions.server.main import main
 from beaker_sessions.server.store import Store, sqlite_url
 from beaker_sessions.transport import Endpoint
@@ -382,6 +383,25 @@ def test_damage_that_shows_later_names_the_command(server: SimpleNamespace, tmp_
         root.get_organization("lab")
     assert "beaker-server restore FILE" in caught.value.hint
     assert caught.value.code == "unavailable"
+
+
+def test_a_damaged_record_holds_nobody_up(server: SimpleNamespace, node: SimpleNamespace) -> None:
+    """Its node gets the others, and what the node reports takes its place; until then it is told for what it is."""
+    ann = server.client(server.ann)
+    first, second = (ann.create_job({"session": {"node": "gpu-1"}}) for _ in range(2))
+    with server.service.store.write() as rows:
+        rows.update(tables.jobs, first["id"], body=json.dumps(first)[:-9])
+    assert [job["id"] for job in node.beat()["jobs"]] == [second["id"]]
+    with pytest.raises(Error, match="is damaged") as caught:
+        ann.get_job(first["id"])
+    assert (caught.value.code, "beaker-server restore" in caught.value.hint) == ("unavailable", True)
+    session = Session(first["id"], "ann", node.id, Request(), revision=2)
+    node.executor.report_job(first["id"], wire.job(session))
+    assert ann.get_job(first["id"])["author"]["name"] == "ann"
+    with server.service.store.write() as rows:
+        rows.connection.exec_driver_sql("UPDATE accounts SET created = 'y', email = CAST(x'ff' AS TEXT)")
+    with pytest.raises(Error, match="is damaged"):
+        ann.whoami()
 
 
 def test_who_starts_waits_for_who_makes_the_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
