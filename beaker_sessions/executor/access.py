@@ -84,8 +84,10 @@ class Access:
                 account = client.whoami()
         except Error as error:
             if error.code in ("unauthorized", "forbidden"):
-                self.revoke([digest])
-                raise
+                if not self._remembered(digest, LATELY) or self._is_ours():
+                    self.revoke([digest])
+                    raise
+                error = Error("unavailable", "the server has another database than before", "it is to be restored")
             if error.code != "unavailable":
                 raise
             self._away_until = _now() + AWAY
@@ -96,6 +98,17 @@ class Access:
         if not self._vouch(digest, account, asked):
             return self.account(token, within)
         return account
+
+    def _is_ours(self) -> bool:
+        """Whether the server has the database that this executor reports to: what another one does not know has not
+        ended.
+        """
+        known = self._ledger.fact("epoch")
+        try:
+            with closing(Client(self._server, "", PATIENCE)) as client:
+                return not known or client.epoch() in ("", known)
+        except Error:
+            return True
 
     def vouched(self) -> list[str]:
         """Hashes of tokens that would be let in while the server is away; VOUCHED at a time, at each call the next."""

@@ -123,15 +123,15 @@ def main() -> int:
         if os.geteuid() != 0:
             raise Error("forbidden", "the executor must run as root", "start it with sudo or through systemd")
         trust.check("the executor")
-        serve(load(ExecutorSettings, options.config))
+        serve(load(ExecutorSettings, options.config), doctor.database(options.config))
     except Error as error:
         print(f"beaker-executor: {error.message}" + (f"; {error.hint}" if error.hint else ""), file=sys.stderr)
         return error.exit_code
     return 0
 
 
-def serve(settings: ExecutorSettings) -> None:
-    """Run until SIGTERM or SIGINT. Raises Error when it cannot begin."""
+def serve(settings: ExecutorSettings, database: Path | None) -> None:
+    """Run until SIGTERM or SIGINT. database: this machine's server's, for doctor. Raises Error when it cannot begin."""
     plan.check_places(settings.mount_paths)
     server = settings.endpoint
     limits, creates = admission.Limits.of(settings), trusted(settings)
@@ -154,7 +154,7 @@ def serve(settings: ExecutorSettings) -> None:
     disk = Disk(sessions, driver, settings)
     metrics = Metrics(sessions, driver, settings.storage_path, disk.use)
     reporter = Reporter(lifecycle, access, settings, metrics)
-    findings = functools.partial(doctor.findings, settings, driver, why, sessions.inventory)
+    findings = functools.partial(doctor.findings, settings, driver, why, sessions.inventory, database)
     door = Door(loop, settings.socket, lifecycle, access, reporter.nodes, findings, metrics.last)
     loop.start()
     door.listen()
