@@ -76,8 +76,7 @@ class DockerSandboxes:
         self, reference: str, pull: Pull, progress: Callable[[Progress], None], login: Login = lambda _: None,
         going: Callable[[], None] = lambda: None,
     ) -> Image:  # fmt: skip
-        del going  # the engine tells of progress from the beginning
-        return images.get(self.engine, reference, pull, progress, login, self.image_size)
+        return images.get(self.engine, reference, pull, progress, login, going, self.image_size)
 
     def create(self, spec: Spec) -> None:
         with self._storage(f"create the session {spec.id}"):
