@@ -176,6 +176,7 @@ class OciSandboxes:
                 holder, init = conmon.create(
                     self.runtime, spec.id, directory, root, network, tty=spec.tty, stdin=spec.stdin
                 )
+            logs.begin(directory)
             if not spec.tty:
                 user = spec.identity
                 conmon.give(holder, userns.outside(uids, user.uid), userns.outside(gids, user.gid))
