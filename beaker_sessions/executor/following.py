@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -62,7 +62,20 @@ class Following:
         brief: bool = False,
         first: dict[str, Any] | None = None,
     ) -> None:
-        """Tell `caller` of a session until it has ended, or (brief) until it runs or waits. first: said before all."""
+        """Tell `caller` of a session until it has ended, or (brief) until it has begun to run or waits in the queue.
+
+        first: said before all.
+        """
+        try:
+            await self._tell(caller, session, terminal, size, replay, brief, first)
+        except ConnectionError:
+            await self._last_words(caller, session.id)
+            raise
+
+    async def _tell(
+        self, caller: Caller, session: Session, terminal: bool, size: tuple[int, int] | None, replay: bool,
+        brief: bool, first: dict[str, Any] | None,
+    ) -> None:  # fmt: skip
         id, said = session.id, dict[str, dict]()
         if first:
             await caller.send(first)
@@ -82,13 +95,22 @@ class Following:
                         if news.wants_terminal and (given := await self._given(caller, view, news, replay)):
                             news.wants_terminal = False
                             await held.hand_over(given)
+                        if brief and (view.session.started or view.position):  # started: it may have ended since
+                            await caller.send({"event": "detached"})
+                            return
                         if view.session.state in (State.EXITED, State.FINALIZED):
                             await self._farewell(caller, view)
                             return
-                        if brief and (view.session.state == State.STARTED or view.position):
-                            return
                 finally:
                     self._held.discard((id, held))
+
+    async def _last_words(self, caller: Caller, id: str) -> None:
+        """Heed what a caller said before it left, which we may learn while we tell it something: perhaps it gave up."""
+        for _ in range(2):  # the kernel tells first that it left without reading all, and what it said only then
+            with suppress(ConnectionResetError, BlockingIOError):
+                while frame := await caller.receive():
+                    await caller.work(self._heard, id, frame)
+                return
 
     @asynccontextmanager
     async def subscribed(
@@ -156,7 +178,7 @@ class Following:
         size. root: as root of the sandbox instead of oneself. Raises Error forbidden where that root would be real,
         limit when the account has as many as one may.
         """
-        handle, given = await caller.work(self._execute, session, wanted, terminal, root)
+        handle, given = await caller.work(self._execute, caller, session, wanted, terminal, root)
         with closing(Held(caller)) as held:
             await held.hand_over(given, handle)
             while not held.hung_up:
@@ -165,7 +187,9 @@ class Following:
                     return
         await self._ended(caller, session, handle)
 
-    def _execute(self, session: Session, wanted: Request, terminal: bool, root: bool) -> tuple[str, Terminal]:
+    def _execute(
+        self, caller: Caller, session: Session, wanted: Request, terminal: bool, root: bool
+    ) -> tuple[str, Terminal]:
         if root and not self.sandboxes.root:
             why = f"the {self.sandboxes.name} driver of this node gives no root, which would be the machine's"
             raise Error("forbidden", why, "leave --root out, or use an image that holds what you need")
@@ -176,6 +200,8 @@ class Following:
         merged = replace(session.request, env=session.request.env + wanted.env)
         env = plan.environment(session.id, merged, claim, identity, self.lifecycle.node())
         size = wanted.size if terminal else None
+        if caller.has_left:  # it gave up while this waited for its turn
+            raise ConnectionResetError
         return self.execs.start(session, lambda: self.sandboxes.exec(
             session.id, wanted.command, env=env, identity=identity, workdir=workdir, size=size, stdin=wanted.stdin,
         ))  # fmt: skip

@@ -28,6 +28,7 @@ from . import admission, credentials, disk, forwarding, inventory, plan
 from .homes import home
 from .incident import incident
 from .inside import Inside
+from .ports import Sockets
 from .publishing import Publisher
 from .rundir import TARGET
 from .sessions import Live, Sessions
@@ -83,8 +84,10 @@ class Lifecycle:
         def guarded() -> None:
             try:
                 act(id)
+            except Error as error:  # the next reconcile takes it up again
+                log.warning("session %s: %s failed: %s", id, what, error)
             except Exception:
-                log.exception("session %s: %s failed", id, what)  # the next reconcile takes it up again
+                log.exception("session %s: %s failed", id, what)
             finally:
                 with self._lock:
                     self._busy.discard(key)
@@ -106,16 +109,39 @@ class Lifecycle:
         live = self.sessions.entry(id)
         if live is None or live.session.state != State.SCHEDULED:
             return
+        if self._tried(id, live, self._make):
+            self._began(id, live, time.clock_gettime(time.CLOCK_BOOTTIME), datetime.now(UTC))
+
+    def _resume(self, id: str) -> None:
+        """A start that was interrupted: go on where it was, or begin again if what was made has ended by itself."""
+        live = self.sessions.entry(id)
+        if live is None or live.session.state != State.SCHEDULED:
+            return
+        found = self.sandboxes.find(id)
+        if found and found.status == Status.CREATED and id not in self._cut_off:
+            if self._tried(id, live, self._finish):
+                self._began(id, live, time.clock_gettime(time.CLOCK_BOOTTIME), datetime.now(UTC))
+        elif found is None or found.started is None:
+            self.sandboxes.remove(id)
+            self._start(id)
+        else:
+            if found.status == Status.RUNNING:
+                self.sandboxes.start(id, live.session.request.size if live.session.request.tty else None)
+            live.changed = True  # it may have ended before anybody watched
+            self._began(id, live, _started(found.pid), found.started)
+
+    def _tried(self, id: str, live: Live, act: Callable[[str, Live], None]) -> bool:
+        """Do a part of a start. What it raises ends the session."""
         try:
-            self._make(id, live.session, live.identity)
+            act(id, live)
         except Exception as unexpected:
             error = unexpected if isinstance(unexpected, Error) else incident(log)
             log.warning("session %s could not start: %s", id, error)
             why = f"{error.message}; {error.hint}" if error.hint else error.message
             canceled = live.session.canceled_for
             self.sessions.ended(id, None, canceled or why, "" if canceled else error.code)
-            return
-        self._began(id, live, time.clock_gettime(time.CLOCK_BOOTTIME), datetime.now(UTC))
+            return False
+        return True
 
     def _began(self, id: str, live: Live, since: float, started: datetime) -> None:
         live.since = since
@@ -125,23 +151,8 @@ class Lifecycle:
         if live.changed:
             self._examine(id)
 
-    def _resume(self, id: str) -> None:
-        """A start that was interrupted: finish it if the main process has begun, else begin again."""
-        live = self.sessions.entry(id)
-        if live is None or live.session.state != State.SCHEDULED:
-            return
-        found = self.sandboxes.find(id)
-        if found is None or found.status == Status.CREATED or (found.status == Status.EXITED and not found.started):
-            self.sandboxes.remove(id)  # its pinned mounts died with the executor that made it
-            self._start(id)
-            return
-        if found.status == Status.RUNNING:
-            self.sandboxes.start(id, live.session.request.size if live.session.request.tty else None)
-        live.changed = True  # it may have ended before anybody watched
-        self._began(id, live, _started(found.pid), found.started or datetime.now(UTC))
-
-    def _make(self, id: str, session: Session, identity: Identity) -> None:
-        request = session.request
+    def _make(self, id: str, live: Live) -> None:
+        session, identity, request = live.session, live.identity, live.session.request
         assert request.image  # `plan.defaults` has filled it in
         admission.check_person(identity)  # one of an earlier version may wait in the queue; ids are the driver's matter
         login = partial(credentials.find, identity)
@@ -161,10 +172,19 @@ class Lifecycle:
             )  # fmt: skip
             self.sandboxes.create(spec)
             self.sessions.passed(id, "made")
-            size = self.sessions.offer(id, lambda: self.sandboxes.attach(id, replay=False))
-            self.sandboxes.start(id, size if request.tty else None)
-            if sockets:
-                self._publisher.forward(id, sockets)
+            self._let_go(id, request, sockets)
+
+    def _finish(self, id: str, live: Live) -> None:
+        """Start what another executor has made."""
+        with ExitStack() as pins:
+            _, sockets = self._publisher.bind(id, live.session, pins)
+            self._let_go(id, live.session.request, sockets)
+
+    def _let_go(self, id: str, request: Request, sockets: Sockets) -> None:
+        size = self.sessions.offer(id, lambda: self.sandboxes.attach(id, replay=False))
+        self.sandboxes.start(id, size if request.tty else None)
+        if sockets:
+            self._publisher.forward(id, sockets)
 
     def _going(self, id: str) -> None:
         live = self.sessions.entry(id)
@@ -339,7 +359,7 @@ class Lifecycle:
             self._adopt(id)
         self.inside.resume(lambda: [session.id for session in self.sessions.live()])
         if not self.ready.is_set():
-            self.sessions.ledger.fact("boot", self._boot)
+            self.sessions.ledger.note("boot", self._boot)
             self.ready.set()
             self.sessions.cordon("start", "")
 
@@ -349,7 +369,9 @@ class Lifecycle:
         if live is None:
             return
         session = live.session
-        if session.state == State.SCHEDULED:
+        if session.state == State.CREATED and listed:
+            self._recall(listed)
+        elif session.state == State.SCHEDULED:
             self._spawn("start", id, self._resume)
         elif session.state == State.EXITED:
             self._spawn("clean up", id, self._clean_up)
@@ -363,6 +385,19 @@ class Lifecycle:
                 self._spawn("end", id, self._end)  # an executor was killed, or an engine away, before it ended
             elif live.since is None:
                 live.since = _started(listed.pid)
+
+    def _recall(self, found: Found) -> None:
+        """A session that waits, says the ledger, and has a sandbox: the ledger's latest changes were lost."""
+        try:
+            claim = wire.session(json.loads(found.labels[plan.LABEL_JOB])).claim
+            if not self.sessions.recall(found.id, claim):
+                return
+        except (KeyError, ValueError, Error) as error:
+            self.sessions.cordon(found.id, f"what session {found.id} holds is not known: {error}")
+            return
+        log.warning("session %s runs, and the ledger had it in the queue", found.id)
+        self.sessions.cordon(found.id, "")
+        self._spawn("start", found.id, self._resume)
 
     def _adopt(self, id: str) -> None:
         """A sandbox that the ledger does not know: lost with it, or the remains of one that ended."""
@@ -381,9 +416,17 @@ class Lifecycle:
             why = f"the container of session {id} has unreadable labels ({error}); remove it by hand"
             self.sessions.cordon(id, why)
             return
-        log.warning("session %s was found by its container; the ledger did not know it", id)
         state = State.STARTED if found.status == Status.RUNNING else State.SCHEDULED
-        self.sessions.adopt(replace(session, state=state, started=found.started), identity)
+        try:
+            self.sessions.adopt(replace(session, state=state, started=found.started), identity)
+        except Error as error:
+            if error.code != "conflict":
+                raise
+            # The ledger is older than what runs: whoever it says holds these has ended, and is about to be final.
+            self.sessions.cordon(id, f"what session {id} holds is still another's in the ledger")
+            return
+        log.warning("session %s was found by its container; the ledger did not know it", id)
+        self.sessions.cordon(id, "")
         self._spawn("start", id, self._resume)
 
 

@@ -232,6 +232,18 @@ class Sessions:
                 self._live[session.id] = Live(session, identity)
             self.on_change()
 
+    def recall(self, id: str, claim: Claim | None) -> bool:
+        """A waiting session that was scheduled, which the ledger had lost: False if it does not wait.
+
+        Raises Error conflict while another holds what it claims.
+        """
+        with self._lock:
+            live = self._live.get(id)
+            if live is None or live.session.state != State.CREATED:
+                return False
+            self.move(id, State.SCHEDULED, claim=claim, scheduled=datetime.now(UTC))
+            return True
+
     def schedule(self) -> None:
         """Start all of the queue that may start now."""
         with self._lock:

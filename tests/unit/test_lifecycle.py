@@ -19,7 +19,7 @@ from beaker_sessions.executor.lifecycle import Lifecycle
 from beaker_sessions.executor.loop import Loop
 from beaker_sessions.executor.sessions import Sessions
 from beaker_sessions.model import Gpu, Identity, Request, State
-from beaker_sessions.sandbox import Found, Status
+from beaker_sessions.sandbox import Found, Image, Spec, Status
 from beaker_sessions.sandbox.fake import FakeSandboxes
 from beaker_sessions.settings import ExecutorSettings
 from tests.stack import wait_for
@@ -186,3 +186,28 @@ def test_what_a_list_shows_but_is_gone_is_not_adopted(lifecycle: Lifecycle, stal
     lifecycle.sandboxes.remove(id)
     stale.end()
     assert (lifecycle.sessions.live(), lifecycle.sessions.cordoned) == ([], "")
+
+
+BY = "made by an executor that was killed"
+
+
+@pytest.mark.parametrize(
+    ("status", "kept"), [(Status.CREATED, True), (Status.RUNNING, True), (Status.EXITED, False), (None, False)]
+)
+def test_a_start_that_was_interrupted_goes_on_where_it_was(
+    lifecycle: Lifecycle, monkeypatch: pytest.MonkeyPatch, status: Status | None, kept: bool
+) -> None:
+    """What has ended by itself before it ran anything is made again."""
+    sessions, sandboxes = lifecycle.sessions, lifecycle.sandboxes
+    monkeypatch.setattr(sessions, "on_start", lambda _: None)  # its executor is killed
+    id = sessions.create("ann", ANN, replace(WANTED, command=("cat",)), None).id
+    if status:
+        sandboxes.create(Spec(id, {BY: ""}, Image("fake:base", "base"), ANN, ("cat",)))
+    if status is Status.RUNNING:
+        sandboxes.start(id, None)
+    elif status is Status.EXITED:
+        sandboxes._found[id] = replace(sandboxes._found[id], status=status, exit_code=1)  # type: ignore[attr-defined]
+    lifecycle.reconcile()
+    wait_for("its start", lambda: sessions.view(id).session.state == State.STARTED and not lifecycle._busy)
+    assert [found.status for found in sandboxes.list()] == [Status.RUNNING]
+    assert (BY in sandboxes.list()[0].labels) is kept

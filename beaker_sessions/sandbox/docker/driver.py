@@ -163,7 +163,13 @@ class DockerSandboxes:
         gate = f"{config.GATE}-{secrets.token_hex(8)}" if size else ""
         body = config.process(command, env, identity, workdir, gate, tty=size is not None, stdin=stdin)
         handle: str = self.engine.call("POST", f"{_path(id)}/exec", body=body)["Id"]
-        sock = self.engine.hijack(f"/exec/{handle}/start", body={"Detach": False, "Tty": size is not None})
+        try:
+            sock = self.engine.hijack(f"/exec/{handle}/start", body={"Detach": False, "Tty": size is not None})
+        except Error as error:
+            if error.code != "unavailable":
+                raise
+            what = f"{error.message}, and had not said whether the command was started: it may have run"
+            raise Error(error.code, what, "look with ps in the session before you run it again") from error
         try:
             if size:
                 self.resize(id, size, handle)
