@@ -40,6 +40,8 @@ REMOVED = "somebody else removed its container"
 SIGNALLED = 128  # an exit code above it says that a signal ended the process: which one is what is above
 GRACE = 10.0  # seconds between asking a session to end and killing it
 OUTPUT_KEPT = 1 << 20  # bytes of its output that are kept for `session logs` after the end
+WHOLE = 64 << 20  # bytes: more than any driver keeps
+UNSEEN = 300.0  # seconds after the end in which whoever follows a session from its start must have come back
 STUCK = 30.0  # seconds after which a sandbox that cannot be removed cordons the node
 RECONCILE_EVERY = 10.0
 
@@ -250,6 +252,19 @@ class Lifecycle:
         except FileNotFoundError:
             return b""
 
+    def unseen(self, session: Session) -> bytes:
+        """All output of a session that has ended, for who was given nothing of it: framed, unless it has a terminal."""
+        with suppress(Error):
+            return self.sandboxes.logs(session.id, WHOLE, framed=not session.request.tty)
+        with suppress(FileNotFoundError):
+            return self._unseen(session.id).read_bytes()
+        return b""
+
+    def _unseen(self, id: str) -> Path:
+        """What is kept of the output of a session for who comes back after its end, as this executor may have just been
+        started, and was not there to pass its streams on."""
+        return self.output / f"{id}.unseen"
+
     def _examine(self, id: str) -> None:
         """Look whether a session's main process has ended."""
         live = self.sessions.entry(id)
@@ -275,6 +290,8 @@ class Lifecycle:
             return
         try:
             output = self.sandboxes.logs(id, OUTPUT_KEPT)
+            if output and not live.offered:
+                self._unseen(id).write_bytes(self.unseen(live.session))
             if output:
                 (self.output / id).write_bytes(output)
         except Exception as error:
@@ -323,11 +340,17 @@ class Lifecycle:
                 if time.monotonic() - last > RECONCILE_EVERY:
                     last = time.monotonic()
                     self.reconcile()
+                    self._forget_unseen()
                     self._guard()
             except Error as error:
                 log.warning("cannot look after the sessions: %s", error)
             except Exception:
                 log.exception("looking after the sessions failed")
+
+    def _forget_unseen(self) -> None:
+        for path in self.output.glob("*.unseen"):
+            if time.time() - path.stat().st_mtime > UNSEEN:
+                path.unlink()
 
     def _guard(self) -> None:
         if any(s.state == State.STARTED and not s.request.host_network for s in self.sessions.live()):

@@ -187,16 +187,17 @@ class OciSandboxes:
                 raise Error(code, f"the sandbox {spec.id} could not be made: {error}") from error
             raise
 
-    def attach(self, id: str, *, replay: bool) -> Terminal:
+    def attach(self, id: str, *, replay: bool, whole: bool = False) -> Terminal:
         directory = self._directory(id)
         sandbox = self._record(id)
+        framed = whole and not sandbox.tty
         try:
             if replay:
-                connection, text = logs.join(directory, sandbox.conmon)
+                connection, text = logs.join(directory, sandbox.conmon, whole=whole, framed=framed)
                 return Terminal(connection.detach(), Framing.CONMON, text)
             return Terminal(conmon.connect(directory).detach(), Framing.CONMON)
         except (ConnectionRefusedError, FileNotFoundError):
-            text = logs.recent(directory) if replay else b""
+            text = logs.recent(directory, whole=whole, framed=framed) if replay else b""
             return Terminal(conmon.ended().detach(), Framing.CONMON, text)
 
     def start(self, id: str, size: tuple[int, int] | None) -> None:
@@ -302,9 +303,9 @@ class OciSandboxes:
             self._watches.remove(watch)
             watch.close()
 
-    def logs(self, id: str, limit: int) -> bytes:
+    def logs(self, id: str, limit: int, *, framed: bool = False) -> bytes:
         self._record(id)
-        return logs.tail(self._directory(id), limit)
+        return logs.tail(self._directory(id), limit, framed=framed)
 
     def disk(self, id: str) -> int | None:
         sandbox = self._record(id)

@@ -13,10 +13,12 @@ import io
 import os
 import signal
 import socket
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from .. import framed as frame
 from . import conmon
 from .processes import Process
 
@@ -27,32 +29,34 @@ BLOCK = 256 << 10  # bytes of a log that are read at once
 PATIENCE = 5.0  # seconds for conmon to begin a new file
 PAUSE = 0.0005
 STREAMS = (b"stdout", b"stderr")
+NAMES = ("log", "log.closed", "log.old")  # newest first
 
 
-def payload(text: bytes) -> bytes:
-    """The output in a piece of a log that begins with a whole line."""
+def payload(text: bytes, *, framed: bool = False) -> bytes:
+    """The output in a piece of a log that begins with a whole line. framed: as of `Sandboxes.logs`."""
     output = bytearray()
     for line in io.BytesIO(text):  # one at a time: many short ones are many times as large as objects
         fields = line.split(b" ", 3)
         if len(fields) == 4 and fields[1] in STREAMS and line.endswith(b"\n"):
-            output += fields[3][:-1] if fields[2] == b"P" else fields[3]
+            data = fields[3][:-1] if fields[2] == b"P" else fields[3]
+            output += frame(STREAMS.index(fields[1]) + 1, data) if framed else data
     return bytes(output)
 
 
-def tail(directory: Path, limit: int) -> bytes:
-    """The last `limit` bytes of output."""
+def tail(directory: Path, limit: int, *, framed: bool = False, names: Iterable[str] = NAMES) -> bytes:
+    """The last `limit` bytes of output in these files. framed: as of `Sandboxes.logs`."""
     result, inodes = b"", set()
-    for name in ("log", "log.closed", "log.old"):
+    for name in names:
         with contextlib.suppress(FileNotFoundError), open(directory / name, "rb") as file:
             inode = os.fstat(file.fileno()).st_ino  # until conmon has begun a new log, the closed one is this one
             if inode not in inodes and len(result) < limit:
-                result = _tail(file.fileno(), limit - len(result)) + result
+                result = _tail(file.fileno(), limit - len(result), framed) + result
             inodes.add(inode)
     return result
 
 
-def join(directory: Path, holder: Process) -> tuple[socket.socket, bytes]:
-    """A connection to the streams, and the last output before its first.
+def join(directory: Path, holder: Process, *, whole: bool = False, framed: bool = False) -> tuple[socket.socket, bytes]:
+    """A connection to the streams, and the output before its first, as of `recent`.
 
     conmon serves what is ready in an order of its own: connections, commands, output. So if it finds a connection and
     the command to begin a new log together, the old log ends exactly where the connection begins.
@@ -67,10 +71,8 @@ def join(directory: Path, holder: Process) -> tuple[socket.socket, bytes]:
             except BaseException:
                 connection.close()
                 raise
-        if not _fold(directory, mark):
-            return connection, recent(directory)
-        with open(directory / "log.old", "rb") as file:
-            return connection, _whole_lines(_tail(file.fileno(), REPLAY + LINE))
+        before = ("log.old",) if _fold(directory, mark) else NAMES
+        return connection, recent(directory, whole=whole, framed=framed, names=before)
 
 
 def trim(directory: Path) -> None:
@@ -128,9 +130,14 @@ def _put_away(directory: Path) -> None:
     closed.unlink()
 
 
-def recent(directory: Path) -> bytes:
-    """The last REPLAY bytes of output, from the beginning of a line if there is one in LINE more bytes."""
-    return _whole_lines(tail(directory, REPLAY + LINE))
+def recent(directory: Path, *, whole: bool = False, framed: bool = False, names: Iterable[str] = NAMES) -> bytes:
+    """The last REPLAY bytes of output, from the beginning of a line if there is one in LINE more bytes.
+
+    whole: all that is kept. framed: as of `Sandboxes.logs`.
+    """
+    if whole:
+        return tail(directory, sys.maxsize, framed=framed, names=names)
+    return _whole_lines(tail(directory, REPLAY + LINE, names=names))
 
 
 def _whole_lines(text: bytes) -> bytes:
@@ -150,7 +157,7 @@ def _end(path: Path, limit: int) -> bytes:
         return b""
 
 
-def _tail(fd: int, limit: int) -> bytes:
+def _tail(fd: int, limit: int, framed: bool) -> bytes:
     """The last `limit` bytes of output in one file, reading no more of it than needed, a block at a time."""
     pieces: list[bytes] = []
     missing, end, rest = limit, os.fstat(fd).st_size, b""
@@ -158,11 +165,12 @@ def _tail(fd: int, limit: int) -> bytes:
         start = max(0, end - BLOCK)
         text = os.pread(fd, end - start, start) + rest
         line = text.find(b"\n") + 1 if start else 0  # what is before it began in the block before
-        pieces.append(payload(text[line:]) if line or not start else b"")
+        pieces.append(payload(text[line:], framed=framed) if line or not start else b"")
         rest = text[:line] if line or not start else text
         missing -= len(pieces[-1])
         end = start
-    return b"".join(reversed(pieces))[-limit:] if limit else b""
+    text = b"".join(reversed(pieces))
+    return text if framed else text[-limit:] if limit else b""
 
 
 @contextlib.contextmanager
