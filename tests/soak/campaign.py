@@ -28,7 +28,7 @@ import yaml
 
 from tests import images, network
 from tests.recorder import Recorder
-from tests.stack import Process, Stack, wait_for
+from tests.stack import REPOSITORY, Process, Stack, wait_for
 
 from .fate import Excuse, Fate
 from .node import IMAGE, Node
@@ -168,11 +168,13 @@ class Campaign:
                     break
         finally:
             if self.failures:  # what was there is looked at then
-                kept = Path(tempfile.mkdtemp(prefix="soak-"))
+                kept = REPOSITORY / "build/soak" / self.seed
+                kept.mkdir(parents=True, exist_ok=True)
                 subprocess.run(["cp", "-r", ground.root / "log", kept], check=False)
                 self.say(f"the logs are in {kept}")
             ground.close()
-        self.fail("the network", network.left())
+        if self.driver == "oci":  # Docker Engine leaves its own
+            self.fail("the network", network.left())
         self.report()
         return int(bool(self.failures))
 

@@ -121,7 +121,9 @@ class Swept:
         return len(path.read_text().splitlines()) if path.exists() else 0
 
     def settle(self) -> None:
-        """Wait until the server has been told of everything."""
+        """Wait until the server has been told of everything; nobody tells it without an executor."""
+        if self.node.executor.popen is None or self.node.executor.popen.poll() is not None:
+            return
         query = "SELECT count(*) FROM sessions WHERE reported < revision"
         wait_for("the reports", lambda: self.node.ledger(query) == [(0,)], PATIENCE)
         wait_for("the outputs", lambda: not any((self.node.state / "executor/output").iterdir()), PATIENCE)
@@ -302,6 +304,7 @@ class Restart(Operation):
         self.ended = self._create("0", "until test -e ~/go; do usleep 20000; done; echo said; exit 9")
         wait_for("its start", lambda: self.swept.node.sandboxes().get(self.ended))
         pid = self.swept.node.sandboxes()[self.ended]
+        self.swept.settle()
         self.swept.node.executor.kill()
         go.touch()
         wait_for("its end", lambda: not Path(f"/proc/{pid}").exists())
