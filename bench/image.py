@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -34,8 +35,12 @@ def build() -> tuple[list[list[str]], list[str]]:
             archive.bootstrap(directory / "base.tar", report)
             return directory / "base.tar"
 
+        def tools() -> Path:
+            programs = recipe.programs(report, Path(sys.executable))
+            return archive.layer("tools", layers, directory, programs, report)
+
         timed("base", base)
-        timed("tools", lambda: archive.layer("tools", layers, directory, recipe.programs(report), report))
+        timed("tools", tools)
         timed("command", lambda: archive.layer("command", layers, directory, {}, report))
     return rows, report.found
 

@@ -73,13 +73,13 @@ def building(place: Path) -> Iterator[Path]:
         try:
             yield Path(name)
         except OSError as error:
-            raise Failed(f"the image cannot be built in {place}: {error.strerror}") from None
+            raise Failed(f"the image cannot be built in {place}: {error}") from None
 
 
-def build(place: Path, directory: Path, report: Report) -> list[Path]:
+def build(place: Path, directory: Path, report: Report, python: Path = installed.PYTHON) -> list[Path]:
     """The tars of the layers; those of packages and tools are kept in a place, and made unless they are there.
 
-    directory: for what is being made.
+    directory: for what is being made. python: one with pip.
     """
     base = place / f"base-{host.codename()}-{recipe.base_key()}.tar"
     if not base.exists():
@@ -87,7 +87,7 @@ def build(place: Path, directory: Path, report: Report) -> list[Path]:
         _keep(directory / "base.tar", base, "base-*.tar")
     tools = place / f"tools-{host.codename()}-{recipe.tools_key()}.tar"
     if not tools.exists():
-        _keep(layer("tools", [base], directory, recipe.programs(report), report), tools, "tools-*.tar")
+        _keep(layer("tools", [base], directory, recipe.programs(report, python), report), tools, "tools-*.tar")
     return [base, tools, layer("command", [base, tools], directory, {}, report)]
 
 

@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import host, installed
+from . import host
 from .environment import launcher
 from .steps import Failed, Report, command
 
@@ -77,11 +77,14 @@ def files(layer: str) -> Iterator[tuple[str, bytes]]:
         yield "beaker/launcher", launcher(_INSIDE, "/usr/bin/python3").encode()
 
 
-def programs(report: Report) -> dict[str, bytes]:
-    """Those that are copied into the image as they are: name and content; empty where PyPI cannot be reached."""
+def programs(report: Report, python: Path) -> dict[str, bytes]:
+    """Those that are copied into the image as they are: name and content; empty where PyPI cannot be reached.
+
+    python: one with pip.
+    """
     report("downloading uv")
     with tempfile.TemporaryDirectory() as name:
-        pip = [str(installed.PYTHON), "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
+        pip = [str(python), "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
         options = ["--only-binary=:all:", "--require-hashes", "--progress-bar=off", "--dest", name]
         try:
             command([*pip, *options, "--requirement", str(DIRECTORY / "tools/uv.txt")], report)

@@ -16,9 +16,11 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from setup import host
 from setup.sources import sources
@@ -37,11 +39,11 @@ def scratch() -> bytes:
     return tar({"busybox": BUSYBOX.read_bytes()})
 
 
-def alpine() -> bytes:
+def alpine(more: Mapping[str, bytes | str] = MappingProxyType({})) -> bytes:
     files: dict[str, bytes | str] = {f"bin/{name}": "busybox" for name in APPLETS.split()}
     files |= {"bin/busybox": BUSYBOX.read_bytes(), "etc/passwd": ALPINE_PASSWD.encode()}
     files |= {"etc/group": ALPINE_GROUP.encode(), "etc/not-a-program": b"text\n"}
-    return tar(files)
+    return tar({**files, **more})
 
 
 def links() -> bytes:
@@ -74,6 +76,8 @@ def bullseye() -> Path:
 
 def _bootstrap(release: str, packages: str, sources: list[str], variant: str = "minbase") -> Path:
     path = BUILD / f"debian-{hashlib.sha256(f'{release} {packages}'.encode()).hexdigest()[:12]}.tar"
+    if path.exists():  # the checkout may be read-only
+        return path
     with _building(path.name):
         if path.exists():
             return path
@@ -156,7 +160,8 @@ def default(target: Path | None) -> None:
     place.mkdir(parents=True, exist_ok=True)
     with _building("default"), archive.building(place) as directory:
         layers: list[Path] = []
-        network.on_the_machine(lambda: layers.extend(archive.build(place, directory, lambda _: None)))
+        python = Path(sys.executable)
+        network.on_the_machine(lambda: layers.extend(archive.build(place, directory, lambda _: None, python)))
         if target:
             archive.write(target, layers, recipe.key())
 

@@ -28,16 +28,24 @@ from . import admission, credentials, disk, forwarding, inventory, plan
 from .homes import home
 from .incident import incident
 from .inside import Inside
+from .loop import Workers
+from .places import Places
+from .ports import Sockets
 from .publishing import Publisher
 from .rundir import TARGET
-from .sessions import Sessions
+from .sessions import Live, Sessions
 
 log = logging.getLogger(__name__)
 
 RESTARTED = "the machine was restarted"
+REMOVED = "somebody else removed its container"
 SIGNALLED = 128  # an exit code above it says that a signal ended the process: which one is what is above
 GRACE = 10.0  # seconds between asking a session to end and killing it
 OUTPUT_KEPT = 1 << 20  # bytes of its output that are kept for `session logs` after the end
+WHOLE = 64 << 20  # bytes: more than any driver keeps
+UNSEEN = 300.0  # seconds after the end in which whoever follows a session from its start must have come back
+THREADS, EACH = 48, 8  # that start sessions, and as many that clean up; so many for one account
+REST = 10.0  # seconds after which one that has nothing to do ends
 STUCK = 30.0  # seconds after which a sandbox that cannot be removed cordons the node
 RECONCILE_EVERY = 10.0
 
@@ -54,7 +62,7 @@ class Lifecycle:
         self.output = Path(settings.storage_path, "executor", "output")
         self.output.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.ready = threading.Event()  # the first reconcile is done: what runs here is known
-        self._busy: set[str] = set()  # sessions that a thread of ours starts or cleans up right now
+        self._busy: set[tuple[str, str]] = set()  # what a thread of ours does right now, or will, and to which session
         self._lock = threading.Lock()
         self._reconciling = threading.Lock()
         self._boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -64,58 +72,101 @@ class Lifecycle:
             {session.id for session in sessions.live()} if restarted else set()
         )  # by a restart of the machine
         sessions.cordon("start", "the executor is starting")
-        sessions.on_start = lambda id: self._spawn(id, self._start)
-        sessions.on_exit = lambda id: self._spawn(id, self._clean_up)
+        # Under the lock of `sessions`: one that is seen to be scheduled is already noted as busy.
+        sessions.on_start = lambda id: self._spawn("start", id, partial(self._start, number=self._places.number()))
+        sessions.on_exit = lambda id: self._spawn("clean up", id, self._clean_up)
+        self._workers = {name: Workers(name, THREADS, EACH, rest=REST) for name in ("start", "clean up")}
+        self._places = Places(max(2, len(os.sched_getaffinity(0))))
 
     def run(self) -> None:
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
         threading.Thread(target=self._tick, name="tick", daemon=True).start()
 
-    def _spawn(self, id: str, act: Callable[[str], None]) -> None:
+    def _spawn(self, what: str, id: str, act: Callable[[str], None]) -> None:
+        """Do something to a session in a thread, unless one does this already, or something else of this name.
+
+        Whatever was known when it was asked for, `act` looks anew: nobody else does this to the session meanwhile.
+        Starts and clean-ups wait for workers, of which each account has a share; an end, which waits for what runs,
+        has a thread of its own.
+        """
+        key = what, id
+        live = self.sessions.entry(id)
+
         def guarded() -> None:
             try:
                 act(id)
+            except Error as error:  # the next reconcile takes it up again
+                log.warning("session %s: %s failed: %s", id, what, error)
             except Exception:
-                log.exception("session %s: %s failed", id, act.__name__)  # the next reconcile takes it up again
+                log.exception("session %s: %s failed", id, what)
             finally:
                 with self._lock:
-                    self._busy.discard(f"{act.__name__} {id}")
+                    self._busy.discard(key)
 
         with self._lock:
-            if f"{act.__name__} {id}" in self._busy:
+            if key in self._busy:
                 return
-            self._busy.add(f"{act.__name__} {id}")
+            self._busy.add(key)
         try:
-            threading.Thread(target=guarded, name=f"{act.__name__} {id}", daemon=True).start()
+            if what in self._workers:
+                self._workers[what].submit(live.session.account if live else "", guarded)
+                return
+            threading.Thread(target=guarded, name=f"{what} {id}", daemon=True).start()
         except RuntimeError as error:  # the machine has no thread left; the next reconcile takes it up again
-            log.error("session %s: %s has to wait: %s", id, act.__name__, error)
+            log.error("session %s: %s has to wait: %s", id, what, error)
             with self._lock:
-                self._busy.discard(f"{act.__name__} {id}")
+                self._busy.discard(key)
 
     # -- starting
 
-    def _start(self, id: str) -> None:
+    def _start(self, id: str, number: int) -> None:
         live = self.sessions.entry(id)
         if live is None or live.session.state != State.SCHEDULED:
             return
+        if self._tried(id, live, number, self._make):
+            self._began(id, live, time.clock_gettime(time.CLOCK_BOOTTIME), datetime.now(UTC))
+
+    def _resume(self, id: str, number: int) -> None:
+        """A start that was interrupted: go on where it was, or begin again if what was made has ended by itself."""
+        live = self.sessions.entry(id)
+        if live is None or live.session.state != State.SCHEDULED:
+            return
+        found = self.sandboxes.find(id)
+        if found and found.status == Status.CREATED and id not in self._cut_off:
+            if self._tried(id, live, number, self._finish):
+                self._began(id, live, time.clock_gettime(time.CLOCK_BOOTTIME), datetime.now(UTC))
+        elif found is None or found.started is None:
+            self.sandboxes.remove(id)
+            self._start(id, number)
+        else:
+            if found.status == Status.RUNNING:
+                self.sandboxes.start(id, live.session.request.size if live.session.request.tty else None)
+            live.changed = True  # it may have ended before anybody watched
+            self._began(id, live, _started(found.pid), found.started)
+
+    def _tried(self, id: str, live: Live, number: int, act: Callable[[str, Live, int], None]) -> bool:
+        """Do a part of a start. What it raises ends the session."""
         try:
-            self._make(id, live.session, live.identity)
+            act(id, live, number)
         except Exception as unexpected:
             error = unexpected if isinstance(unexpected, Error) else incident(log)
             log.warning("session %s could not start: %s", id, error)
             why = f"{error.message}; {error.hint}" if error.hint else error.message
             canceled = live.session.canceled_for
             self.sessions.ended(id, None, canceled or why, "" if canceled else error.code)
-            return
-        live.since = time.clock_gettime(time.CLOCK_BOOTTIME)
-        self.sessions.move(id, State.STARTED, started=datetime.now(UTC))
-        if live.session.canceled:
-            self._spawn(id, self._end)
-        if live.exit_seen:
-            self._examine({id})
+            return False
+        return True
 
-    def _make(self, id: str, session: Session, identity: Identity) -> None:
-        request = session.request
+    def _began(self, id: str, live: Live, since: float, started: datetime) -> None:
+        live.since = since
+        self.sessions.move(id, State.STARTED, started=started)
+        if live.session.canceled:
+            self._spawn("end", id, self._end)
+        if live.changed:
+            self._examine(id)
+
+    def _make(self, id: str, live: Live, number: int) -> None:
+        session, identity, request = live.session, live.identity, live.session.request
         assert request.image  # `plan.defaults` has filled it in
         admission.check_person(identity)  # one of an earlier version may wait in the queue; ids are the driver's matter
         login = partial(credentials.find, identity)
@@ -128,17 +179,29 @@ class Lifecycle:
         with ExitStack() as pins:
             claim, sockets = self._publisher.bind(id, session, pins)
             session = replace(session, claim=claim)
+            mounts = [*self._mounts(request, identity, pins), *own]  # the last that may have to be waited for
             spec: Spec = plan.spec(
-                id, request, claim, identity, image, [*self._mounts(request, identity, pins), *own],
+                id, request, claim, identity, image, mounts,
                 capacity=self.sessions.capacity, node=self.node(), owner=self.owner, job=wire.job(session),
                 disk=self.disk,
             )  # fmt: skip
-            self.sandboxes.create(spec)
-            self.sessions.passed(id, "made")
-            size = self.sessions.offer(id, lambda: self.sandboxes.attach(id, replay=False))
-            self.sandboxes.start(id, size if request.tty else None)
-            if sockets:
-                self._publisher.forward(id, sockets)
+            with self._places.held(number):
+                self.sandboxes.create(spec)
+                self.sessions.passed(id, "made")
+                self._let_go(id, request, sockets)
+
+    def _finish(self, id: str, live: Live, number: int) -> None:
+        """Start what another executor has made."""
+        with ExitStack() as pins:
+            _, sockets = self._publisher.bind(id, live.session, pins)
+            with self._places.held(number):
+                self._let_go(id, live.session.request, sockets)
+
+    def _let_go(self, id: str, request: Request, sockets: Sockets) -> None:
+        size = self.sessions.offer(id, lambda: self.sandboxes.attach(id, replay=False))
+        self.sandboxes.start(id, size if request.tty else None)
+        if sockets:
+            self._publisher.forward(id, sockets)
 
     def _going(self, id: str) -> None:
         live = self.sessions.entry(id)
@@ -181,7 +244,7 @@ class Lifecycle:
     def stop(self, id: str, actor: str) -> None:
         """End a session, wherever it is in its life, without waiting for it. What fails `reconcile` takes up again."""
         if not self.sessions.cancel(id, actor):
-            self._spawn(id, self._end)
+            self._spawn("end", id, self._end)
 
     def _end(self, id: str) -> None:
         """End a session's main process. If it does not, the node is cordoned, and its GPUs are not given away."""
@@ -204,18 +267,29 @@ class Lifecycle:
         except FileNotFoundError:
             return b""
 
-    def _examine(self, ids: set[str]) -> None:
-        """Look whether these sessions' main processes have ended."""
-        for found in self.sandboxes.list():
-            live = self.sessions.entry(found.id)
-            if found.id not in ids or live is None or found.status != Status.EXITED:
-                continue
-            if live.session.state == State.SCHEDULED:
-                live.exit_seen = True  # `_start` has not yet said that it ran
-                live = self.sessions.entry(found.id)
-                if live is None or live.session.state != State.STARTED:
-                    continue
-            self.sessions.ended(found.id, found.exit_code, self._farewell(found, live.session))
+    def unseen(self, session: Session) -> bytes:
+        """All output of a session that has ended, for who was given nothing of it: framed, unless it has a terminal."""
+        with suppress(Error):
+            return self.sandboxes.logs(session.id, WHOLE, framed=not session.request.tty)
+        with suppress(FileNotFoundError):
+            return self._unseen(session.id).read_bytes()
+        return b""
+
+    def _unseen(self, id: str) -> Path:
+        """What is kept of the output of a session for who comes back after its end, as this executor may have just been
+        started, and was not there to pass its streams on."""
+        return self.output / f"{id}.unseen"
+
+    def _examine(self, id: str) -> None:
+        """Look whether a session's main process has ended."""
+        live = self.sessions.entry(id)
+        if live and live.session.state == State.SCHEDULED:
+            live.changed = True  # `_began` looks again, once it has said that it ran
+            live = self.sessions.entry(id)
+        if live and live.session.state == State.STARTED:
+            found = self.sandboxes.find(id)
+            if found and found.status == Status.EXITED:
+                self.sessions.ended(id, found.exit_code, self._farewell(found, live.session))
 
     def _farewell(self, found: Found, session: Session) -> str:
         """Why a session ended, as far as its exit code does not say it."""
@@ -226,30 +300,63 @@ class Lifecycle:
         return session.canceled_for or found.why
 
     def _clean_up(self, id: str) -> None:
+        live = self.sessions.entry(id)
+        if live is None or live.session.state != State.EXITED or ("remove", id) in self._busy:
+            return
+        output = unseen = b""
         try:
             output = self.sandboxes.logs(id, OUTPUT_KEPT)
-            if output:
-                (self.output / id).write_bytes(output)
+            if output and not live.offered:
+                unseen = self.unseen(live.session)
         except Exception as error:
             if not isinstance(error, Error) or error.code != "not_found":  # it never came to be
                 log.warning("the output of session %s could not be kept: %s", id, error)
-        since = time.monotonic()
-        while True:
-            try:
-                self.sandboxes.remove(id)
-                live = self.sessions.entry(id)
-                if live and live.session.claim and live.session.claim.ports:
-                    forwarding.end(id)
-                break
-            except Exception as unexpected:
-                problem = unexpected if isinstance(unexpected, Error) else incident(log)
-                log.warning("session %s cannot be removed: %s", id, problem)
-                if time.monotonic() - since > STUCK:
-                    self.sessions.cordon(id, f"session {id} cannot be removed: {problem.message}")
-                time.sleep(2)
+        again = None if self._keep(id, output, unseen) else (output, unseen)
+        if self._removed(id, live, time.monotonic()):
+            self._release(id, again)
+        else:  # what cannot be killed takes nobody's turn
+            self._spawn("remove", id, lambda id: self._remove(id, again))
+
+    def _remove(self, id: str, again: tuple[bytes, bytes] | None) -> None:
+        """Remove what is left of a session, however long the kernel keeps it."""
+        live, since = self.sessions.entry(id), time.monotonic()
+        while live and not self._removed(id, live, since):
+            time.sleep(2)
+        self._release(id, again)
+
+    def _removed(self, id: str, live: Live, since: float) -> bool:
+        try:
+            self.sandboxes.remove(id)
+            if live.session.claim and live.session.claim.ports:
+                forwarding.end(id)
+        except Exception as unexpected:
+            problem = unexpected if isinstance(unexpected, Error) else incident(log)
+            log.warning("session %s cannot be removed: %s", id, problem)
+            if time.monotonic() - since > STUCK:
+                self.sessions.cordon(id, f"session {id} cannot be removed: {problem.message}")
+            return False
+        return True
+
+    def _release(self, id: str, again: tuple[bytes, bytes] | None) -> None:
+        if again:
+            self._keep(id, *again)  # the disk was full, and has the room of this session now
         self.inside.close(id)
         self.sessions.cordon(id, "")
         self.sessions.release(id)
+
+    def _keep(self, id: str, output: bytes, unseen: bytes) -> bool:
+        """Write a session's output where `logs` and `unseen` find it: all, or nothing and False."""
+        files = {self.output / id: output, self._unseen(id): unseen}
+        try:
+            for path, data in files.items():
+                if data:
+                    path.write_bytes(data)
+        except OSError as error:
+            log.warning("the output of session %s could not be kept: %s", id, error)
+            for path in files:
+                path.unlink(missing_ok=True)
+            return False
+        return True
 
     # -- watching
 
@@ -258,7 +365,7 @@ class Lifecycle:
         while True:
             try:
                 for id in self.sandboxes.watch():
-                    self._examine({id}) if id else self.reconcile()
+                    self._examine(id) if id else self.reconcile()
                     trouble = ""
             except Error as error:
                 if str(error) != trouble:
@@ -277,11 +384,18 @@ class Lifecycle:
                 if time.monotonic() - last > RECONCILE_EVERY:
                     last = time.monotonic()
                     self.reconcile()
+                    self._forget_unseen()
+                    self.sessions.ledger.keep_room()
                     self._guard()
             except Error as error:
                 log.warning("cannot look after the sessions: %s", error)
             except Exception:
                 log.exception("looking after the sessions failed")
+
+    def _forget_unseen(self) -> None:
+        for path in self.output.glob("*.unseen"):
+            if time.time() - path.stat().st_mtime > UNSEEN:
+                path.unlink()
 
     def _guard(self) -> None:
         if any(s.state == State.STARTED and not s.request.host_network for s in self.sessions.live()):
@@ -301,67 +415,65 @@ class Lifecycle:
             self._reconcile()
 
     def _reconcile(self) -> None:
+        """What is listed says where to look, and no more: sessions start and end meanwhile. Each act looks anew."""
         known = self.sessions.live()  # before the list: what ran then must be in it
         exists = {found.id: found for found in self.sandboxes.list()}
-        published = []
         for session in known:
-            found = exists.pop(session.id, None)
-            live = self.sessions.entry(session.id)
-            if live is None or session.state == State.CREATED:
-                continue
-            if session.state == State.SCHEDULED:
-                self._resume(session.id, found)
-            elif session.state == State.STARTED and found is None:
-                why = (
-                    "the machine was restarted"
-                    if session.id in self._cut_off
-                    else "somebody else removed its container"
-                )
-                self.sessions.ended(session.id, None, why)
-            elif session.state == State.STARTED and found and found.status == Status.EXITED:
-                self.sessions.ended(session.id, found.exit_code, self._farewell(found, session))
-            elif session.state == State.STARTED and session.canceled:
-                self._spawn(session.id, self._end)  # an executor was killed, or an engine away, before it ended
-            elif session.state == State.STARTED and found and live.since is None:
-                live.since = _started(found.pid)
-            elif session.state == State.EXITED:
-                self._spawn(session.id, self._clean_up)
-            if session.state == State.STARTED and session.claim and session.claim.ports:
-                published.append(session)
+            self._compare(session.id, exists.pop(session.id, None))
+        published = [s for s in self.sessions.live() if s.state == State.STARTED and s.claim and s.claim.ports]
         self._publisher.forward_again(published)
         self.sessions.schedule()  # what a session waits for may be another program's, which tells nobody of its end
-        for found in exists.values():
-            self._adopt(found)
+        for id in exists:
+            self._adopt(id)
         self.inside.resume(lambda: [session.id for session in self.sessions.live()])
         if not self.ready.is_set():
-            self.sessions.ledger.fact("boot", self._boot)
+            self.sessions.ledger.note("boot", self._boot)
             self.ready.set()
             self.sessions.cordon("start", "")
 
-    def _resume(self, id: str, found: Found | None) -> None:
-        """A start that was interrupted: finish it if the main process runs, else begin again."""
-        if f"_start {id}" in self._busy:
-            return
-        if found and found.status == Status.CREATED:
-            self.sandboxes.remove(id)  # its pinned mounts died with the executor that made it
-        if found is None or found.status == Status.CREATED:
-            self._spawn(id, self._start)
-            return
+    def _compare(self, id: str, listed: Found | None) -> None:
+        """Mend what differs between a session and its sandbox as it was listed."""
         live = self.sessions.entry(id)
-        if live:
-            if found.status == Status.RUNNING:
-                self.sandboxes.start(id, live.session.request.size if live.session.request.tty else None)
-                live.since = _started(found.pid)
-            self.sessions.move(id, State.STARTED, started=found.started or datetime.now(UTC))
-            self._examine({id})
-
-    def _adopt(self, found: Found) -> None:
-        """A sandbox that the ledger does not know: lost with it, or the remains of one that ended."""
-        if found.labels.get(LABEL_OWNER) != self.owner:
+        if live is None:
             return
-        known = self.sessions.ledger.get(found.id)
+        session = live.session
+        if session.state == State.CREATED and listed:
+            self._recall(listed)
+        elif session.state == State.SCHEDULED:
+            self._spawn("start", id, partial(self._resume, number=self._places.number()))
+        elif session.state == State.EXITED:
+            self._spawn("clean up", id, self._clean_up)
+        elif session.state == State.STARTED:
+            if listed is None:
+                if self.sandboxes.find(id) is None:
+                    self.sessions.ended(id, None, RESTARTED if id in self._cut_off else REMOVED)
+            elif listed.status == Status.EXITED:
+                self._examine(id)
+            elif session.canceled:
+                self._spawn("end", id, self._end)  # an executor was killed, or an engine away, before it ended
+            elif live.since is None:
+                live.since = _started(listed.pid)
+
+    def _recall(self, found: Found) -> None:
+        """A session that waits, says the ledger, and has a sandbox: the ledger's latest changes were lost."""
+        try:
+            claim = wire.session(json.loads(found.labels[plan.LABEL_JOB])).claim
+            if not self.sessions.recall(found.id, claim):
+                return
+        except (KeyError, ValueError, Error) as error:
+            self.sessions.cordon(found.id, f"what session {found.id} holds is not known: {error}")
+            return
+        log.warning("session %s runs, and the ledger had it in the queue", found.id)
+        self.sessions.cordon(found.id, "")
+        self._spawn("start", found.id, partial(self._resume, number=self._places.number()))
+
+    def _adopt(self, id: str) -> None:
+        """A sandbox that the ledger does not know: lost with it, or the remains of one that ended."""
+        known, found = self.sessions.ledger.get(id), self.sandboxes.find(id)
+        if found is None or found.labels.get(LABEL_OWNER) != self.owner:
+            return
         if known and known[0].state == State.FINALIZED:
-            self.sandboxes.remove(found.id)
+            self.sandboxes.remove(id)
         if known:
             return  # made since we looked
         try:
@@ -369,16 +481,19 @@ class Lifecycle:
             identity = inventory.unix_user(int(found.labels[plan.LABEL_UID]), self.settings.session_home)
         except (KeyError, ValueError, Error) as error:
             # Whose GPUs it holds is not known, so no GPU is free for sure.
-            why = f"the container of session {found.id} has unreadable labels ({error}); remove it by hand"
-            self.sessions.cordon(found.id, why)
+            why = f"the container of session {id} has unreadable labels ({error}); remove it by hand"
+            self.sessions.cordon(id, why)
             return
-        log.warning("session %s was found by its container; the ledger did not know it", found.id)
         state = State.STARTED if found.status == Status.RUNNING else State.SCHEDULED
-        self.sessions.adopt(replace(session, state=state, started=found.started), identity)
-        if found.status == Status.CREATED:
-            self._resume(found.id, found)
-        elif found.status == Status.EXITED:
-            self.sessions.ended(found.id, found.exit_code, self._farewell(found, session))
+        try:
+            self.sessions.adopt(replace(session, state=state, started=found.started), identity)
+        except Error as error:
+            # The disk is full, or the ledger is older than what runs: whoever holds these there is about to be final.
+            self.sessions.cordon(id, f"the ledger does not take session {id}, which runs: {error.message}")
+            return
+        log.warning("session %s was found by its container; the ledger did not know it", id)
+        self.sessions.cordon(id, "")
+        self._spawn("start", id, partial(self._resume, number=self._places.number()))
 
 
 def _started(pid: int) -> float:

@@ -24,7 +24,9 @@ def test_life_as_listed(make_any: Maker) -> None:
     found = make_any.wait(spec.id, Status.EXITED)
     assert (found.exit_code, found.labels[LABEL], found.pid, found.oom) == (1, spec.id, 0, False)
     assert found.started <= found.finished
+    assert sandboxes.find(spec.id) == found
     sandboxes.remove(spec.id)
+    assert sandboxes.find(spec.id) is None
     assert spec.id not in {found.id for found in sandboxes.list()}
     sandboxes.remove(spec.id)
 

@@ -72,9 +72,7 @@ def serve(inside: Inside) -> str:
 
 
 def gateway(lab: OciLab) -> str:
-    network = lab.sandboxes.network._address()
-    assert network
-    return str(network[1])
+    return str(lab.sandboxes.network._ensure()[1])
 
 
 def publish(inside: Inside) -> int:
@@ -128,6 +126,30 @@ def test_what_the_settings_name_is_open(inside: Inside, oci_lab: OciLab) -> None
             network.access = []
             network._ensure(again=True)
         assert calling(inside, gateway(oci_lab), port) == "ECONNREFUSED"
+
+
+# Many calls at once, each refused, or still waiting after a while.
+MANY = """
+import asyncio, errno, sys
+async def call():
+    try:
+        await asyncio.wait_for(asyncio.open_connection(sys.argv[1], int(sys.argv[2])), 5)
+        return "open"
+    except asyncio.TimeoutError:
+        return "silence"
+    except OSError as error:
+        return errno.errorcode[error.errno]
+async def main():
+    print(*sorted(set(await asyncio.gather(*(call() for _ in range(60))))))
+asyncio.run(main())
+"""
+
+
+def test_every_one_of_many_calls_is_refused(inside: Inside, oci_lab: OciLab) -> None:
+    with socket.create_server(("", 0)) as service:
+        port = str(service.getsockname()[1])
+        said = inside.run("python3", "-c", MANY, gateway(oci_lab), port)
+    assert said[1].split() == ["ECONNREFUSED"]
 
 
 METADATA = ("169.254.169.254", "100.100.100.200", "168.63.129.16", "fd00:ec2::254", "fd20:ce::254")

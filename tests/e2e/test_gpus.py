@@ -52,8 +52,8 @@ def test_two_share_nothing_and_the_third_waits_its_turn(ada: User, bob: User, tt
         terminal.expect("with at least 1 GPU")
         terminal.expect("Reserved 1 GPU")
         terminal.expect(PROMPT)
-    held = [gpu for job in ada.json("session", "list", "--all") for gpu in job["limits"]["gpus"]]
-    assert sorted(held) == ["example.com/gpu=0", "example.com/gpu=1"]
+    held = {user: [gpu for job in user.json("session", "list") for gpu in job["limits"]["gpus"]] for user in (ada, bob)}
+    assert sorted(held[ada] + held[bob]) == ["example.com/gpu=0", "example.com/gpu=1"]
 
     third = tty(bob, "session", "create", "--name", "third")
     third.expect("needs 1 GPU, 0 free")
@@ -63,7 +63,7 @@ def test_two_share_nothing_and_the_third_waits_its_turn(ada: User, bob: User, tt
     third.expect("Reserved 1 GPU")
     third.expect(PROMPT)
     (job,) = [job for job in bob.json("session", "list") if job["name"] == "third"]
-    assert job["limits"]["gpus"] == ["example.com/gpu=0"]
+    assert job["limits"]["gpus"] == held[ada]
 
 
 def test_ctrl_c_gives_the_place_up(ada: User, bob: User, tty: type[Tty]):

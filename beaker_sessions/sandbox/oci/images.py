@@ -106,7 +106,7 @@ class Images:
             path.unlink()
         try:
             self._tidy()
-        except (OSError, ValueError) as error:  # live sessions go on; what needs the storage says more
+        except (OSError, ValueError, Error) as error:  # live sessions go on; what needs the storage says more
             log.warning("the images cannot be tidied: %s", error)
 
     def get(
@@ -213,7 +213,7 @@ class Images:
     def describe(self, id: str) -> Description:
         """Raises Error not_found for an image that is not in the storage."""
         path = self._description(id)
-        with contextlib.suppress(FileNotFoundError, ValueError):
+        with contextlib.suppress(OSError, ValueError, TypeError):
             return Description(**json.loads(path.read_text()))
         try:
             description = self._describe(id)

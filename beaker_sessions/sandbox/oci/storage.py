@@ -16,6 +16,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ...errors import Error
 from . import documents, mounts
 from .documents import Wrong
 
@@ -68,6 +69,8 @@ class Storage:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 return
+            if why := self._broken():
+                raise Error("internal", f"nothing is removed from {self.root}: {why}", "load the images again")
             needed = self._needed()
             if any(layer["id"] not in needed for layer in self._records("layers")):
                 temporary = records / f".layers-{os.urandom(4).hex()}"
@@ -88,14 +91,32 @@ class Storage:
                 if directory.is_dir() and directory.name not in known:
                     mounts.remove_tree(directory)
 
+    def _broken(self) -> str:
+        """Why its records may be damaged, and what no image seems to have may be live sessions'; "" for no reason."""
+        layers = {layer["id"]: layer for layer in self._records("layers")}
+        for image in self.images():
+            if not (self.root / "overlay-images" / image["id"]).is_dir():
+                return f"the image {image['id']} has no files"
+            last = (self.chain(image) or [image])[-1]
+            if (last.get("layer") or last.get("parent")) not in (None, "", *layers):
+                return f"a layer of the image {image['id']} is not there"
+        return ""
+
     def _needed(self) -> dict[str, dict[str, Any]]:
         return {layer["id"]: layer for image in self.images() for layer in self.chain(image)}
 
     def _records(self, kind: str) -> list[dict[str, Any]]:
-        with contextlib.suppress(FileNotFoundError):
-            records = json.loads((self.root / f"overlay-{kind}" / f"{kind}.json").read_text())
-            return records if isinstance(records, list) else []
-        return []
+        """Raises Error internal for a damaged file."""
+        path = self.root / f"overlay-{kind}" / f"{kind}.json"
+        try:
+            records = json.loads(path.read_text())
+        except FileNotFoundError:
+            return []
+        except (ValueError, RecursionError) as error:
+            raise Error("internal", f"{path} is damaged: {error}", "load the images again") from error
+        if isinstance(records, list) and all(isinstance(r, dict) and isinstance(r.get("id"), str) for r in records):
+            return records
+        raise Error("internal", f"{path} is damaged: it is no list of {kind}", "load the images again")
 
 
 def size(layer: dict[str, Any]) -> int:
