@@ -425,6 +425,8 @@ class Lifecycle:
         self.sessions.schedule()  # what a session waits for may be another program's, which tells nobody of its end
         for id in exists:
             self._adopt(id)
+        for id in self.sessions.cordoning - {*exists, *(session.id for session in self.sessions.live())}:
+            self.sessions.cordon(id, "")  # somebody removed it by hand
         self.inside.resume(lambda: [session.id for session in self.sessions.live()])
         if not self.ready.is_set():
             self.sessions.ledger.note("boot", self._boot)
@@ -480,9 +482,14 @@ class Lifecycle:
             session = wire.session(json.loads(found.labels[plan.LABEL_JOB]))
             identity = inventory.unix_user(int(found.labels[plan.LABEL_UID]), self.settings.session_home)
         except (KeyError, ValueError, Error) as error:
+            if found.status == Status.EXITED:
+                log.error("what is left of session %s has unreadable labels (%s), and is removed", id, error)
+                self.sandboxes.remove(id)
+                self.sessions.cordon(id, "")
+                return
             # Whose GPUs it holds is not known, so no GPU is free for sure.
-            why = f"the container of session {id} has unreadable labels ({error}); remove it by hand"
-            self.sessions.cordon(id, why)
+            how = f"; to end it: kill -9 {found.pid}" if found.pid else ""
+            self.sessions.cordon(id, f"session {id} runs and has unreadable labels ({error}){how}")
             return
         state = State.STARTED if found.status == Status.RUNNING else State.SCHEDULED
         try:

@@ -373,6 +373,12 @@ class Sessions:
         """That part of it which the machine has found out itself: sessions that do not end."""
         return "; ".join(reason for source, reason in self._cordons.items() if ids.is_ulid(source))
 
+    @property
+    def cordoning(self) -> set[str]:
+        """The sessions that keep this node from starting anything new."""
+        with self._lock:
+            return {source for source in self._cordons if ids.is_ulid(source)}
+
     def cordon(self, source: str, reason: str) -> None:
         """Start nothing new while any source has a reason; the queue keeps its order. "" takes a source's back."""
         with self._lock:
