@@ -17,7 +17,7 @@ from . import output
 from .backlog import PROMPT, STUCK, Backlog
 from .door import BUSY, DEAD, QUIET, Away, Door, Silence
 from .loop import READABLE, Loop
-from .stream import CHUNK, STDOUT, Stream
+from .stream import CHUNK, STDOUT, Stream, past
 from .terminal import DetachKey, Output, Signals, Terminal, may_read, size
 
 TYPE_CHECKING = False
@@ -52,6 +52,7 @@ class Follow:
         self._stream: Stream | None = None
         self._streamed = False  # there was a stream: what it carried must not come again
         self._handle = ""
+        self._earlier: list[tuple[int, bytes]] = []
         self._sent = False  # the executor may have read the request
         self._silent = False  # it was said that the executor does not answer
         self._ended: dict[str, Any] | None = None
@@ -143,7 +144,9 @@ class Follow:
         self._loop.cancel("away", "busy", "answer")
         self._returning, self._pause = False, 0.05
         event = frame.get("event")
-        if event == "created":
+        if event == "earlier":
+            self._earlier = past(fd, frame["framing"])
+        elif event == "created":
             self.id = frame["job"]["id"]
             self._progress.tell(frame)
             if self._canceled_by:
@@ -211,6 +214,7 @@ class Follow:
         except Error:
             self._lost()
             return
+        self._earlier = []  # comes again
         if self._door:
             self._expect()
             if self._tty and self._sent:
@@ -222,7 +226,9 @@ class Follow:
             return {**frame, "op": "exec_exit", "id": self.id or None, "handle": self._handle}
         if self._op == "exec" or not self.id or not self._sent:
             return self._request  # which was not read, or has the same idempotency key: no second session
-        return {**frame, "op": "attach", "id": self.id, "size": size(), "replay": True, "stream": not self._streamed}
+        whole = self._op == "create"  # an attach asks for the latest output
+        how = {"size": size(), "replay": True, "stream": not self._streamed, "whole": whole}
+        return {**frame, "op": "attach", "id": self.id, **how}
 
     def _expect(self) -> None:
         """A sign of life is due from the executor, where nothing else is left to wait for."""
@@ -282,12 +288,22 @@ class Follow:
             self._resize()
         if frame.get("replay"):
             self._show([(STDOUT, a2b_base64(frame["replay"]))])
+        self._show_earlier()
         if not self._input:
             self._stream.half_close()
+
+    def _show_earlier(self) -> None:
+        """What the session wrote before there was a stream, or instead of one when it has ended."""
+        if self._earlier:
+            self._streamed = True
+            self._progress.finish()
+            self._show(self._earlier)
+            self._earlier = []
 
     def _end(self, frame: dict[str, Any]) -> None:
         self._ended = frame
         self._drop_door()
+        self._show_earlier()
         self._loop.cancel()
         if self._stream or not self._backlog.has_room:
             self._loop.after(DRAIN, "drain", self._finish)

@@ -221,7 +221,7 @@ class Door:
         created |= {"warning": admitted.warning} if admitted.warning else {}
         detach = bool(request.get("detach"))
         return self.following.session(
-            caller, session, terminal=not detach, size=wanted.size, brief=detach, first=created
+            caller, session, terminal=not detach, size=wanted.size, brief=detach, first=created, whole=True
         )
 
     def _attach(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> Answer:
@@ -230,8 +230,10 @@ class Door:
         size = wire.window(request["size"]) if request.get("size") else None
         replay = request.get("replay", True) is True
         brief = request.get("detach") is True
-        terminal = request.get("stream", True) is True and not brief
-        return self.following.session(caller, session, terminal=terminal, size=size, replay=replay, brief=brief)
+        return self.following.session(
+            caller, session, terminal=request.get("stream", True) is True and not brief, size=size, replay=replay,
+            brief=brief, whole=request.get("whole") is True,
+        )  # fmt: skip
 
     def _exec(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> Answer:
         session = self._own(request, account)

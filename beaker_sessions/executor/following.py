@@ -7,6 +7,7 @@ happens it costs no thread.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
@@ -16,12 +17,13 @@ from typing import Any
 from .. import wire
 from ..errors import Error
 from ..model import LIVE, Claim, Identity, Request, Session, State
-from ..sandbox import Terminal
+from ..sandbox import Framing, Terminal
 from . import plan
 from .access import Access
 from .caller import Caller, Held
 from .execs import Execs
 from .lifecycle import Lifecycle
+from .outputs import sealed
 from .replay import SCANNED, alternate, shown
 from .sessions import View
 from .subscription import Subscription
@@ -61,20 +63,22 @@ class Following:
         replay: bool = True,
         brief: bool = False,
         first: dict[str, Any] | None = None,
+        whole: bool = False,
     ) -> None:
         """Tell `caller` of a session until it has ended, or (brief) until it has begun to run or waits in the queue.
 
-        first: said before all.
+        first: said before all. whole: it follows from the start, and shall have all output, even if that comes too
+        late for the streams.
         """
         try:
-            await self._tell(caller, session, terminal, size, replay, brief, first)
+            await self._tell(caller, session, terminal, size, replay, brief, first, whole)
         except ConnectionError:
             await self._last_words(caller, session.id)
             raise
 
     async def _tell(
         self, caller: Caller, session: Session, terminal: bool, size: tuple[int, int] | None, replay: bool,
-        brief: bool, first: dict[str, Any] | None,
+        brief: bool, first: dict[str, Any] | None, whole: bool,
     ) -> None:  # fmt: skip
         id, said = session.id, dict[str, dict]()
         if first:
@@ -92,13 +96,19 @@ class Following:
                             if said.get(event["event"]) != event:
                                 said[event["event"]] = event
                                 await caller.send(event)
-                        if news.wants_terminal and (given := await self._given(caller, view, news, replay)):
+                        if news.wants_terminal and (given := await self._given(caller, view, news, replay, whole)):
                             news.wants_terminal = False
+                            if whole:
+                                await self._earlier(caller, view.session, given.replay)
+                                given = replace(given, replay=b"")
                             await held.hand_over(given)
                         if brief and (view.session.started or view.position):  # started: it may have ended since
                             await caller.send({"event": "detached"})
                             return
                         if view.session.state in (State.EXITED, State.FINALIZED):
+                            if news.wants_terminal and whole:
+                                output = await caller.work(self.lifecycle.unseen, view.session)
+                                await self._earlier(caller, view.session, output)
                             await self._farewell(caller, view)
                             return
                 finally:
@@ -235,7 +245,20 @@ class Following:
         view = self.sessions.view(id)
         return view, list(self._events(view))
 
-    async def _given(self, caller: Caller, view: View, news: Subscription, replay: bool) -> Terminal | None:
+    async def _earlier(self, caller: Caller, session: Session, output: bytes) -> None:
+        """Tell `caller` of all output before the stream that comes next, or the end. It may be longer than a frame."""
+        if output:
+            shows = shown(b"", output) if session.request.tty else output
+            descriptor = await caller.work(sealed, shows)
+            try:
+                framing = Framing.RAW if session.request.tty else Framing.MULTIPLEXED
+                await caller.send({"event": "earlier", "framing": framing}, descriptor)
+            finally:
+                os.close(descriptor)
+
+    async def _given(
+        self, caller: Caller, view: View, news: Subscription, replay: bool, whole: bool
+    ) -> Terminal | None:
         """The terminal that this follower should have now: the one it was offered at the start, or a new one."""
         if news.terminal:
             offered, news.terminal = news.terminal, None
@@ -243,7 +266,7 @@ class Following:
         if view.session.state != State.STARTED:
             return None
         await self._release(view.session)
-        attached, full_screen = await caller.work(self._attach, view.session, replay)
+        attached, full_screen = await caller.work(self._attach, view.session, replay, whole)
         if attached and news.size:  # a full-screen program draws anew when the size changes
             await caller.work(self._resize, view.session.id, (news.size[0], news.size[1] + 1))
             if full_screen:  # and some compare it with what it was when they last looked
@@ -255,9 +278,12 @@ class Following:
         with _ended_is_fine():
             self.sandboxes.resize(id, size, process)
 
-    def _attach(self, session: Session, replay: bool) -> tuple[Terminal | None, bool]:
+    def _attach(self, session: Session, replay: bool, whole: bool) -> tuple[Terminal | None, bool]:
         """A connection to a session's terminal, None when it has just ended, and whether its screen is a program's."""
         try:
+            if whole:
+                given = self.sandboxes.attach(session.id, replay=True, whole=True)
+                return given, session.request.tty and alternate(given.replay)
             older = self.sandboxes.logs(session.id, SCANNED) if replay and session.request.tty else b""
             given = self.sandboxes.attach(session.id, replay=replay)
         except Error as error:

@@ -49,7 +49,7 @@ class Reporter:
         self.heard: float | None = None  # when the server answered last, in seconds since the epoch
         self._others: list[dict[str, Any]] = []
         self._shown: dict[str, tuple[str, bytes]] = {}  # session whose author looks -> the look, and what was sent
-        self._registered = False
+        self._registered = self._compared = False
         self._changed = threading.Event()
         self.sessions.on_change = self._changed.set
 
@@ -73,6 +73,8 @@ class Reporter:
                 client = client or self._connect()
                 if not self._registered:
                     self._register(client)
+                if not self._compared and self.lifecycle.ready.is_set():
+                    self._compared = self._compare(client)
                 if time.monotonic() >= due:
                     due = time.monotonic() + HEARTBEAT
                     self._show(client, self._heartbeat(client))
@@ -112,8 +114,36 @@ class Reporter:
             "instance": self.instance,
         }
         node = client.register_node(self.settings.cluster, body)
-        self.ledger.fact("node", node["id"])
+        self.ledger.note("node", node["id"])
+        self._meets(node)
         self._registered = True
+
+    def _compare(self, client: Client) -> bool:
+        """Take up again what the server says lives here and the ledger has lost. Whether that is all done.
+
+        What had been queued is queued again, in its order; what had been started is over, as no sandbox of it is left.
+        """
+        jobs = [*client.jobs(kind="session", finalized=False, node=self.ledger.fact("node"))]
+        for job in sorted(jobs, key=lambda job: str(job["id"])):
+            id, status = str(job["id"]), job["status"]
+            if self.ledger.get(id) or self.lifecycle.sandboxes.find(id):
+                continue
+            log.warning("session %s is the server's, and the ledger does not know it", id)
+            if "scheduled" in status:
+                why = Error("unavailable", "this node has lost its record of the session, which does not run any more")
+                self.sessions.adopt(_refused(wire.session(job), why), NOBODY)
+            else:
+                self._take(job)
+        return all(self.ledger.get(str(job["id"])) for job in jobs)
+
+    def _meets(self, answer: dict[str, Any]) -> bool:
+        """Whether the server has another database than before, as after a restore, so that all is to be told again."""
+        epoch = str(answer.get("epoch") or "")
+        if not epoch or epoch == self.ledger.fact("epoch"):
+            return False
+        log.warning("the server has another database than before: all sessions are reported anew")
+        self.ledger.report_anew(epoch)
+        return True
 
     def _heartbeat(self, client: Client) -> dict[str, str]:
         """Sessions whose authors look at their output, and when they did so last."""
@@ -134,10 +164,12 @@ class Reporter:
             if error.code == "conflict":
                 self.sessions.cordon("fence", f"another executor has registered as {self.sessions.inventory.hostname}")
             if error.code == "not_found":
-                self._registered = False  # the node was deleted, or the database is another one
+                self._registered = self._compared = False  # the node was deleted, or the database is another one
             raise
         self.heard = time.time()
         self.metrics.sent(samples)
+        if self._meets(answer):
+            return {}  # what it says is of the past, until it has heard
         self.sessions.cordon("fence", "")
         self.access.revoke(answer.get("refused", []))
         reason = answer.get("cordonReason") or "an administrator has cordoned it"
@@ -183,9 +215,9 @@ class Reporter:
                         raise
                     # It would be refused for ever, and hold up all that follow.
                     log.error("the server refuses session %s, which it will not know of: %s", session.id, error)
+                if session.state == State.FINALIZED:  # the server has it now; later, nobody would come back for it
+                    output.unlink(missing_ok=True)
                 self.ledger.reported(session.id, session.revision)
-                if session.state == State.FINALIZED:
-                    output.unlink(missing_ok=True)  # the server has it now
 
     def _send(self, client: Client, session: Session, output: Path) -> None:
         node = self.ledger.fact("node") or ""
@@ -204,6 +236,11 @@ class Reporter:
             return
         if self.ledger.get(session.id):
             return  # taken already; its report is on the way
+        before = session.created is not None and session.created.isoformat() < (self.ledger.fact("met") or "")
+        if before and self.ledger.had(session.id):  # it ran since the backup that was restored
+            why = Error("conflict", "it has ended here before; the server's database was restored since")
+            self.sessions.adopt(_refused(session, why), NOBODY)
+            return
         inside, identity = self.lifecycle.inside, NOBODY
         inside.keep_token(session.id, str(job.get("token") or ""))
         try:
@@ -212,7 +249,9 @@ class Reporter:
                 session.request, identity, self.settings, self.sessions.capacity, self.lifecycle.node(),
                 node=session.node, cluster=job.get("cluster"), ranges=self.lifecycle.ranges(),
             )  # fmt: skip
-            self.sessions.create(session.account, identity, admitted.request, None, id=session.id)
+            self.sessions.create(
+                session.account, identity, admitted.request, None, session.id, session.revision + 1
+            )  # fmt: skip
         except Exception as unexpected:
             why = unexpected if isinstance(unexpected, Error) else incident(log)
             inside.close(session.id)

@@ -15,7 +15,7 @@ import subprocess
 from collections.abc import Iterable
 
 from ..errors import Error
-from . import MARK
+from . import MARK, netns
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,14}")  # of an interface, and of a table
 HIGHEST = 65535
@@ -100,9 +100,30 @@ def apply(text: str, prefix: Iterable[str] = ()) -> None:
         raise Error("unavailable", f"the firewall of sessions cannot be set up: {why}", "apt-get install nftables")
 
 
-def exists(bridge: str, prefix: Iterable[str] = ()) -> bool:
-    command = [*prefix, "nft", "list", "table", "inet", bridge]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+class Table:
+    """The table of a bridge as this process set it up, to see whether it is still that."""
+
+    def __init__(self, bridge: str) -> None:
+        self.bridge = bridge
+        self._text, self._listed = "", ""
+
+    def ensure(self, text: str, prefix: Iterable[str] = ()) -> bool:
+        """Have the rules in force; whether somebody else had changed or removed them. Raises Error unavailable."""
+        known = text == self._text
+        if not known:
+            # Tried where nobody else changes rules, as what is listed after that is what every later look compares.
+            self._listed = netns.new(lambda: apply(text) or _listing(self.bridge, ()))  # type: ignore[func-returns-value]
+            self._text = text
+        if known and _listing(self.bridge, prefix) == self._listed:
+            return False
+        apply(text, prefix)
+        return known
+
+
+def _listing(bridge: str, prefix: Iterable[str]) -> str:
+    """What the kernel has, "" for no table."""
+    command = [*prefix, "nft", "--stateless", "list", "table", "inet", bridge]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 def remove(bridge: str, prefix: Iterable[str] = ()) -> None:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -79,6 +80,16 @@ def test_a_network_that_was_pruned_is_made_again(make: Maker, docker_lab: Docker
     docker_lab.sandboxes.network.ensure()
     docker_lab.engine.call("DELETE", f"/networks/{docker_lab.sandboxes.network.name}")
     assert make.run("true", host_network=False)[0] == 0
+
+
+def test_the_first_sessions_at_once_make_one_network(docker_lab: DockerLab) -> None:
+    """The engine refused the second with "networks have same bridge name", and its session did not start."""
+    network = docker_lab.sandboxes.network
+    for _ in range(3):
+        network.remove()
+        with ThreadPoolExecutor(8) as pool:
+            for made in [pool.submit(network.ensure) for _ in range(8)]:
+                made.result()
 
 
 def test_init_is_the_first_process(make: Maker, docker_lab: DockerLab) -> None:

@@ -72,9 +72,7 @@ def serve(inside: Inside) -> str:
 
 
 def gateway(lab: OciLab) -> str:
-    network = lab.sandboxes.network._address()
-    assert network
-    return str(network[1])
+    return str(lab.sandboxes.network._ensure()[1])
 
 
 def publish(inside: Inside) -> int:

@@ -1,4 +1,4 @@
-"""Keyrings of the kernel: a session has none of its own, of which its user may have 200, and cannot use the common one."""
+"""Keyrings of the kernel: a session has none of its own, as its user may have 200, and cannot use the common one."""
 
 from __future__ import annotations
 

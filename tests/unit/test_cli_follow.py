@@ -23,6 +23,8 @@ from typing import Any
 
 import pytest
 
+from beaker_sessions.sandbox import framed
+
 ROOT = Path(__file__).parents[2]
 PYTHON = [sys.executable, "-IS", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'beaker'"]
 PYTHON[-1] += "; from beaker_sessions.cli.main import main; main()"
@@ -545,6 +547,33 @@ def test_an_end_while_the_executor_is_away_is_learned_later(door: FakeDoor, shel
     assert (request["op"], request["id"], request["handle"]) == ("exec_exit", "demo", "h1")
     call.send(event="ended", exitCode=9, message="")
     assert it.wait() == 9
+
+
+@pytest.mark.parametrize("runs", [False, True])
+def test_all_output_since_the_start_comes_late_when_the_executor_was_away(
+    door: FakeDoor, pipe: Callable[..., subprocess.Popen[bytes]], runs: bool
+) -> None:
+    it = pipe("session", "create", "--", "make")
+    call, _ = door.call()
+    call.send(event="created", job=JOB)
+    door.die()
+    door.listen()
+    call, request = door.call()
+    assert (request["op"], request["id"], request["stream"], request["whole"]) == ("attach", ID, True, True)
+    output = b"made\n" * 200_000  # more than a frame holds
+    with os.fdopen(os.memfd_create("output"), "wb", buffering=0) as file:
+        file.write(framed(1, output) + framed(2, b"warned\n"))
+        file.seek(0)
+        call.send(file.fileno(), event="earlier", framing="multiplexed")
+    if runs:
+        session = call.terminal()
+        session.send(b"and on\n")
+        session.close()
+    call.end(3)
+    out, error = it.communicate(timeout=PATIENCE)
+    assert out == output + b"and on\n" * runs
+    assert error.endswith(b"\nwarned\n")
+    assert it.returncode == 3
 
 
 def test_a_create_that_was_not_acknowledged_is_sent_again_with_its_key(

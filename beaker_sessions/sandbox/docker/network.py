@@ -7,14 +7,18 @@ sets up a firewall the other. They are in the network namespace of the engine, w
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import struct
+import threading
 from collections.abc import Iterable
 
 from ...errors import Error
 from .. import LABEL_OWNER, firewall, resolvers, uplinks
 from .engine import Engine
+
+log = logging.getLogger(__name__)
 
 
 class Network:
@@ -22,10 +26,15 @@ class Network:
 
     def __init__(self, engine: Engine, owner: str, name: str, access: Iterable[str]) -> None:
         self.engine, self.owner, self.name, self.access = engine, owner, name, list(access)
-        self._rules = ""  # in force
+        self._table = firewall.Table(name)
+        self._lock = threading.Lock()  # the engine refuses whoever comes while another makes it
 
     def ensure(self) -> None:
         """Have both there. Raises Error."""
+        with self._lock:
+            self._ensure()
+
+    def _ensure(self) -> None:
         try:
             self.engine.call("GET", f"/networks/{self.name}")
         except Error as error:
@@ -37,16 +46,11 @@ class Network:
                     "com.docker.network.bridge.name": self.name, "com.docker.network.bridge.enable_icc": "false",
                 },
             }  # fmt: skip
-            try:
-                self.engine.call("POST", "/networks/create", body=body)
-            except Error as failed:
-                if failed.code != "conflict":  # another thread's
-                    raise
+            self.engine.call("POST", "/networks/create", body=body)
         prefix = self._prefix()
         rules = firewall.rules(self.name, "", resolvers.addresses(), self.access, uplinks.names(prefix))
-        if rules != self._rules or not firewall.exists(self.name, prefix):
-            firewall.apply(rules, prefix)
-            self._rules = rules
+        if self._table.ensure(rules, prefix):
+            log.warning("somebody changed the firewall of sessions, table inet %s; it is set up again", self.name)
 
     def remove(self) -> None:
         """Silent when they are gone, or containers still use the network."""

@@ -25,11 +25,13 @@ import os
 import re
 import resource
 import secrets
+import shutil
 import signal as signals
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ...errors import Error
 from ...model import Identity, Pull
@@ -65,6 +67,7 @@ RUN = Path("/run/beaker/oci")  # every id may pass through it, which the state n
 PARTS = ("sessions", "runtime", "inside", "trash")
 READY = 1.0  # seconds in which a sandbox's init must listen to signals
 FULL = (errno.ENOSPC, errno.EDQUOT)
+LEAST = 1 << 20  # bytes without which nothing starts
 
 log = logging.getLogger(__name__)
 
@@ -118,11 +121,12 @@ class OciSandboxes:
             self.pids = 0
         if apparmor.enabled() and (why := apparmor.load()):
             log.warning("sessions have no AppArmor profile: %s", why)
-        self.remains = Remains(state, self.roots, self.cgroups, self.cgroup, self.network)
+        self.records = record.Records(self.cgroups, self.cgroup, self.network.directory)
+        self.remains = Remains(state, self.roots, self.cgroups, self.cgroup, self.network, self.records)
         self.remains.adopt()
-        for directory, sandbox in self._sandboxes():
-            with contextlib.suppress(FileNotFoundError):  # removed just now
-                self.maps.add(sandbox.id, *_maps(directory))
+        for _, sandbox in self._sandboxes():
+            if found := _maps(sandbox):
+                self.maps.add(sandbox.id, *found)
 
     def image(
         self, reference: str, pull: Pull, progress: Callable[[Progress], None], login: Login = lambda _: None,
@@ -162,7 +166,8 @@ class OciSandboxes:
                 self.roots, sandbox.cgroup, uids, gids, self.cgroups.unified, self.cgroups.swap,
                 resource.getrlimit(resource.RLIMIT_NOFILE)[1], apparmor.profile(),
             )  # fmt: skip
-            (directory / "config.json").write_text(json.dumps(config.config(spec, host, edits, nodes)))
+            bundle = config.config(spec, host, edits, nodes)
+            (directory / "config.json").write_text(json.dumps(bundle | {"annotations": labels}))  # see `record`
             root = rootfs.make(
                 spec, self.roots, directory, image, uids, gids, self._namespace(uids, gids),
                 inside=self.state / "inside", resolvers=resolvers.text(), devices=config.beforehand(edits),
@@ -171,34 +176,38 @@ class OciSandboxes:
                 holder, init = conmon.create(
                     self.runtime, spec.id, directory, root, network, tty=spec.tty, stdin=spec.stdin
                 )
+            logs.begin(directory)
             if not spec.tty:
                 user = spec.identity
                 conmon.give(holder, userns.outside(uids, user.uid), userns.outside(gids, user.gid))
             replace(sandbox, conmon=Process.of(holder), init=Process.of(init)).save(directory)
             self._tell(spec.id)
         except BaseException as error:
+            full = self._full(error)
             self.remains.remove(spec.id)
             self.maps.drop(spec.id)
+            if full:
+                raise full from error
             if isinstance(error, OSError):
-                code = "storage_full" if error.errno in FULL else "internal"
-                raise Error(code, f"the sandbox {spec.id} could not be made: {error}") from error
+                raise Error("internal", f"the sandbox {spec.id} could not be made: {error}") from error
             raise
 
-    def attach(self, id: str, *, replay: bool) -> Terminal:
+    def attach(self, id: str, *, replay: bool, whole: bool = False) -> Terminal:
         directory = self._directory(id)
         sandbox = self._record(id)
+        framed = whole and not sandbox.tty
         try:
             if replay:
-                connection, text = logs.join(directory, sandbox.conmon)
+                connection, text = logs.join(directory, sandbox.conmon, whole=whole, framed=framed)
                 return Terminal(connection.detach(), Framing.CONMON, text)
             return Terminal(conmon.connect(directory).detach(), Framing.CONMON)
         except (ConnectionRefusedError, FileNotFoundError):
-            text = logs.recent(directory) if replay else b""
+            text = logs.recent(directory, whole=whole, framed=framed) if replay else b""
             return Terminal(conmon.ended().detach(), Framing.CONMON, text)
 
     def start(self, id: str, size: tuple[int, int] | None) -> None:
         directory, sandbox = self._directory(id), self._record(id)
-        if not conmon.waiting(self.runtime, id):
+        if not conmon.waiting(self.runtime, id, sandbox.init):
             return
         if size:
             # Through the sandbox's own end, because conmon would do it at some later moment.
@@ -207,7 +216,7 @@ class OciSandboxes:
                 with mounts.opened(fd):
                     conmon.set_size(fd, size)
         (directory / "started").touch()
-        conmon.start(self._runtime(sandbox), id, directory)
+        conmon.start(self._runtime(sandbox), id, directory, sandbox.init)
         self._tell(id)
 
     def resize(self, id: str, size: tuple[int, int], process: str = "") -> None:
@@ -220,28 +229,37 @@ class OciSandboxes:
         directory, sandbox = self._directory(id), self._record(id)
         if self._found(directory, sandbox).status is not Status.RUNNING:
             raise Error("conflict", f"{id} does not run")
-        container = json.loads((directory / "config.json").read_text())
-        uids, gids = _maps(directory)
+        maps = _maps(sandbox)
+        if not maps:
+            raise Error("conflict", f"{id} does not run")
+        uids, gids = maps
+        main: Any = record.configuration(directory).get("process")
+        try:
+            variables, files, apparmor = main["env"], main["rlimits"][0]["hard"], main.get("apparmorProfile", "")
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            what = f"{directory / 'config.json'} is damaged, so nothing more can be started in {id}, which runs on"
+            raise Error("unavailable", what, "save what you need, stop it, and create another") from error
         groups = {gid for gid in identity.groups if userns.mapped(gids, gid)}
         handle = secrets.token_hex(8)
-        own = directory / "exec" / handle
-        own.mkdir(parents=True)
         process = config.process(
-            config.entry(workdir, command),
-            config.environment(container["process"]["env"], env),
-            identity, tty=size is not None, gids=groups, files=container["process"]["rlimits"][0]["hard"],
-            size=size, apparmor=container["process"].get("apparmorProfile", ""),
+            config.entry(workdir, command), config.environment(variables, env), identity, tty=size is not None,
+            gids=groups, files=files, size=size, apparmor=apparmor,
         )  # fmt: skip
-        (own / "process.json").write_text(json.dumps(process))
+        own = directory / "exec" / handle
         try:
+            own.mkdir(parents=True)
+            (own / "process.json").write_text(json.dumps(process))
             holder, connection = conmon.execute(
                 self._runtime(sandbox), id, own, self._network(sandbox), tty=size is not None, stdin=stdin,
                 owner=(userns.outside(uids, identity.uid), userns.outside(gids, identity.gid)),
             )  # fmt: skip
             (own / "started").write_text(json.dumps(Process.of(holder).__dict__))
-        except BaseException:
+        except BaseException as error:
             for started in mentioning(own):  # nobody would know of it
                 started.kill()
+            if full := self._full(error):
+                shutil.rmtree(own, ignore_errors=True)
+                raise full from error
             raise
         return handle, Terminal(connection.detach(), Framing.CONMON)
 
@@ -269,7 +287,7 @@ class OciSandboxes:
 
     def stop(self, id: str, grace: float) -> None:
         sandbox = self._record(id)
-        if not conmon.waiting(self.runtime, id):
+        if not conmon.waiting(self.runtime, id, sandbox.init):
             number = signals.SIGHUP if sandbox.tty else signals.SIGTERM
             sandbox.init.heeds(number, "init", READY)  # what a namespace's first has no handler for is lost
             sandbox.init.kill(number)
@@ -286,15 +304,16 @@ class OciSandboxes:
         watch = Watch(self._sandboxes)
         self._watches.append(watch)
         try:
-            yield ""
-            yield from watch
+            with self.network.followed():
+                yield ""
+                yield from watch
         finally:
             self._watches.remove(watch)
             watch.close()
 
-    def logs(self, id: str, limit: int) -> bytes:
+    def logs(self, id: str, limit: int, *, framed: bool = False) -> bytes:
         self._record(id)
-        return logs.tail(self._directory(id), limit)
+        return logs.tail(self._directory(id), limit, framed=framed)
 
     def disk(self, id: str) -> int | None:
         sandbox = self._record(id)
@@ -324,6 +343,16 @@ class OciSandboxes:
         while self._namespaces:
             os.close(self._namespaces.popitem()[1])
 
+    def _full(self, error: BaseException) -> Error | None:
+        """What to say when it was the disk: what conmon and the runtime cannot write makes them end without a word."""
+        disk = os.statvfs(self.state)
+        if not (isinstance(error, OSError) and error.errno in FULL) and (
+            not isinstance(error, Error) or error.code != "internal" or disk.f_bfree * disk.f_frsize > LEAST
+        ):
+            return None
+        hint = "stop sessions that you do not need, or ask the administrator: beaker executor images prune"
+        return Error("storage_full", f"the disk of {self.state} is full", hint)
+
     def _directory(self, id: str) -> Path:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", id):
             raise Error("invalid", f"{id!r} is no session id")
@@ -334,7 +363,7 @@ class OciSandboxes:
         own = self._process(id, handle)
         try:
             return Process(**json.loads((own / "started").read_text()))
-        except (FileNotFoundError, ValueError):  # its executor was killed before that was written
+        except (OSError, ValueError, TypeError):  # its executor was killed before that was written, or it is damaged
             return next(iter(mentioning(own)), Process(0, 0))
 
     def _process(self, id: str, handle: str) -> Path:
@@ -347,15 +376,18 @@ class OciSandboxes:
     def _sandboxes(self) -> Iterator[tuple[Path, Record]]:
         """All that have been made, with their directories."""
         for directory in (self.state / "sessions").iterdir():
-            sandbox = record.load(directory)
+            sandbox = self.records.load(directory)
             if sandbox and sandbox.made:
                 yield directory, sandbox
 
     def _found(self, directory: Path, sandbox: Record) -> Found:
         if not sandbox.conmon.alive():
             sandbox.init.kill()  # its conmon was killed: nobody holds its streams and its exit code
-        waiting = conmon.waiting(self.runtime, sandbox.id)
-        return sandbox.found(directory, waiting=waiting, oom=self.cgroups.oom(sandbox.cgroup))
+        waiting = conmon.waiting(self.runtime, sandbox.id, sandbox.init)
+        found = sandbox.found(directory, waiting=waiting, oom=self.cgroups.oom(sandbox.cgroup))
+        if found.status is Status.EXITED and not conmon.begun(self.runtime, sandbox.id):
+            return replace(found, started=None)  # its executor was killed at the moment of the start
+        return found
 
     def _network(self, sandbox: Record) -> Path | None:
         return self.network.directory / sandbox.network if sandbox.network else None
@@ -369,7 +401,7 @@ class OciSandboxes:
             watch.tell(id)
 
     def _record(self, id: str) -> Record:
-        sandbox = record.load(self._directory(id))
+        sandbox = self.records.load(self._directory(id))
         if not sandbox or not sandbox.made:
             raise Error("not_found", f"there is no sandbox {id}")
         return sandbox
@@ -383,21 +415,21 @@ class OciSandboxes:
 
     def find(self, id: str) -> Found | None:
         directory = self._directory(id)
-        sandbox = record.load(directory)
+        sandbox = self.records.load(directory)
         return self._found(directory, sandbox) if sandbox and sandbox.made else None
 
     def list(self) -> list[Found]:  # last: its name hides the type from what follows
         return [self._found(directory, sandbox) for directory, sandbox in self._sandboxes()]
 
 
-def _maps(directory: Path) -> tuple[IdMap, IdMap]:
-    """The id maps that a sandbox was made with."""
-    linux = json.loads((directory / "config.json").read_text())["linux"]
-    uids, gids = (
-        [(one["containerID"], one["hostID"], one["size"]) for one in linux[kind]]
-        for kind in ("uidMappings", "gidMappings")
-    )
-    return uids, gids
+def _maps(sandbox: Record) -> tuple[IdMap, IdMap] | None:
+    """The id maps that a sandbox has, as the kernel tells; None when it has ended. Source: user_namespaces(7)."""
+    found = []
+    for kind in ("uid_map", "gid_map"):
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{sandbox.init.pid}/{kind}").read_text().splitlines()
+            found.append([(int(one), int(two), int(three)) for one, two, three in map(str.split, lines)])
+    return (found[0], found[1]) if len(found) == 2 and sandbox.init.alive() else None
 
 
 def _node(node: cdi.DeviceNode) -> config.Node:

@@ -66,8 +66,8 @@ def run(runtime: str, busybox: str, cgroups: Cgroups, state: Path) -> None:
 def _run(runtime: list[str], bundle: Path, id: str) -> None:
     try:
         done = subprocess.run(
-            [*runtime, "run", "--no-new-keyring", "--bundle", str(bundle), id], stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            errors="replace", check=False, timeout=SECONDS,
+            [*runtime, "run", "--no-new-keyring", "--bundle", str(bundle), id], stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, errors="replace", check=False, timeout=SECONDS,
         )  # fmt: skip
     except FileNotFoundError as error:
         raise Error("unavailable", f"{runtime[0]} is not there any more") from error
