@@ -63,7 +63,7 @@ class Fate:
         self.excuses: list[Excuse] = []
         self.failures: list[str] = []
         acts: dict[Callable[[], None], float] = {
-            self.kill_executor: 12, self.stop_executor: 2, self.kill_server: 2, self.stop_server: 1,
+            self.kill_executor: 20, self.stop_executor: 2, self.kill_server: 2, self.stop_server: 1,
             self.kill_registry: 1, self.stop_registry: 1, self.fill_disk: 1, self.freeze_disk: 1, self.read_only: 1,
             self.flip_bits: 1, self.burst: 2, self.jump_clock: 0.5, self.cut_server: 0.5,
         }  # fmt: skip

@@ -126,7 +126,8 @@ class Swept:
             return
         query = "SELECT count(*) FROM sessions WHERE reported < revision"
         wait_for("the reports", lambda: self.node.ledger(query) == [(0,)], PATIENCE)
-        wait_for("the outputs", lambda: not any((self.node.state / "executor/output").iterdir()), PATIENCE)
+        outputs = self.node.state / "executor/output"  # those for who comes back stay for five minutes
+        wait_for("the outputs", lambda: all(path.suffix for path in outputs.iterdir()), PATIENCE)
 
     def nothing_left(self, live: int = 0) -> None:
         try:
