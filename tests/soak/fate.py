@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from beaker_sessions.sandbox import firewall
 from tests.stack import REPOSITORY, Stack, wait_for
 
 from .people import People
@@ -306,7 +305,11 @@ class Fate:
 
     def flush_firewall(self) -> None:
         subprocess.run(["nft", "flush", "ruleset"], check=True)
-        self._mended("the firewall", lambda: firewall.exists(self.stack.bridge))
+        self._mended("the firewall", self._protected)
+
+    def _protected(self) -> bool:
+        command = ["nft", "list", "table", "inet", self.stack.bridge]
+        return subprocess.run(command, capture_output=True).returncode == 0
 
     def _mended(self, what: str, check: Callable[[], bool]) -> None:
         """It is looked after while there are sessions, and people go on making them."""

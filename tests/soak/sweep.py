@@ -93,8 +93,9 @@ class Swept:
         over = 0.0
         while self.node.executor.popen.poll() is None:
             operation.go_on()
-            if not over and (self.node.answers() if command is None else command.popen.poll() is not None):
-                over = time.monotonic()
+            with contextlib.suppress(OSError):
+                if not over and (self.node.answers() if command is None else command.popen.poll() is not None):
+                    over = time.monotonic()
             if over and time.monotonic() - over > QUIET:
                 return False
             time.sleep(0.01)
