@@ -112,6 +112,18 @@ class ServerSettings:
     prefix: typing.ClassVar[str] = "BEAKER_SERVER_"
     section: typing.ClassVar[str] = "server"
 
+    @property
+    def file(self) -> Path | None:
+        """The SQLite database; None when it is another one's."""
+        if not self.database:
+            return Path(self.storage_path, "server.db")
+        kind, _, path = self.database.partition("?")[0].partition(":///")
+        return Path(path) if kind.partition("+")[0] == "sqlite" and path not in ("", ":memory:") else None
+
+    @property
+    def key_file(self) -> Path:
+        return Path(self.key or Path(self.storage_path, "server.key"))
+
 
 Settings = TypeVar("Settings", ExecutorSettings, ServerSettings)
 

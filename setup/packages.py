@@ -34,7 +34,6 @@ TESTS = {
     "openssh-client": ("ssh-agent",),
     "podman": ("podman",),
     "runc": ("runc",),
-    "sqlite3": ("sqlite3",),
     "tmux": ("tmux",),
 }
 _BUSYBOX = Path("/bin/busybox")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from ..errors import Error
@@ -27,14 +28,16 @@ def hold(path: Path) -> int:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.exists() and path.stat().st_ino == os.fstat(lock).st_ino:
-                os.ftruncate(lock, 0)
-                os.pwrite(lock, str(os.getpid()).encode(), 0)
+                own = str(os.getpid()).encode()
+                with suppress(OSError):  # first over what is there, for which even a full disk has room
+                    os.pwrite(lock, own, 0)
+                    os.ftruncate(lock, len(own))
                 return lock
         except BlockingIOError:
             holder = os.pread(lock, 20, 0).decode()
             if time.monotonic() > deadline:
-                if holder.isdecimal() and _lives(holder):
-                    what = f"another executor, process {holder}, keeps its state in {path.parent}"
+                if not holder.isdecimal() or _lives(holder):
+                    what = f"another executor, process {holder or 'unknown'}, keeps its state in {path.parent}"
                     raise Error("conflict", what, "stop it first, or choose another storagePath") from None
                 path.unlink(missing_ok=True)
         os.close(lock)

@@ -28,6 +28,8 @@ from . import admission, credentials, disk, forwarding, inventory, plan
 from .homes import home
 from .incident import incident
 from .inside import Inside
+from .loop import Workers
+from .places import Places
 from .ports import Sockets
 from .publishing import Publisher
 from .rundir import TARGET
@@ -42,6 +44,8 @@ GRACE = 10.0  # seconds between asking a session to end and killing it
 OUTPUT_KEPT = 1 << 20  # bytes of its output that are kept for `session logs` after the end
 WHOLE = 64 << 20  # bytes: more than any driver keeps
 UNSEEN = 300.0  # seconds after the end in which whoever follows a session from its start must have come back
+THREADS, EACH = 48, 8  # that start sessions, and as many that clean up; so many for one account
+REST = 10.0  # seconds after which one that has nothing to do ends
 STUCK = 30.0  # seconds after which a sandbox that cannot be removed cordons the node
 RECONCILE_EVERY = 10.0
 
@@ -69,8 +73,10 @@ class Lifecycle:
         )  # by a restart of the machine
         sessions.cordon("start", "the executor is starting")
         # Under the lock of `sessions`: one that is seen to be scheduled is already noted as busy.
-        sessions.on_start = lambda id: self._spawn("start", id, self._start)
+        sessions.on_start = lambda id: self._spawn("start", id, partial(self._start, number=self._places.number()))
         sessions.on_exit = lambda id: self._spawn("clean up", id, self._clean_up)
+        self._workers = {name: Workers(name, THREADS, EACH, rest=REST) for name in ("start", "clean up")}
+        self._places = Places(max(2, len(os.sched_getaffinity(0))))
 
     def run(self) -> None:
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
@@ -80,8 +86,11 @@ class Lifecycle:
         """Do something to a session in a thread, unless one does this already, or something else of this name.
 
         Whatever was known when it was asked for, `act` looks anew: nobody else does this to the session meanwhile.
+        Starts and clean-ups wait for workers, of which each account has a share; an end, which waits for what runs,
+        has a thread of its own.
         """
         key = what, id
+        live = self.sessions.entry(id)
 
         def guarded() -> None:
             try:
@@ -99,6 +108,9 @@ class Lifecycle:
                 return
             self._busy.add(key)
         try:
+            if what in self._workers:
+                self._workers[what].submit(live.session.account if live else "", guarded)
+                return
             threading.Thread(target=guarded, name=f"{what} {id}", daemon=True).start()
         except RuntimeError as error:  # the machine has no thread left; the next reconcile takes it up again
             log.error("session %s: %s has to wait: %s", id, what, error)
@@ -107,35 +119,35 @@ class Lifecycle:
 
     # -- starting
 
-    def _start(self, id: str) -> None:
+    def _start(self, id: str, number: int) -> None:
         live = self.sessions.entry(id)
         if live is None or live.session.state != State.SCHEDULED:
             return
-        if self._tried(id, live, self._make):
+        if self._tried(id, live, number, self._make):
             self._began(id, live, time.clock_gettime(time.CLOCK_BOOTTIME), datetime.now(UTC))
 
-    def _resume(self, id: str) -> None:
+    def _resume(self, id: str, number: int) -> None:
         """A start that was interrupted: go on where it was, or begin again if what was made has ended by itself."""
         live = self.sessions.entry(id)
         if live is None or live.session.state != State.SCHEDULED:
             return
         found = self.sandboxes.find(id)
         if found and found.status == Status.CREATED and id not in self._cut_off:
-            if self._tried(id, live, self._finish):
+            if self._tried(id, live, number, self._finish):
                 self._began(id, live, time.clock_gettime(time.CLOCK_BOOTTIME), datetime.now(UTC))
         elif found is None or found.started is None:
             self.sandboxes.remove(id)
-            self._start(id)
+            self._start(id, number)
         else:
             if found.status == Status.RUNNING:
                 self.sandboxes.start(id, live.session.request.size if live.session.request.tty else None)
             live.changed = True  # it may have ended before anybody watched
             self._began(id, live, _started(found.pid), found.started)
 
-    def _tried(self, id: str, live: Live, act: Callable[[str, Live], None]) -> bool:
+    def _tried(self, id: str, live: Live, number: int, act: Callable[[str, Live, int], None]) -> bool:
         """Do a part of a start. What it raises ends the session."""
         try:
-            act(id, live)
+            act(id, live, number)
         except Exception as unexpected:
             error = unexpected if isinstance(unexpected, Error) else incident(log)
             log.warning("session %s could not start: %s", id, error)
@@ -153,7 +165,7 @@ class Lifecycle:
         if live.changed:
             self._examine(id)
 
-    def _make(self, id: str, live: Live) -> None:
+    def _make(self, id: str, live: Live, number: int) -> None:
         session, identity, request = live.session, live.identity, live.session.request
         assert request.image  # `plan.defaults` has filled it in
         admission.check_person(identity)  # one of an earlier version may wait in the queue; ids are the driver's matter
@@ -167,20 +179,23 @@ class Lifecycle:
         with ExitStack() as pins:
             claim, sockets = self._publisher.bind(id, session, pins)
             session = replace(session, claim=claim)
+            mounts = [*self._mounts(request, identity, pins), *own]  # the last that may have to be waited for
             spec: Spec = plan.spec(
-                id, request, claim, identity, image, [*self._mounts(request, identity, pins), *own],
+                id, request, claim, identity, image, mounts,
                 capacity=self.sessions.capacity, node=self.node(), owner=self.owner, job=wire.job(session),
                 disk=self.disk,
             )  # fmt: skip
-            self.sandboxes.create(spec)
-            self.sessions.passed(id, "made")
-            self._let_go(id, request, sockets)
+            with self._places.held(number):
+                self.sandboxes.create(spec)
+                self.sessions.passed(id, "made")
+                self._let_go(id, request, sockets)
 
-    def _finish(self, id: str, live: Live) -> None:
+    def _finish(self, id: str, live: Live, number: int) -> None:
         """Start what another executor has made."""
         with ExitStack() as pins:
             _, sockets = self._publisher.bind(id, live.session, pins)
-            self._let_go(id, live.session.request, sockets)
+            with self._places.held(number):
+                self._let_go(id, live.session.request, sockets)
 
     def _let_go(self, id: str, request: Request, sockets: Sockets) -> None:
         size = self.sessions.offer(id, lambda: self.sandboxes.attach(id, replay=False))
@@ -286,33 +301,62 @@ class Lifecycle:
 
     def _clean_up(self, id: str) -> None:
         live = self.sessions.entry(id)
-        if live is None or live.session.state != State.EXITED:
+        if live is None or live.session.state != State.EXITED or ("remove", id) in self._busy:
             return
+        output = unseen = b""
         try:
             output = self.sandboxes.logs(id, OUTPUT_KEPT)
             if output and not live.offered:
-                self._unseen(id).write_bytes(self.unseen(live.session))
-            if output:
-                (self.output / id).write_bytes(output)
+                unseen = self.unseen(live.session)
         except Exception as error:
             if not isinstance(error, Error) or error.code != "not_found":  # it never came to be
                 log.warning("the output of session %s could not be kept: %s", id, error)
-        since = time.monotonic()
-        while True:
-            try:
-                self.sandboxes.remove(id)
-                if live.session.claim and live.session.claim.ports:
-                    forwarding.end(id)
-                break
-            except Exception as unexpected:
-                problem = unexpected if isinstance(unexpected, Error) else incident(log)
-                log.warning("session %s cannot be removed: %s", id, problem)
-                if time.monotonic() - since > STUCK:
-                    self.sessions.cordon(id, f"session {id} cannot be removed: {problem.message}")
-                time.sleep(2)
+        again = None if self._keep(id, output, unseen) else (output, unseen)
+        if self._removed(id, live, time.monotonic()):
+            self._release(id, again)
+        else:  # what cannot be killed takes nobody's turn
+            self._spawn("remove", id, lambda id: self._remove(id, again))
+
+    def _remove(self, id: str, again: tuple[bytes, bytes] | None) -> None:
+        """Remove what is left of a session, however long the kernel keeps it."""
+        live, since = self.sessions.entry(id), time.monotonic()
+        while live and not self._removed(id, live, since):
+            time.sleep(2)
+        self._release(id, again)
+
+    def _removed(self, id: str, live: Live, since: float) -> bool:
+        try:
+            self.sandboxes.remove(id)
+            if live.session.claim and live.session.claim.ports:
+                forwarding.end(id)
+        except Exception as unexpected:
+            problem = unexpected if isinstance(unexpected, Error) else incident(log)
+            log.warning("session %s cannot be removed: %s", id, problem)
+            if time.monotonic() - since > STUCK:
+                self.sessions.cordon(id, f"session {id} cannot be removed: {problem.message}")
+            return False
+        return True
+
+    def _release(self, id: str, again: tuple[bytes, bytes] | None) -> None:
+        if again:
+            self._keep(id, *again)  # the disk was full, and has the room of this session now
         self.inside.close(id)
         self.sessions.cordon(id, "")
         self.sessions.release(id)
+
+    def _keep(self, id: str, output: bytes, unseen: bytes) -> bool:
+        """Write a session's output where `logs` and `unseen` find it: all, or nothing and False."""
+        files = {self.output / id: output, self._unseen(id): unseen}
+        try:
+            for path, data in files.items():
+                if data:
+                    path.write_bytes(data)
+        except OSError as error:
+            log.warning("the output of session %s could not be kept: %s", id, error)
+            for path in files:
+                path.unlink(missing_ok=True)
+            return False
+        return True
 
     # -- watching
 
@@ -341,6 +385,7 @@ class Lifecycle:
                     last = time.monotonic()
                     self.reconcile()
                     self._forget_unseen()
+                    self.sessions.ledger.keep_room()
                     self._guard()
             except Error as error:
                 log.warning("cannot look after the sessions: %s", error)
@@ -395,7 +440,7 @@ class Lifecycle:
         if session.state == State.CREATED and listed:
             self._recall(listed)
         elif session.state == State.SCHEDULED:
-            self._spawn("start", id, self._resume)
+            self._spawn("start", id, partial(self._resume, number=self._places.number()))
         elif session.state == State.EXITED:
             self._spawn("clean up", id, self._clean_up)
         elif session.state == State.STARTED:
@@ -420,7 +465,7 @@ class Lifecycle:
             return
         log.warning("session %s runs, and the ledger had it in the queue", found.id)
         self.sessions.cordon(found.id, "")
-        self._spawn("start", found.id, self._resume)
+        self._spawn("start", found.id, partial(self._resume, number=self._places.number()))
 
     def _adopt(self, id: str) -> None:
         """A sandbox that the ledger does not know: lost with it, or the remains of one that ended."""
@@ -443,14 +488,12 @@ class Lifecycle:
         try:
             self.sessions.adopt(replace(session, state=state, started=found.started), identity)
         except Error as error:
-            if error.code != "conflict":
-                raise
-            # The ledger is older than what runs: whoever it says holds these has ended, and is about to be final.
-            self.sessions.cordon(id, f"what session {id} holds is still another's in the ledger")
+            # The disk is full, or the ledger is older than what runs: whoever holds these there is about to be final.
+            self.sessions.cordon(id, f"the ledger does not take session {id}, which runs: {error.message}")
             return
         log.warning("session %s was found by its container; the ledger did not know it", id)
         self.sessions.cordon(id, "")
-        self._spawn("start", id, self._resume)
+        self._spawn("start", id, partial(self._resume, number=self._places.number()))
 
 
 def _started(pid: int) -> float:

@@ -294,12 +294,22 @@ class Sessions:
                 self._notify(live)
 
     def move(self, id: str, state: State | None = None, actor: str = "executor", **changes: object) -> Session:
-        """Change a session: durable first, then visible, then told to its followers. Returns it as it is now."""
+        """Change a session: durable first, then visible, then told to its followers. Returns it as it is now.
+
+        On a full disk one that holds its claim already goes on, and its end makes room: the ledger learns of it with
+        the next change. Until then an executor that is killed finds it again by its sandbox.
+        """
         with self._lock:
             live = self._live[id]
             old = live.session
             wanted = replace(old, state=state or old.state, **live.passed | changes)  # type: ignore[arg-type]
-            live.session = self.ledger.move(old, wanted, actor)
+            try:
+                live.session = self.ledger.move(old, wanted, actor)
+            except Error as error:
+                if error.code != "storage_full" or old.state not in LIVE or wanted.state == State.FINALIZED:
+                    raise
+                log.error("session %s: %s", id, error)
+                live.session = wanted
             if live.session.state == State.FINALIZED:
                 del self._live[id]
                 self.ports.drop(self._live)

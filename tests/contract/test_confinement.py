@@ -205,6 +205,12 @@ def test_settings_reach_the_kernel(make: Maker) -> None:
     assert out.split() == [b"321", b"lab-7", b"8192"]
 
 
+def test_files_that_tell_names_are_no_programs(make: Maker) -> None:
+    """Whatever the image's are: the tests' have this machine's modes."""
+    script = "stat -c %a /etc/hostname /etc/hosts /etc/resolv.conf"
+    assert make.run("sh", "-c", script, image="debian")[1].split() == [b"644"] * 3
+
+
 def test_first_process_reaps(make: Maker) -> None:
     _, out, _ = make.run("sh", "-c", "(sleep 0 &) ; sleep 0.3; ps -eo stat,comm", image="debian")
     assert b"Z" not in out

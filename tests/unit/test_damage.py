@@ -29,7 +29,7 @@ from tests.stack import wait_for
 
 WHO = inventory.unix_user(1)  # somebody of every machine
 GPUS = tuple(Gpu(f"lab/gpu={number}", "made up") for number in range(5))
-FLIPS, SEED = 60, 10
+FLIPS, SEED = 40, 10
 PAGE, HEADER = 4096, 24  # bytes of a page of SQLite, and of its header in the log
 
 
@@ -132,7 +132,7 @@ class Left:
         def ended() -> bool:
             if node.state(id) == State.STARTED and node.driver._processes[id].command != ("true",):
                 node.lifecycle.stop(id, "daemon")
-            node.lifecycle._examine({id})
+            node.lifecycle._examine(id)
             return node.state(id) == State.FINALIZED
 
         wait_for("an end", ended)

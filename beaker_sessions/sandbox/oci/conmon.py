@@ -25,7 +25,7 @@ from .. import netns
 from . import mounts, programs
 from .processes import Process, readable
 
-LOG_SIZE = 1 << 30  # bytes of a log after which conmon forgets it, should no executor be there to trim it before
+LOG_SIZE = 8 << 20  # bytes after which conmon begins a new log, see `logs`
 PACKET = 32 << 10  # the longest packet that conmon takes
 BUSY = 0.3  # seconds that a line for a conmon which does not read waits for the one before
 ENTER = (programs.BUSYBOX, "nsenter")  # static, so that it costs half a millisecond
