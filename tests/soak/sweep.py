@@ -93,7 +93,7 @@ class Swept:
         over = 0.0
         while self.node.executor.popen.poll() is None:
             operation.go_on()
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):  # it dies while it answers
                 if not over and (self.node.answers() if command is None else command.popen.poll() is not None):
                     over = time.monotonic()
             if over and time.monotonic() - over > QUIET:
