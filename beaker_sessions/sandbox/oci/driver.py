@@ -146,6 +146,8 @@ class OciSandboxes:
             directory.mkdir(mode=0o700)
         except FileExistsError as error:
             raise Error("conflict", f"the sandbox {spec.id} exists already") from error
+        except OSError as error:
+            raise self._full(error) or Error("internal", f"the sandbox {spec.id} could not be made: {error}") from error
         try:
             self.maps.take(spec.id, uids, gids)
             labels = {**spec.labels, LABEL: spec.id, LABEL_OWNER: self.owner}
