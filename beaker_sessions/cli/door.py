@@ -35,6 +35,9 @@ FRAME = 128 << 10  # bytes
 ANSWER = 30.0  # seconds that a question about the present may take
 
 
+RESTART, START = 10.0, 1.0  # seconds to wait for an executor that was there, and for one that perhaps never is
+
+
 class Away(Exception):
     """The executor closed the connection, or is not there to be connected to: it may be restarting."""
 
@@ -152,6 +155,35 @@ def _agent() -> socket | None:
         agent.close()
         return None
     return agent
+
+
+def come() -> Door:
+    """A connection, waited for while the executor is being restarted. Raises as Door does."""
+    try:
+        return Door()
+    except Error as error:
+        if error.code != "unavailable" or not os.path.isdir(os.path.dirname(path())):
+            raise
+    return _come_later()
+
+
+def _come_later() -> Door:
+    from time import monotonic, sleep
+
+    from . import output
+
+    began, told = monotonic(), False
+    while True:
+        sleep(0.05)
+        try:
+            return Door()
+        except Error as error:
+            waited, was_there = monotonic() - began, os.path.exists(path())
+            if error.code != "unavailable" or waited > (RESTART if was_there else START):
+                raise
+        if waited > 1 and was_there and not told:
+            told = True
+            output.say("The executor is not there; waiting for it to come back. (Press Ctrl+C to leave)")
 
 
 def request(op: str, token: str, **fields: Any) -> dict[str, Any]:

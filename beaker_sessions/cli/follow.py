@@ -15,7 +15,7 @@ from select import POLLIN, POLLOUT
 from ..errors import Error
 from . import output
 from .backlog import PROMPT, STUCK, Backlog
-from .door import Away, Door
+from .door import Away, Door, come
 from .loop import READABLE, Loop
 from .stream import CHUNK, STDOUT, Stream
 from .terminal import DetachKey, Output, Signals, Terminal, may_read, size
@@ -66,7 +66,7 @@ class Follow:
         self._output: Output = Output()
         self._backlog: Backlog = Backlog(self._output, self._unreadable)
         try:
-            self._door = Door()
+            self._door = come()
             try:
                 self._door.send(self._request, agent=True)
             except Away:

@@ -22,6 +22,7 @@ from ..sandbox import LOW_DISK, Finding, Sandboxes, cdi, vulnerabilities
 from ..settings import CONFIG, ExecutorSettings, load
 from . import inventory, plan
 
+MOUNTS = ExecutorSettings().mount_paths  # which nobody asked for
 NVIDIA = Path("/dev/nvidiactl")  # there when NVIDIA's driver is loaded
 
 
@@ -110,9 +111,8 @@ def _machine(settings: ExecutorSettings, offered: inventory.Inventory | None) ->
         if os.path.exists(path) and not os.path.isdir(path):
             yield Finding("error", f"{path} is no directory, so no session starts", "take it out of mountPaths")
         elif not os.path.isdir(path):
-            yield Finding(
-                "warning", f"{path} is not there, so sessions do not see it", "mount it, or take it out of mountPaths"
-            )
+            what, asked = f"{path} is not there, so sessions do not see it", settings.mount_paths != MOUNTS
+            yield Finding("warning", what, "mount it, or take it out of mountPaths") if asked else Finding("ok", what)
     free = shutil.disk_usage(settings.storage_path).free
     what = f"{free / 2**30:.1f} GiB are free in {settings.storage_path}"
     yield Finding("ok", what) if free > LOW_DISK else Finding("warning", what, "beaker executor images prune")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .. import __version__, trust
 from ..errors import Error
-from ..sandbox import IMAGES, Sandboxes, firewall
+from ..sandbox import IMAGES, Sandboxes, delegated, firewall
 from ..settings import ExecutorSettings, load
 from . import admission, doctor, exposition, fence, images, inventory, plan, ports
 from .access import Access, trusted
@@ -26,6 +26,8 @@ from .loop import Loop
 from .metrics import Metrics
 from .report import Reporter
 from .sessions import Sessions
+
+STOP_GRACE = 30  # seconds: a shutdown waits no longer, and neither does whoever stops a session
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +113,9 @@ def main() -> int:
 def serve(settings: ExecutorSettings) -> None:
     """Run until SIGTERM or SIGINT. Raises Error when it cannot begin."""
     plan.check_places(settings.mount_paths)
+    if not 0 <= settings.stop_grace <= STOP_GRACE:
+        what = f"stopGrace: {settings.stop_grace} is not a number of seconds from 0 to {STOP_GRACE}"
+        raise Error("invalid", what, "correct the settings")
     server = settings.endpoint
     limits, creates = admission.Limits.of(settings), trusted(settings)
     firewall.rules(settings.bridge, "", (), settings.session_access)  # says what is wrong with them
@@ -119,6 +124,7 @@ def serve(settings: ExecutorSettings) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     lock = fence.hold(Path(settings.storage_path, "executor", "lock"))
+    delegated.take_over()
     ledger = Ledger(Path(settings.storage_path, "executor", "ledger.db"))
     driver, why = sandboxes(settings, (ledger.fact("driver") or "") if ledger.live() else "")
     ledger.fact("driver", driver.name)
@@ -145,6 +151,7 @@ def serve(settings: ExecutorSettings) -> None:
     signal.sigwait(stop)
     if loop.failure:
         raise Error("internal", f"the door has failed: {loop.failure!r}", "start the executor again; sessions go on")
+    loop.passing.kill()
     ledger.close()
     os.close(lock)
 

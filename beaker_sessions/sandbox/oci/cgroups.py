@@ -64,9 +64,10 @@ class Cgroups:
         try:
             root = self._controller("pids")
             directory = root / cgroup.lstrip("/")
+            directory.mkdir(parents=True, exist_ok=True)
             if self.unified:
-                (root / "cgroup.subtree_control").write_text("+pids")
-            directory.mkdir(exist_ok=True)
+                for above in reversed(directory.relative_to(root).parents):
+                    (root / above / "cgroup.subtree_control").write_text("+pids")
             (directory / "pids.max").write_text(str(most))
         except (OSError, StopIteration):
             return False

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from ...errors import Error
 from .. import Finding
+from ..busybox import BUSYBOX
 from . import cgroups, record
 from .check import check
 from .driver import OciSandboxes
-from .programs import BUSYBOX, INITS, RUNTIMES, find
+from .programs import INITS, RUNTIMES, find
 
 
 def problem(directory: Path) -> Finding | None:

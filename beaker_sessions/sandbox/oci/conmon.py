@@ -21,13 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import Error
+from .. import delegated
+from ..busybox import BUSYBOX
 from . import mounts, network, programs
 from .processes import Process, readable
 
 LOG_SIZE = 1 << 30  # bytes of a log after which conmon forgets it, should no executor be there to trim it before
 PACKET = 32 << 10  # the longest packet that conmon takes
 BUSY = 0.3  # seconds that a line for a conmon which does not read waits for the one before
-ENTER = (programs.BUSYBOX, "nsenter")  # static, so that it costs half a millisecond
+ENTER = (BUSYBOX, "nsenter")  # static, so that it costs half a millisecond
 START = 30.0  # seconds in which a runtime must have made a container
 
 
@@ -238,6 +240,8 @@ def _run(
         raise Error("unavailable", "conmon is not installed", "apt-get install conmon") from error
     if done.returncode != 0:
         raise Error("internal", f"conmon ended with {done.returncode}: {done.stderr.decode(errors='replace').strip()}")
+    if delegated.holders():  # while the runtime works, as moving may take milliseconds
+        delegated.hold(int((directory / "conmon.pid").read_text()))
 
 
 @contextlib.contextmanager

@@ -47,9 +47,11 @@ from .. import (
     Status,
     Terminal,
     cdi,
+    delegated,
     resolvers,
     subordinate,
 )
+from ..busybox import BUSYBOX
 from . import apparmor, cgroups, config, conmon, layer, logs, mounts, programs, record, rootfs, userns
 from .check import check
 from .idmaps import IdMaps
@@ -95,7 +97,7 @@ class OciSandboxes:
         self.cdi_paths, self.cdi_hooks = list(cdi_paths), list(cdi_hooks)
         self.ids, self.maps = ids, IdMaps()
         self.cgroups = cgroups.detect()
-        self.cgroup = "/beaker-" + re.sub(r"[^a-z0-9]+", "-", owner.lower()).strip("-")
+        self.cgroup = delegated.base() + "/beaker-" + re.sub(r"[^a-z0-9]+", "-", owner.lower()).strip("-")
         self.roots = RUN / bridge / "roots"
         for path in (RUN.parent, RUN, RUN / bridge):
             path.mkdir(parents=True, exist_ok=True)
@@ -312,7 +314,7 @@ class OciSandboxes:
         else:
             pids = Finding("warning", "sessions together can take all ids of processes", "enable the pids controller")
         found = check(
-            self.state, self.state / "trash", self.runtime.path, self.cgroups, init, programs.BUSYBOX, self.images.root,
+            self.state, self.state / "trash", self.runtime.path, self.cgroups, init, BUSYBOX, self.images.root,
             self.ids,
         )  # fmt: skip
         return [*found, pids]
