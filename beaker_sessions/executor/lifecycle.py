@@ -299,11 +299,15 @@ class Lifecycle:
             time.sleep(0.5)
 
     def _tick(self) -> None:
-        last = time.monotonic()
+        last, weighed = time.monotonic(), -1.0
         while True:
             time.sleep(1)
             try:
                 self._end_overdue()
+                claimed = self.sessions.capacity.cpus - self.sessions.free().cpus
+                if claimed != weighed:  # within a second of the claim, and not on the way to a prompt
+                    weighed = claimed
+                    self.sandboxes.weigh(claimed)
                 if time.monotonic() - last > RECONCILE_EVERY:
                     last = time.monotonic()
                     self.reconcile()

@@ -11,8 +11,11 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import subprocess
 from contextlib import suppress
 from pathlib import Path
+
+from ..errors import Error
 
 MOUNTED = Path("/sys/fs/cgroup")  # where systemd has all hierarchies
 UNIT = "beaker.slice/beaker-cgroup.service"
@@ -46,6 +49,17 @@ def holders() -> tuple[Path, ...]:
         (unit / HOLDERS).mkdir(exist_ok=True)
         files.append(unit / HOLDERS / "cgroup.procs")
     return tuple(files)
+
+
+def weigh(weight: int) -> None:
+    """Give all of ours together this weight for the CPU beside `system.slice` and `user.slice`; systemd's is to set.
+
+    Raises Error unavailable.
+    """
+    command = ["systemctl", "set-property", "--runtime", UNIT.partition("/")[0], f"CPUWeight={weight}"]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=30, check=False)
+    if done.returncode:
+        raise Error("unavailable", f"the sessions' CPUs are no guarantee: {done.stderr.strip()}", " ".join(command))
 
 
 def take_over() -> None:

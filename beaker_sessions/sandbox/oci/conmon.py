@@ -56,6 +56,7 @@ def create(
         pipes = {"_OCI_SYNCPIPE": writer}
         network.inside(namespace, lambda: _run(runtime, id, directory, short, arguments, pipes, root))
         writer.close()
+        _hold(directory)
         init = _answer(reader, f"{Path(runtime.path).name} create")
     return int((directory / "conmon.pid").read_text()), init
 
@@ -95,6 +96,7 @@ def execute(
         connection = connect(directory)
         try:
             begin.write(b"\0")
+            _hold(directory)
             _answer(synced, f"{Path(runtime.path).name} exec")
         except BaseException:
             connection.close()
@@ -240,7 +242,11 @@ def _run(
         raise Error("unavailable", "conmon is not installed", "apt-get install conmon") from error
     if done.returncode != 0:
         raise Error("internal", f"conmon ended with {done.returncode}: {done.stderr.decode(errors='replace').strip()}")
-    if delegated.holders():  # while the runtime works, as moving may take milliseconds
+
+
+def _hold(directory: Path) -> None:
+    """Take conmon out of the executor's group, while the runtime works: moving a process may take milliseconds."""
+    if delegated.holders():
         delegated.hold(int((directory / "conmon.pid").read_text()))
 
 

@@ -307,6 +307,19 @@ class OciSandboxes:
     def guard(self) -> None:
         self.network.guard()
 
+    def weigh(self, cpus: float) -> None:
+        if "cpu" not in self.cgroups.controllers():
+            return  # as doctor says
+        top = self.cgroup.split("/")[1]
+        machine = os.cpu_count() or 1
+        others = sum(weight for name, weight in self.cgroups.weights().items() if name != top)
+        if delegated.base():
+            weight = cgroups.guarantee(cpus, machine, others)
+            delegated.weigh(weight)
+            self.cgroups.weigh(self.cgroup, cgroups.MOST)  # beside what holds terminals
+        else:  # beside processes in no group, of which as many as there are CPUs are taken to be busy
+            self.cgroups.weigh(self.cgroup, cgroups.guarantee(cpus, machine, others + 100 * machine))
+
     def check(self) -> list[Finding]:
         init = programs.find(programs.INITS)
         if self.pids:
