@@ -255,6 +255,9 @@ class DockerSandboxes:
     def guard(self) -> None:
         self.network.ensure()
 
+    def weigh(self, cpus: float) -> None:
+        pass
+
     def check(self) -> list[Finding]:
         return check(self.engine, cdi.load(self.cdi_paths, self.cdi_hooks))
 
