@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from beaker_sessions.errors import Error
 from beaker_sessions.executor.inside import Inside
 from beaker_sessions.executor.inventory import Inventory
 from beaker_sessions.executor.ledger import Ledger
@@ -260,3 +261,26 @@ def test_what_waits_for_an_image_or_a_home_holds_nobody_up(
     assert not any(lifecycle.sessions.view(id).session.started for id in (*late, mine))
     on.set()
     wait_for("the others'", lambda: all(lifecycle.sessions.view(id).session.started for id in (*late, mine)))
+
+
+def test_a_token_that_comes_after_the_end_is_not_kept(lifecycle: Lifecycle, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, id = lifecycle.inside, "01HW8DZJFR6QEAFAABCTCR2BY2"
+
+    class Server:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def create_token(self, _body: object, key: str) -> dict[str, str]:
+            del key
+            inside.close(id)
+            return {"token": "late"}
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr("beaker_sessions.executor.inside.Client", Server)
+    inside.directories.make(id)
+    inside.introduce(id, "its author's")
+    with pytest.raises(Error, match="has ended"):
+        inside._token(id)
+    assert inside.directories.ids() == []
