@@ -2,7 +2,7 @@
 
 Acts on `Sessions` through its methods and on the machine through the driver. Owns the threads of both. The order is
 always: intent in the ledger, then the act, then the outcome in the ledger; so whatever is interrupted is found half-
-done by `reconcile` and finished or undone.
+done by `reconcile` and finished or undone. Longer than 400 lines, as one table says who acts on a session: `_busy`.
 """
 
 from __future__ import annotations

@@ -302,3 +302,26 @@ def test_a_session_ends_with_its_machine_and_not_when_that_is_back(lifecycle: Li
     wait_for("its end", lambda: sessions.view(id).session.state == State.FINALIZED)
     ended = sessions.view(id).session
     assert (ended.exited, ended.message) == (last, "the machine was restarted")
+
+
+def test_a_token_that_comes_after_the_end_is_not_kept(lifecycle: Lifecycle, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, id = lifecycle.inside, "01HW8DZJFR6QEAFAABCTCR2BY2"
+
+    class Server:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def create_token(self, _body: object, key: str) -> dict[str, str]:
+            del key
+            inside.close(id)
+            return {"token": "late"}
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr("beaker_sessions.executor.inside.Client", Server)
+    inside.directories.make(id)
+    inside.introduce(id, "its author's")
+    with pytest.raises(Error, match="has ended"):
+        inside._token(id)
+    assert inside.directories.ids() == []
