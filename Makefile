@@ -4,7 +4,7 @@ PYTHON ?= /usr/bin/python3
 setup := $(PYTHON) -B -m setup
 MAKEFLAGS += --no-print-directory
 
-.PHONY: session down clean test check lint bench lock image docs
+.PHONY: session down clean test check soak lint bench lock image docs
 
 session: ## set up what is missing, then a session; ARGS are those of `beaker session create`
 	@$(setup) session $(value ARGS)
@@ -20,6 +20,9 @@ test: ## everything, real parts included, side by side; ARGS are pytest's
 
 check: lint ## the quick part: lint, types, import directions, unit tests
 	@.venv/bin/python -m pytest -q -n auto --maxprocesses 4 --no-loadscope-reorder tests/unit
+
+soak: ## the fault campaign: MINUTES=30, DRIVER=oci or docker, SEED= to repeat; SWEEP=1 kills at every event instead
+	@$(setup) soak minutes=$(MINUTES) driver=$(DRIVER) seed=$(SEED) sweep=$(SWEEP)
 
 lint:
 	@$(setup) develop

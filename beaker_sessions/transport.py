@@ -100,8 +100,11 @@ class _RootsSocket(http.client.HTTPConnection):
             raise self._away("it is no socket of root's")
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            connection.settimeout(self.timeout)
+            # With `settimeout`, connecting would fail at once, instead of waiting, while many others connect.
+            limit = struct.pack("@ll", int(self.timeout or 0), int((self.timeout or 0) % 1 * 1e6))  # struct timeval
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
             connection.connect(self._path)
+            connection.settimeout(self.timeout)
             credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
             if struct.unpack("3i", credentials)[1] != 0:  # who listens
                 raise self._away("whoever listens there is not root")

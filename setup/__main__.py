@@ -78,6 +78,12 @@ def test(*arguments: str) -> None:
     raise SystemExit(testing.run(list(arguments)))
 
 
+def soak(*arguments: str) -> None:
+    run([TESTS[0]])
+    _as_root()
+    raise SystemExit(testing.soak(list(arguments)))
+
+
 def bench(*arguments: str) -> None:
     run([TESTS[0]])
     _as_root()
@@ -95,7 +101,7 @@ def clean() -> None:
 
 
 VERBS: dict[str, Callable[..., None]] = {
-    verb.__name__: verb for verb in (session, step, develop, build, lock, test, bench, down, clean)
+    verb.__name__: verb for verb in (session, step, develop, build, lock, test, soak, bench, down, clean)
 }
 
 

@@ -49,6 +49,18 @@ def run(arguments: list[str]) -> int:
     return status or int(bool(left))
 
 
+def soak(arguments: list[str]) -> int:
+    """Run the fault campaign: its exit status, or 1 when it passed but left something behind."""
+    with _checkout() as (checkout, directory):
+        environment = {**os.environ, MARK: str(directory), "TMPDIR": str(directory)}
+        command = [".venv/bin/python", "-m", "tests.soak", *arguments]
+        status = subprocess.run(command, cwd=checkout, env=environment).returncode
+        left = _left(str(directory))
+        for line in left:
+            print(f"left behind: {line}", file=sys.stderr)
+    return status or int(bool(left))
+
+
 def bench(arguments: list[str]) -> int:
     """Run the comparison with docker: its exit status. Its table goes to the checkout, as its owner's."""
     with _checkout() as (checkout, _):

@@ -1,4 +1,4 @@
-"""A registry on loopback whose answers never come to an end, though something comes."""
+"""Registries on loopback as nobody wants them: one whose answers never come to an end, and one that says anything."""
 
 from __future__ import annotations
 
@@ -6,16 +6,72 @@ import hashlib
 import http.server
 import json
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 CONFIG, LAYER = b"{}", b"layer" * 1000
+Answer = tuple[int, dict[str, str], bytes]  # status, headers, content
 
 
-def described(content: bytes) -> dict[str, Any]:
-    return {"digest": f"sha256:{hashlib.sha256(content).hexdigest()}", "size": len(content)}
+def described(content: bytes, kind: str = "layer.v1.tar") -> dict[str, Any]:
+    digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+    return {"mediaType": f"application/vnd.oci.image.{kind}", "digest": digest, "size": len(content)}
 
 
-MANIFEST = json.dumps({"schemaVersion": 2, "config": described(CONFIG), "layers": [described(LAYER)]}).encode()
+def manifest(config: bytes, *layers: bytes, **more: Any) -> bytes:
+    """The manifest of an image, whatever its parts are."""
+    parts = {"config": described(config, "config.v1+json"), "layers": [described(layer) for layer in layers]}
+    return json.dumps({"schemaVersion": 2, **parts, **more}).encode()
+
+
+def image(config: bytes, *layers: bytes, **more: Any) -> Callable[[str, dict[str, str]], Answer]:
+    """The answers of a registry that has one image under all names."""
+    parts = {described(part)["digest"]: part for part in (config, *layers)}
+
+    def answer(path: str, _: dict[str, str]) -> Answer:
+        kind, _, name = path.rpartition("/")
+        return 200, {}, parts[name] if kind.endswith("/blobs") else manifest(config, *layers, **more)
+
+    return answer
+
+
+MANIFEST = manifest(CONFIG, LAYER)
+
+
+class Server:
+    """Answers as a function of path and headers says, and remembers what it was asked."""
+
+    def __init__(self, answer: Callable[[str, dict[str, str]], Answer]) -> None:
+        self.answer = answer
+        self.asked: list[tuple[str, dict[str, str]]] = []
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                headers = dict(self.headers.items())
+                outer.asked.append((self.path, headers))
+                status, more, body = outer.answer(self.path, headers)
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(body)), **more}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"127.0.0.1:{self.http.server_address[1]}"
+
+
+@contextmanager
+def serving(answer: Callable[[str, dict[str, str]], Answer]) -> Iterator[Server]:
+    server = Server(answer)
+    with server.http:
+        threading.Thread(target=server.http.serve_forever, args=[0.05], daemon=True).start()
+        yield server
+        server.http.shutdown()
 
 
 class Drip:

@@ -18,8 +18,9 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from setup import host
 from setup.sources import sources
@@ -38,11 +39,11 @@ def scratch() -> bytes:
     return tar({"busybox": BUSYBOX.read_bytes()})
 
 
-def alpine() -> bytes:
+def alpine(more: Mapping[str, bytes | str] = MappingProxyType({})) -> bytes:
     files: dict[str, bytes | str] = {f"bin/{name}": "busybox" for name in APPLETS.split()}
     files |= {"bin/busybox": BUSYBOX.read_bytes(), "etc/passwd": ALPINE_PASSWD.encode()}
     files |= {"etc/group": ALPINE_GROUP.encode(), "etc/not-a-program": b"text\n"}
-    return tar(files)
+    return tar({**files, **more})
 
 
 def links() -> bytes:

@@ -24,14 +24,12 @@ from beaker_sessions.settings import ExecutorSettings, load
 from .invariants import Box, Sample, violations
 from .stack import Stack
 
-PAUSE = 0.1  # seconds between two samples
-
 
 class Recorder:
-    """Use it with `with`, then ask for `broken`."""
+    """Use it with `with`, then ask for `broken`. pause: seconds between two samples."""
 
-    def __init__(self, stack: Stack) -> None:
-        self.stack = stack
+    def __init__(self, stack: Stack, pause: float = 0.1) -> None:
+        self.stack, self.pause = stack, pause
         self.history: list[Sample] = []
         self.excused: set[str] = set()
         self.capacity: Resources = inventory.read(load(ExecutorSettings, str(stack.config))).capacity
@@ -68,7 +66,7 @@ class Recorder:
     def _run(self) -> None:
         last = time.monotonic()
         try:
-            while not self._stopped.wait(PAUSE):
+            while not self._stopped.wait(self.pause):
                 now = time.monotonic()
                 if self.stack.executor.popen and self.stack.executor.popen.poll() is None:
                     self._served += now - last

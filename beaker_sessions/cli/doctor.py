@@ -12,7 +12,7 @@ from .args import Options, command
 @command("")
 def doctor(options: Options) -> int:
     try:
-        findings = [frame["finding"] for frame in door.ask_all("doctor", config.load().token, timeout=120.0)]
+        findings = [frame["finding"] for frame in door.ask_all("doctor", config.load().token)]
     except Error as error:
         if error.code != "unavailable" or os.geteuid() != 0:
             raise

@@ -1,7 +1,9 @@
 """The executor's door as a client: a SOCK_SEQPACKET connection whose packets are JSON objects, some with a descriptor.
 
-Owns connecting, framing and turning what the kernel reports into `errors.Error`. The frames themselves are described in
-docs/architecture.md, "The door". Uses `_socket`, because `socket` costs milliseconds and adds nothing needed here.
+Owns connecting, framing, how long a question waits, and turning what the kernel reports into `errors.Error`. The frames
+themselves are described in docs/architecture.md, "The door". An executor that is alive says so every few seconds to
+whoever waits, so one that was stopped is told from one that is busy. Uses `_socket`, because `socket` costs
+milliseconds and adds nothing needed here.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ from _socket import (
     SOL_SOCKET,
     socket,
 )
+from time import monotonic
 
 from ..errors import Error
-from . import codec, config
+from . import codec, config, output
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,7 +35,15 @@ if TYPE_CHECKING:
 SOCKET = "/run/beaker/executor.sock"
 SESSION = "/run/beaker/session.sock"  # in a session: its own, which knows whose it is without a token
 FRAME = 128 << 10  # bytes
-ANSWER = 30.0  # seconds that a question about the present may take
+QUIET = 8.0  # seconds without an answer after which the user is told,
+SILENT = 30.0  # and without a sign of life after which a question ends
+ANSWER = 120.0  # seconds that an answer may take while the executor is alive
+DEAD = "The executor of this machine does not answer; still waiting for it. (Press Ctrl+C to leave)"
+BUSY = "Still waiting for the executor of this machine. (Press Ctrl+C to leave)"
+
+
+class Silence(Exception):
+    """Nothing came in time."""
 
 
 class Away(Exception):
@@ -49,16 +60,27 @@ def inside() -> bool:
 
 
 class Door:
-    """A connection to the executor of this machine. Raises Error unavailable when none answers."""
+    """A connection to the executor of this machine. Raises Error unavailable when none answers.
 
-    def __init__(self, patience: float = ANSWER) -> None:
+    waits: until others have been let in, else Silence is raised when they are too many.
+    """
+
+    def __init__(self, waits: bool = True) -> None:
         self._socket = socket(AF_UNIX, SOCK_SEQPACKET)
-        # Not `settimeout`: with it, connecting would fail at once, instead of waiting, while many others connect.
-        # A `struct timeval` of a 64-bit machine.
-        limit = b"".join(int(part).to_bytes(8, sys.byteorder) for part in (patience, patience % 1 * 1e6))
-        self._socket.setsockopt(SOL_SOCKET, SO_SNDTIMEO, limit)
+        self._told = False  # that the answer takes long
         try:
-            self._socket.connect(path())
+            if waits:
+                self._connect()
+            else:
+                self._socket.settimeout(0)
+                self._socket.connect(path())
+                self._socket.settimeout(None)
+        except BlockingIOError:
+            self.close()
+            raise Silence from None
+        except Error:
+            self.close()
+            raise
         except FileNotFoundError:
             self.close()
             raise Error(
@@ -73,6 +95,24 @@ class Door:
             self.close()
             hint = "ask for it to be started, or see: beaker executor doctor"
             raise Error("unavailable", f"no executor answers at {path()}", hint) from None
+
+    def _connect(self) -> None:
+        for seconds in (QUIET, SILENT - QUIET):
+            # Not `settimeout`: with it, connecting would fail at once, instead of waiting, while many others connect.
+            # A `struct timeval` of a 64-bit machine.
+            limit = b"".join(int(part).to_bytes(8, sys.byteorder) for part in (seconds, seconds % 1 * 1e6))
+            self._socket.setsockopt(SOL_SOCKET, SO_SNDTIMEO, limit)
+            try:
+                self._socket.connect(path())
+                return
+            except BlockingIOError:
+                self._tell(DEAD)
+        raise _dead()
+
+    def _tell(self, text: str) -> None:
+        if not self._told:
+            self._told = True
+            output.say(text)
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -107,10 +147,35 @@ class Door:
             return False
         return True
 
-    def receive(self, timeout: float | None = ANSWER) -> tuple[dict[str, Any], int]:
-        """The next frame and its descriptor, -1 for none. timeout: seconds, None for as long as it takes.
+    def answer(self, limit: float = ANSWER) -> tuple[dict[str, Any], int]:
+        """The next frame that says something, and its descriptor.
 
-        Raises Away at the end, the Error that the frame holds, or Error unavailable when nothing comes in time.
+        limit: seconds that it may take while signs of life come. Says once when it takes long. Raises Away at the end,
+        the Error that the frame holds, or Error unavailable.
+        """
+        began = heard = monotonic()
+        while True:
+            now = monotonic()
+            if now - heard >= SILENT:
+                raise _dead()
+            if now - began >= limit:
+                what = f"the executor of this machine has not answered for {limit:g} s"
+                raise Error("unavailable", what, "what you asked for may still happen")
+            if now - began >= QUIET:
+                self._tell(DEAD if now - heard >= QUIET else BUSY)
+            ends = [began + limit, heard + SILENT] + ([] if self._told else [began + QUIET])
+            try:
+                frame, fd = self.receive(max(0.001, min(ends) - now))
+            except Silence:
+                continue
+            if not frame.get("alive"):
+                return frame, fd
+            heard = monotonic()
+
+    def receive(self, timeout: float = QUIET) -> tuple[dict[str, Any], int]:
+        """The next frame and its descriptor, -1 for none. timeout: seconds.
+
+        Raises Away at the end, the Error that the frame holds, or Silence when nothing comes in time.
         """
         self._socket.settimeout(timeout)
         try:
@@ -122,7 +187,7 @@ class Door:
         except ConnectionError:
             raise Away from None
         except OSError:
-            raise Error("unavailable", f"the executor did not answer within {timeout:g} s", "try again") from None
+            raise Silence from None
         fd = -1
         for level, kind, content in ancillary:
             if (level, kind) == (SOL_SOCKET, SCM_RIGHTS) and len(content) >= 4:
@@ -136,6 +201,11 @@ class Door:
         if "error" in frame:
             raise Error.from_dict(frame["error"])
         return frame, fd
+
+
+def _dead() -> Error:
+    hint = "what you asked for may still happen when it does; what is wrong says: sudo beaker executor doctor"
+    return Error("unavailable", "the executor of this machine does not answer", hint)
 
 
 def _agent() -> socket | None:
@@ -157,21 +227,21 @@ def _agent() -> socket | None:
 def request(op: str, token: str, **fields: Any) -> dict[str, Any]:
     """The first frame of a connection. Root says for whom it asks, where that is somebody else."""
     user = config.sudo_user()
-    return {"v": 1, "op": op, "token": token, **({"user": user} if user else {}), **fields}
+    return {"v": 1, "op": op, "token": token, "beat": True, **({"user": user} if user else {}), **fields}
 
 
-def ask(op: str, token: str, timeout: float = ANSWER, **fields: Any) -> dict[str, Any]:
-    """One question with one answer."""
-    return next(ask_all(op, token, timeout, **fields))
+def ask(op: str, token: str, limit: float = ANSWER, **fields: Any) -> dict[str, Any]:
+    """One question with one answer. limit: as in `Door.answer`."""
+    return next(ask_all(op, token, limit, **fields))
 
 
-def ask_all(op: str, token: str, timeout: float = ANSWER, **fields: Any) -> Iterator[dict[str, Any]]:
-    """One question with many answers, until `{"end": true}`."""
+def ask_all(op: str, token: str, limit: float = ANSWER, **fields: Any) -> Iterator[dict[str, Any]]:
+    """One question with many answers, until `{"end": true}`. limit: for each, as in `Door.answer`."""
     connection = Door()
     try:
         connection.send(request(op, token, **fields))
         while True:
-            frame, _ = connection.receive(timeout)
+            frame, _ = connection.answer(limit)
             if frame.get("end"):
                 return
             yield frame
@@ -186,7 +256,7 @@ def ask_descriptor(op: str, token: str, **fields: Any) -> int:
     connection = Door()
     try:
         connection.send(request(op, token, **fields))
-        _, fd = connection.receive()
+        _, fd = connection.answer()
     except Away:
         raise Error("unavailable", "the executor went away before it answered", "try again") from None
     finally:

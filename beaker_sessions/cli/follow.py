@@ -15,9 +15,9 @@ from select import POLLIN, POLLOUT
 from ..errors import Error
 from . import output
 from .backlog import PROMPT, STUCK, Backlog
-from .door import Away, Door
+from .door import BUSY, DEAD, QUIET, Away, Door, Silence
 from .loop import READABLE, Loop
-from .stream import CHUNK, STDOUT, Stream
+from .stream import CHUNK, STDOUT, Stream, past
 from .terminal import DetachKey, Output, Signals, Terminal, may_read, size
 
 TYPE_CHECKING = False
@@ -29,8 +29,11 @@ if TYPE_CHECKING:
 else:
     import _signal as signal  # `signal` is the same with an import of `enum`
 
-PATIENCE = 60.0  # seconds to wait for an executor that went away, when nothing else is left to do
-CANCEL = 20.0  # seconds for a cancelled session to be gone
+PATIENCE = 60.0  # seconds that a script waits for an executor that is away or silent, when nothing else is left to do
+ANSWER = 300.0  # seconds that it waits for the first answer of one that is alive
+LATER = 0.1  # seconds between attempts to connect while too many others do
+CANCEL = 20.0  # seconds for a cancelled session to be gone,
+SAID = 1.0  # and until it is said that this takes a while
 DRAIN = 2.0  # seconds without a byte, after the end was announced, until the stream counts as finished
 HINT = 3.0  # seconds between the end of the stream and saying that the session itself has not ended
 
@@ -49,6 +52,9 @@ class Follow:
         self._stream: Stream | None = None
         self._streamed = False  # there was a stream: what it carried must not come again
         self._handle = ""
+        self._earlier: list[tuple[int, bytes]] = []
+        self._sent = False  # the executor may have read the request
+        self._silent = False  # it was said that the executor does not answer
         self._ended: dict[str, Any] | None = None
         self._result: int | None = None
         self._canceled_by = 0
@@ -66,16 +72,14 @@ class Follow:
         self._output: Output = Output()
         self._backlog: Backlog = Backlog(self._output, self._unreadable)
         try:
-            self._door = Door()
-            try:
-                self._door.send(self._request, agent=True)
-            except Away:
-                self._lost()
+            self._expect()
+            self._loop.after(QUIET + SAID, "busy", self._busy)
+            if not self._tty:
+                self._loop.after(ANSWER, "answer", self._give_up)
+            self._connect()
             while self._result is None:
                 self._turn()
             return self._result
-        except Away:
-            raise Error("unavailable", "the executor went away before it answered", "try again") from None
         except Error:
             self._break_line()
             raise
@@ -119,6 +123,8 @@ class Follow:
         except Away:
             self._lost()
             return
+        except Silence:
+            return
         except Error as error:
             if error.code == "unavailable" and (self._streamed or self._returning):
                 self._lost()
@@ -130,9 +136,17 @@ class Follow:
             else:
                 raise
             return
+        self._silent = False
+        self._loop.cancel("give up")
+        self._expect()
+        if frame.get("alive"):
+            return
+        self._loop.cancel("away", "busy", "answer")
         self._returning, self._pause = False, 0.05
         event = frame.get("event")
-        if event == "created":
+        if event == "earlier":
+            self._earlier = past(fd, frame["framing"])
+        elif event == "created":
             self.id = frame["job"]["id"]
             self._progress.tell(frame)
             if self._canceled_by:
@@ -141,6 +155,8 @@ class Follow:
             self._begin(frame, fd)
         elif event == "ended":
             self._end(frame)
+        elif event == "detached":
+            self._result = 0
         elif event == "read_on":
             self._read_on(door)
         elif event == "notice":
@@ -163,45 +179,93 @@ class Follow:
         else:
             self._progress.say(text)
 
+    def _connect(self) -> None:
+        """To the executor, and say what is wanted. Raises Error unavailable when none is there."""
+        try:
+            self._door = Door(waits=False)
+        except Silence:  # others are before us
+            self._loop.after(LATER, "again", self._again)
+            return
+        try:
+            self._door.send(self._resumption(), agent=True)
+        except Away:  # nothing of it has arrived
+            self._lost()
+            return
+        self._sent = True
+
     def _lost(self) -> None:
         """The executor closed the connection before the end: come back to it, while the terminal goes on."""
         self._drop_door()
-        if self._request.get("detach") and self.id:
-            self._result = 0
-            return
-        if self._op == "exec" and not self._handle:
-            raise Away  # whether the process was started is not known, and it must not be started twice
+        if self._op == "exec" and self._sent and not self._handle:
+            raise self._uncertain("went away")  # and it must not be started twice
+        self._loop.cancel("quiet")
+        if not self._stream:
+            away = "The executor went away; waiting for it to come back. (Press Ctrl+C to leave)"
+            if not self._returning:
+                self._loop.after(SAID, "away", lambda: self._progress.say(away))
+            self._limit()
         self._returning = True
-        if not self._stream and not self._loop.is_set("give up"):
-            away = "The executor went away; waiting for it to come back."
-            self._loop.after(1.0, "away", lambda: self._progress.say(away))
-            self._loop.after(PATIENCE, "give up", self._give_up)
         self._loop.after(self._pause, "again", self._again)
         self._pause = min(self._pause * 2, 2.0)
 
     def _again(self) -> None:
         try:
-            self._door = Door(patience=0.2)
-            self._door.send(self._resumption(), agent=True)
-        except (Error, Away):
+            self._connect()
+        except Error:
             self._lost()
             return
-        self._loop.cancel("away", "give up")
-        if self._tty:
-            self._resize()
+        self._earlier = []  # comes again
+        if self._door:
+            self._expect()
+            if self._tty and self._sent:
+                self._resize()
 
     def _resumption(self) -> dict[str, Any]:
-        frame = {"v": 1, "token": self._request["token"], "id": self.id or None}
-        if self._op == "exec":
-            return {**frame, "op": "exec_exit", "handle": self._handle}
-        if not self.id:
-            return self._request  # the same idempotency key: no second session
-        return {**frame, "op": "attach", "size": size(), "replay": True, "stream": not self._streamed}
+        frame = {key: value for key, value in self._request.items() if key in ("v", "token", "user", "beat", "detach")}
+        if self._op == "exec" and self._handle:
+            return {**frame, "op": "exec_exit", "id": self.id or None, "handle": self._handle}
+        if self._op == "exec" or not self.id or not self._sent:
+            return self._request  # which was not read, or has the same idempotency key: no second session
+        whole = self._op == "create"  # an attach asks for the latest output
+        how = {"size": size(), "replay": True, "stream": not self._streamed, "whole": whole}
+        return {**frame, "op": "attach", "id": self.id, **how}
+
+    def _expect(self) -> None:
+        """A sign of life is due from the executor, where nothing else is left to wait for."""
+        if self._stream:
+            self._loop.cancel("quiet")
+        else:
+            self._loop.after(QUIET, "quiet", self._quiet)
+
+    def _quiet(self) -> None:
+        if not self._silent:
+            self._silent = True
+            self._progress.say(DEAD)
+        self._limit()
+
+    def _busy(self) -> None:
+        if not self._silent:
+            self._progress.say(BUSY)
+
+    def _limit(self) -> None:
+        """A script has to end at some time; a person sees what is waited for, and has Ctrl-C."""
+        if not self._tty and not self._loop.is_set("give up"):
+            self._loop.after(PATIENCE, "give up", self._give_up)
+
+    def _uncertain(self, what: str) -> Error:
+        where = f" {self.id}" if self.id else ""
+        return Error(
+            "unavailable",
+            f"the executor {what} before it said whether the command was started: it may have run",
+            f"before you run it again, look with: beaker session exec{where} -- ps -ef",
+        )
 
     def _give_up(self) -> None:
+        if self._op == "exec" and self._sent and not self._handle:
+            raise self._uncertain("did not answer")
         known = f"session {self.id} goes on; come back with: beaker session attach {self.id}"
         hint = known if self.id else "whether it started is shown by: beaker session list"
-        raise Error("unavailable", f"the executor has not answered for {PATIENCE:g} s", hint)
+        raise Error("unavailable", "the executor of this machine does not answer", hint)
 
     def _drop_door(self) -> None:
         if self._door:
@@ -216,6 +280,7 @@ class Follow:
             os.close(fd)
             return
         self._stream, self._streamed = Stream(fd, frame["framing"]), True
+        self._expect()
         self._handle = frame.get("handle") or ""
         self._progress.finish()
         if self._tty:
@@ -223,12 +288,22 @@ class Follow:
             self._resize()
         if frame.get("replay"):
             self._show([(STDOUT, a2b_base64(frame["replay"]))])
+        self._show_earlier()
         if not self._input:
             self._stream.half_close()
+
+    def _show_earlier(self) -> None:
+        """What the session wrote before there was a stream, or instead of one when it has ended."""
+        if self._earlier:
+            self._streamed = True
+            self._progress.finish()
+            self._show(self._earlier)
+            self._earlier = []
 
     def _end(self, frame: dict[str, Any]) -> None:
         self._ended = frame
         self._drop_door()
+        self._show_earlier()
         self._loop.cancel()
         if self._stream or not self._backlog.has_room:
             self._loop.after(DRAIN, "drain", self._finish)
@@ -250,8 +325,10 @@ class Follow:
         if STDOUT in self._backlog.unread:
             return 128 + signal.SIGPIPE
         if self._canceled_by:
-            self._progress.say(f"Canceled: session {self.id} has given up its place.")
+            self._progress.say(f"Canceled: session {self.id} has given up its place." if self.id else "Canceled.")
             return 128 + self._canceled_by
+        if self._request.get("detach") and code is not None:
+            return 0  # it has run, and ended already
         if code is None:
             output.say(f"beaker: session {self.id} did not run: {message or 'it was stopped'}")
             return 128 + signal.SIGTERM
@@ -263,7 +340,10 @@ class Follow:
     def _leave(self, code: int) -> None:
         """Detach: the session goes on, and the user is told how to come back."""
         self._break_line()
-        if self.id and self._op != "exec":
+        if self._op == "exec" and self._sent and not self._streamed:
+            what = "the executor had not said yet whether the command was started: it may have run"
+            output.say(f"beaker: {what}")
+        elif self.id and self._op != "exec":
             self._progress.say(f"Detached: session {self.id} goes on. Come back with: beaker session attach {self.id}")
         self._result = code
 
@@ -309,8 +389,10 @@ class Follow:
         self._restore()  # Ctrl-C works again
         waiting = "Its output has ended; waiting for it to end. (Press Ctrl+C to leave it running)"
         self._loop.after(HINT, "hint", lambda: self._progress.say(waiting))
-        if not self._door:
-            self._loop.after(PATIENCE, "give up", self._give_up)
+        if self._door:
+            self._expect()
+        else:
+            self._limit()
 
     def _show(self, pieces: list[tuple[int, bytes]]) -> None:
         for _, data in pieces if self._tty else ():
@@ -394,18 +476,32 @@ class Follow:
 
     def _interrupted(self, number: int) -> None:
         if self._op == "create" and not self._streamed:
-            if self._canceled_by or not self._door:
-                self._leave(128 + number)
-                return
-            self._canceled_by = number
+            again, self._canceled_by = self._canceled_by, self._canceled_by or number
             self._progress.finish()
-            self._door.try_send({"cancel": True})
-            self._loop.after(CANCEL, "cancel", lambda: self._leave(128 + number))
+            told = self._door is not None and (bool(again) or self._door.try_send({"cancel": True}))
+            if again or not told or self._silent:
+                self._abandon(told)
+                return
+            until = f"Canceling session {self.id}... (Press Ctrl+C again to leave it)" if self.id else "Canceling..."
+            self._loop.after(SAID, "canceling", lambda: self._progress.say(until))
+            self._loop.after(CANCEL, "cancel", lambda: self._abandon(True))
             return
         self._signals_sent += 1
         forwards = self._stream and not self._tty and self._op == "create" and self._signals_sent < 3
         if not (forwards and self._door and self._door.try_send({"signal": number})):
             self._leave(128 + number)
+
+    def _abandon(self, told: bool) -> None:
+        """Leave a session that is not wanted any more. told: the executor hears of that, sooner or later."""
+        self._break_line()
+        if self.id and told:
+            self._progress.say(f"Canceled: session {self.id} ends as soon as the executor gets to it.")
+        elif self.id:
+            stop = f"beaker session stop {self.id}"
+            self._progress.say(f"The executor is away: session {self.id} goes on. When it is back, end it with: {stop}")
+        elif self._sent and not told:
+            self._progress.say("The executor is away; whether the session was made is shown by: beaker session list")
+        self._result = 128 + self._canceled_by
 
     def _repaint(self) -> None:
         """Have a full-screen program draw again what was written over: it does so for another size."""

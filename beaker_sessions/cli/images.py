@@ -64,7 +64,7 @@ def _load(token: str, file: str, name: str) -> Iterator[dict[str, Any]]:
         with socket.socket(fileno=os.dup(connection.fileno())) as own:
             socket.send_fds(own, [request], [descriptor])
         while True:
-            frame, _ = connection.receive(PATIENCE)
+            frame, _ = connection.answer(PATIENCE)
             if frame.get("end"):
                 return
             yield frame["image"]

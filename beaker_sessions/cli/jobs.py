@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 STOPPING = 180.0  # seconds: a process that will not die takes an executor up to 90
+LOOK = 0.5  # seconds between questions to the server whether a session has ended
 HEADING = ("ID", "NAME", "AUTHOR", "NODE", "GPUS", "STATUS", "DURATION")
 
 
@@ -112,18 +113,41 @@ def stop(options: Options) -> int:
     settings, id = config.load(), target(options)
     token = require_token(settings)
 
+    asked: list[Client] = []
+
     def through_server(server: Client, id: str) -> dict[str, Any]:
+        asked.append(server)
         return server.update_job(id, {"status": {"canceled": True, "canceledFor": "stopped by its user"}})
 
     job = _here_or_elsewhere(settings, id, lambda: door.ask("stop", token, STOPPING, id=id)["job"], through_server)
+    for server in asked:
+        job = _ended(server, job)
     if options.json:
         output.json(job)
     elif options.quiet:
         output.line(job["id"])
     else:
+        # From inside, where whoever waited for the end would be ended themselves, it is only on its way.
         done = "Stopped" if job.get("status", {}).get("finalized") else "Stopping"
         output.line(f"{done} session {job['id']}")
     return 0
+
+
+def _ended(server: Client, job: dict[str, Any]) -> dict[str, Any]:
+    """Wait until the server knows that a stopped session has ended. Raises Error unavailable when it takes too long."""
+    began, told = time.monotonic(), False
+    while not job.get("status", {}).get("finalized"):
+        waited = time.monotonic() - began
+        if waited > STOPPING:
+            what = f"session {job['id']} has not ended yet: its node has not said so for {STOPPING:g} s"
+            hint = f"it ends when its node hears of it; whether it did is shown by: beaker session get {job['id']}"
+            raise Error("unavailable", what, hint)
+        if waited > door.QUIET and not told:
+            told = True
+            output.say(f"Waiting for the node of session {job['id']}, which ends it. (Press Ctrl+C to leave)")
+        time.sleep(LOOK)
+        job = server.get_job(job["id"])
+    return job
 
 
 @command("[ID]", SESSION, words=(0, 1))

@@ -28,6 +28,7 @@ class Progress:
         self._percent = -STEP
         self._gpus = 0
         self._queued: tuple[Any, ...] = ()
+        self._told: set[str] = set()  # what needs no repetition by another executor
 
     def tell(self, event: dict[str, Any]) -> None:
         """Say what an event of the door means; those of a newer executor that are not known mean nothing."""
@@ -87,9 +88,14 @@ class Progress:
         if event.get("memory"):
             parts.append(f"{output.size(event['memory'])} of memory")
         if parts:
-            self.say(f"Reserved {', '.join(parts)}")
+            self._say_once(f"Reserved {', '.join(parts)}")
         if event.get("ports"):
-            self.say(f"Exposed Ports: {output.ports(event['ports'], '0.0.0.0')}")
+            self._say_once(f"Exposed Ports: {output.ports(event['ports'], '0.0.0.0')}")
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            self.say(text)
 
     def say(self, text: str) -> None:
         self.finish()

@@ -67,6 +67,16 @@ def _conmon(packet: bytes) -> list[tuple[int, bytes]]:
     return [(STDERR if packet[0] == 3 else STDOUT, packet[1:])]
 
 
+def past(fd: int, framing: str) -> list[tuple[int, bytes]]:
+    """What a session wrote, as of `Stream.receive`, from a file. Closes it."""
+    parse = _raw if framing == "raw" else Multiplexed().feed
+    pieces: list[tuple[int, bytes]] = []
+    with open(fd, "rb", buffering=0) as file:
+        while data := file.read(CHUNK):
+            pieces += parse(data)
+    return pieces
+
+
 class Multiplexed:
     """Docker's frames: a byte for the stream, three zeros, a big-endian length of four bytes, then so many bytes.
 

@@ -114,9 +114,10 @@ class Terminal:
         """Leave raw mode, and undo what programs left on: alternate screen, mouse, bracketed paste, a hidden cursor."""
         if self._saved is None:
             return
+        # First CAN, as a sequence of which only the beginning was shown would take what is said next for its rest.
         undo = b"".join(b"\x1b[?" + mode + (b"h" if mode == b"25" else b"l") for mode in sorted(self._modes))
         try:
-            output.write(1, memoryview(undo and undo + b"\x1b[0m"))
+            output.write(1, memoryview(b"\x18" + (undo and undo + b"\x1b[0m")))
         except OSError:
             pass
         self._modes.clear()

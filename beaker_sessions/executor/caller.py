@@ -12,6 +12,7 @@ import fcntl
 import json
 import logging
 import os
+import select
 import socket
 import termios
 import time
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 FRAME = 128 * 1024  # bytes; a unix socket's packet is limited by its send buffer
 LATER = 4096  # bytes of a frame after the first: a size, a signal, a word
 PATIENCE = 10.0  # seconds that a silent or stuck client is given
+BEAT = 3.0  # seconds between two signs of life to a caller that waits and asked for them
 
 
 class Caller:
@@ -44,6 +46,8 @@ class Caller:
         self.token, self.agent = "", -1
         self.readable = False  # a frame is there, or the end
         self._woken = asyncio.Event()
+        self._wants_beats = False
+        self._beating: asyncio.TimerHandle | None = None
         connection.setblocking(False)
         self._expect()
 
@@ -102,7 +106,38 @@ class Caller:
             raise Error("invalid", "this frame is not a JSON object", "update beaker")
         return frame
 
+    def beat(self, request: dict[str, Any]) -> None:
+        """From now on say every BEAT seconds that the executor is alive, if this first frame asks for that.
+
+        So a caller can tell one that is busy from one that was stopped. The loop says it, whatever the workers do.
+        """
+        self._wants_beats = request.get("beat") is True
+        self.waits()
+
+    def waits(self, does: bool = True) -> None:
+        """Whether the caller waits for us now: not while it has a terminal, which needs no executor."""
+        if self._beating:
+            self._beating.cancel()
+            self._beating = None
+        if does and self._wants_beats:
+            self._beating = self.loop.asyncio.call_later(BEAT, self._beat)
+
+    def _beat(self) -> None:
+        # Not to one that does not read, such as a stopped one: its socket must keep room for what matters.
+        unread = fcntl.ioctl(self.connection, termios.TIOCOUTQ, bytes(4))  # unix(7): SIOCOUTQ, the same number
+        if not any(unread):
+            self.try_send({"alive": True})
+        self.waits()
+
+    @property
+    def has_left(self) -> bool:
+        """Whether it has closed its end, perhaps with something unread before that. From any thread."""
+        look = select.poll()
+        look.register(self.connection, select.POLLRDHUP)
+        return bool(look.poll(0))
+
     def close(self) -> None:
+        self.waits(False)
         self.loop.asyncio.remove_reader(self.connection.fileno())
         self.loop.passing.close(self.connection)
         if self.agent >= 0:  # and nobody has taken it
@@ -185,6 +220,7 @@ class Held:
             self.caller.loop.on_hangup(self.fd, self._closed)
             replay = base64.b64encode(terminal.replay).decode()
             event = {"event": "terminal", "framing": terminal.framing, "handle": handle, "replay": replay}
+            self.caller.waits(False)
             await self.caller.send(event, terminal.fd)
         finally:
             os.close(terminal.fd)
@@ -217,6 +253,7 @@ class Held:
 
     def _closed(self) -> None:
         self.hung_up = True
+        self.caller.waits()
         self.caller.wake()
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 
 from .. import trust
@@ -20,7 +21,7 @@ from ..client import Client
 from ..errors import Error
 from ..sandbox import LOW_DISK, Finding, Sandboxes, cdi, vulnerabilities
 from ..settings import CONFIG, ExecutorSettings, load
-from . import inventory, plan
+from . import inventory, ledgerfile, plan
 
 NVIDIA = Path("/dev/nvidiactl")  # there when NVIDIA's driver is loaded
 
@@ -33,6 +34,7 @@ def findings(
     """
     yield Finding("ok", f"sessions are run by the {sandboxes.name} driver" + (f", because {why}" if why else ""))
     yield from _files()
+    yield from _ledger(settings)
     yield from _engine(sandboxes)
     if sandboxes.name != "docker":
         there = os.path.exists(settings.docker_socket)
@@ -48,6 +50,19 @@ def _files() -> Iterable[Finding]:
         yield Finding("error", f"others can change what root runs here: {what}", "chown root, chmod go-w; make session")
     if not found:
         yield Finding("ok", "nobody but root can change what root runs here, and its settings")
+
+
+def _ledger(settings: ExecutorSettings) -> Iterable[Finding]:
+    """Nothing where it was never damaged."""
+    if aside := ledgerfile.put_aside(Path(settings.storage_path, "executor", "ledger.db")):
+        when = datetime.fromtimestamp(aside[-1].stat().st_mtime, UTC)
+        what = (
+            f"the ledger was damaged (last written {when:%Y-%m-%d %H:%M} UTC), and was made anew of what could be read"
+        )
+        hint = (
+            f"look after the disk; what was put aside is of no more use: rm {aside[-1].parent}/*.{ledgerfile.ASIDE}-*"
+        )
+        yield Finding("warning", f"{what}; the old one is {aside[-1]}", hint)
 
 
 def _engine(sandboxes: Sandboxes) -> Iterable[Finding]:

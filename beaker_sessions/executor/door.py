@@ -151,6 +151,7 @@ class Door:
             return
         if isinstance(who, Error):
             raise who
+        caller.beat(request)
         operation = str(request.get("op"))
         handler = HANDLERS.get(operation)
         if request.get("v") != 1 or handler is None:
@@ -204,6 +205,8 @@ class Door:
         key = request.get("key")
         if key is not None and not (isinstance(key, str) and 0 < len(key) <= 200):
             raise Error("invalid", f"key: {key!r} is not an idempotency key", "send up to 200 characters")
+        if caller.has_left:  # it gave up while this waited for its turn; nobody would learn of the session
+            raise ConnectionResetError
         id, inside = ids.ulid(), self.lifecycle.inside
         inside.introduce(id, caller.token)
         try:
@@ -218,7 +221,7 @@ class Door:
         created |= {"warning": admitted.warning} if admitted.warning else {}
         detach = bool(request.get("detach"))
         return self.following.session(
-            caller, session, terminal=not detach, size=wanted.size, brief=detach, first=created
+            caller, session, terminal=not detach, size=wanted.size, brief=detach, first=created, whole=True
         )
 
     def _attach(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> Answer:
@@ -226,9 +229,11 @@ class Door:
         self._admit(session.id, caller)
         size = wire.window(request["size"]) if request.get("size") else None
         replay = request.get("replay", True) is True
+        brief = request.get("detach") is True
         return self.following.session(
-            caller, session, terminal=request.get("stream", True) is True, size=size, replay=replay
-        )
+            caller, session, terminal=request.get("stream", True) is True and not brief, size=size, replay=replay,
+            brief=brief, whole=request.get("whole") is True,
+        )  # fmt: skip
 
     def _exec(self, caller: Caller, request: dict, account: dict, _identity: Identity) -> Answer:
         session = self._own(request, account)

@@ -7,21 +7,23 @@ happens it costs no thread.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import replace
 from typing import Any
 
 from .. import wire
 from ..errors import Error
 from ..model import LIVE, Claim, Identity, Request, Session, State
-from ..sandbox import Terminal
+from ..sandbox import Framing, Terminal
 from . import plan
 from .access import Access
 from .caller import Caller, Held
 from .execs import Execs
 from .lifecycle import Lifecycle
+from .outputs import sealed
 from .replay import SCANNED, alternate, shown
 from .sessions import View
 from .subscription import Subscription
@@ -61,8 +63,23 @@ class Following:
         replay: bool = True,
         brief: bool = False,
         first: dict[str, Any] | None = None,
+        whole: bool = False,
     ) -> None:
-        """Tell `caller` of a session until it has ended, or (brief) until it runs or waits. first: said before all."""
+        """Tell `caller` of a session until it has ended, or (brief) until it has begun to run or waits in the queue.
+
+        first: said before all. whole: it follows from the start, and shall have all output, even if that comes too
+        late for the streams.
+        """
+        try:
+            await self._tell(caller, session, terminal, size, replay, brief, first, whole)
+        except ConnectionError:
+            await self._last_words(caller, session.id)
+            raise
+
+    async def _tell(
+        self, caller: Caller, session: Session, terminal: bool, size: tuple[int, int] | None, replay: bool,
+        brief: bool, first: dict[str, Any] | None, whole: bool,
+    ) -> None:  # fmt: skip
         id, said = session.id, dict[str, dict]()
         if first:
             await caller.send(first)
@@ -79,16 +96,31 @@ class Following:
                             if said.get(event["event"]) != event:
                                 said[event["event"]] = event
                                 await caller.send(event)
-                        if news.wants_terminal and (given := await self._given(caller, view, news, replay)):
+                        if news.wants_terminal and (given := await self._given(caller, view, news, replay, whole)):
                             news.wants_terminal = False
+                            if whole:
+                                await self._earlier(caller, view.session, given.replay)
+                                given = replace(given, replay=b"")
                             await held.hand_over(given)
-                        if view.session.state in (State.EXITED, State.FINALIZED):
-                            await self._farewell(caller, view)
+                        if brief and (view.session.started or view.position):  # started: it may have ended since
+                            await caller.send({"event": "detached"})
                             return
-                        if brief and (view.session.state == State.STARTED or view.position):
+                        if view.session.state in (State.EXITED, State.FINALIZED):
+                            if news.wants_terminal and whole:
+                                output = await caller.work(self.lifecycle.unseen, view.session)
+                                await self._earlier(caller, view.session, output)
+                            await self._farewell(caller, view)
                             return
                 finally:
                     self._held.discard((id, held))
+
+    async def _last_words(self, caller: Caller, id: str) -> None:
+        """Heed what a caller said before it left, which we may learn while we tell it something: perhaps it gave up."""
+        for _ in range(2):  # the kernel tells first that it left without reading all, and what it said only then
+            with suppress(ConnectionResetError, BlockingIOError):
+                while frame := await caller.receive():
+                    await caller.work(self._heard, id, frame)
+                return
 
     @asynccontextmanager
     async def subscribed(
@@ -156,7 +188,7 @@ class Following:
         size. root: as root of the sandbox instead of oneself. Raises Error forbidden where that root would be real,
         limit when the account has as many as one may.
         """
-        handle, given = await caller.work(self._execute, session, wanted, terminal, root)
+        handle, given = await caller.work(self._execute, caller, session, wanted, terminal, root)
         with closing(Held(caller)) as held:
             await held.hand_over(given, handle)
             while not held.hung_up:
@@ -165,7 +197,9 @@ class Following:
                     return
         await self._ended(caller, session, handle)
 
-    def _execute(self, session: Session, wanted: Request, terminal: bool, root: bool) -> tuple[str, Terminal]:
+    def _execute(
+        self, caller: Caller, session: Session, wanted: Request, terminal: bool, root: bool
+    ) -> tuple[str, Terminal]:
         if root and not self.sandboxes.root:
             why = f"the {self.sandboxes.name} driver of this node gives no root, which would be the machine's"
             raise Error("forbidden", why, "leave --root out, or use an image that holds what you need")
@@ -176,6 +210,8 @@ class Following:
         merged = replace(session.request, env=session.request.env + wanted.env)
         env = plan.environment(session.id, merged, claim, identity, self.lifecycle.node())
         size = wanted.size if terminal else None
+        if caller.has_left:  # it gave up while this waited for its turn
+            raise ConnectionResetError
         return self.execs.start(session, lambda: self.sandboxes.exec(
             session.id, wanted.command, env=env, identity=identity, workdir=workdir, size=size, stdin=wanted.stdin,
         ))  # fmt: skip
@@ -209,7 +245,20 @@ class Following:
         view = self.sessions.view(id)
         return view, list(self._events(view))
 
-    async def _given(self, caller: Caller, view: View, news: Subscription, replay: bool) -> Terminal | None:
+    async def _earlier(self, caller: Caller, session: Session, output: bytes) -> None:
+        """Tell `caller` of all output before the stream that comes next, or the end. It may be longer than a frame."""
+        if output:
+            shows = shown(b"", output) if session.request.tty else output
+            descriptor = await caller.work(sealed, shows)
+            try:
+                framing = Framing.RAW if session.request.tty else Framing.MULTIPLEXED
+                await caller.send({"event": "earlier", "framing": framing}, descriptor)
+            finally:
+                os.close(descriptor)
+
+    async def _given(
+        self, caller: Caller, view: View, news: Subscription, replay: bool, whole: bool
+    ) -> Terminal | None:
         """The terminal that this follower should have now: the one it was offered at the start, or a new one."""
         if news.terminal:
             offered, news.terminal = news.terminal, None
@@ -217,7 +266,7 @@ class Following:
         if view.session.state != State.STARTED:
             return None
         await self._release(view.session)
-        attached, full_screen = await caller.work(self._attach, view.session, replay)
+        attached, full_screen = await caller.work(self._attach, view.session, replay, whole)
         if attached and news.size:  # a full-screen program draws anew when the size changes
             await caller.work(self.sandboxes.resize, view.session.id, (news.size[0], news.size[1] + 1))
             if full_screen:  # and some compare it with what it was when they last looked
@@ -225,9 +274,12 @@ class Following:
             await caller.work(self.sandboxes.resize, view.session.id, news.size)
         return attached
 
-    def _attach(self, session: Session, replay: bool) -> tuple[Terminal | None, bool]:
+    def _attach(self, session: Session, replay: bool, whole: bool) -> tuple[Terminal | None, bool]:
         """A connection to a session's terminal, None when it has just ended, and whether its screen is a program's."""
         try:
+            if whole:
+                given = self.sandboxes.attach(session.id, replay=True, whole=True)
+                return given, session.request.tty and alternate(given.replay)
             older = self.sandboxes.logs(session.id, SCANNED) if replay and session.request.tty else b""
             given = self.sandboxes.attach(session.id, replay=replay)
         except Error as error:

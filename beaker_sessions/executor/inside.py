@@ -177,6 +177,7 @@ class Inside:
             if refused:
                 raise refused
             if request is not None:
+                caller.beat(request)
                 for frame in await caller.work(self._frames, id, request):
                     await caller.send(frame)
 

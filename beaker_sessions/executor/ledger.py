@@ -1,8 +1,8 @@
 """The executor's ledger: sessions of this node, their claims, what was not reported yet, and an audit of every change.
 
-Owns the SQLite file; nobody else opens it. Every method is one transaction, durable when it returns. Two constraints
-hold whatever the code above does: a GPU is the primary key of its claim, and a session's state moves only along
-`model.MOVES`.
+Owns the SQLite file, which `ledgerfile` opens and nobody else. Every method is one transaction, durable when it
+returns. Two constraints hold whatever the code above does: a GPU is the primary key of its claim, and a session's state
+moves only along `model.MOVES`.
 
 Must not decide anything: claims are computed in `claims`, written here.
 """
@@ -12,103 +12,43 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from .. import wire
 from ..errors import Error
 from ..model import LIVE, MOVES, Identity, Session, State
+from . import ledgerfile
 
 log = logging.getLogger(__name__)
 
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS sessions (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,    -- order of arrival, which is the queue's order
-    id TEXT NOT NULL UNIQUE,
-    account TEXT NOT NULL,
-    key TEXT,                                 -- the client's idempotency key
-    fingerprint TEXT,                         -- of the request that the key was used for
-    identity TEXT NOT NULL,                   -- JSON of the Unix user it runs as
-    state TEXT NOT NULL,
-    job TEXT NOT NULL,                        -- the session as REST JSON
-    revision INTEGER NOT NULL,
-    reported INTEGER NOT NULL DEFAULT -1,     -- the revision that the server has
-    UNIQUE (account, key)
-);
-CREATE INDEX IF NOT EXISTS sessions_live ON sessions (seq) WHERE state != 'finalized';
-CREATE INDEX IF NOT EXISTS sessions_unreported ON sessions (seq) WHERE reported < revision;
-CREATE TABLE IF NOT EXISTS claims (
-    gpu TEXT PRIMARY KEY,                     -- the constraint behind "no GPU is in two live sessions"
-    session TEXT NOT NULL REFERENCES sessions (id)
-);
-CREATE TABLE IF NOT EXISTS audit (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
-    at TEXT NOT NULL,
-    actor TEXT NOT NULL,
-    action TEXT NOT NULL,
-    subject TEXT NOT NULL,
-    detail TEXT NOT NULL
-);
-CREATE TABLE IF NOT EXISTS accounts (         -- accounts that the server vouched for, for when it is away
-    token_hash TEXT PRIMARY KEY,
-    account TEXT NOT NULL,
-    seen TEXT NOT NULL
-);
-CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-"""
 KEEP_FINAL = 1000  # finished sessions remembered here; the server remembers all
 
 
 class Ledger:
     """Open the ledger at `path`, making it when missing.
 
-    A file that SQLite calls corrupt is put aside under another name, and a new one is begun: the sessions in it are
-    found again by their containers' labels. `lost` then says so.
+    A damaged one is put aside, and what is whole in it goes on in a new one: `damage` says so. The sessions that are
+    lost are found again by their sandboxes' labels. on_damage: called when damage is found later, once; opening the
+    ledger again mends it.
     """
 
     def __init__(self, path: Path) -> None:
-        self._lock = threading.RLock()
-        self.lost = False
+        self._lock, self._path = threading.RLock(), path
+        self.on_damage: Callable[[str], None] = lambda _what: None
+        self.is_damaged = False  # now, since it was opened
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        try:
-            self._db = self._open(path)
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):  # locked, unreadable, disk full: not a corrupt file
-                raise Error(
-                    "unavailable", f"cannot open the ledger {path}: {error}", "see that the disk is writable"
-                ) from error
-            aside = path.with_name(f"{path.name}.corrupt-{datetime.now(UTC):%Y%m%dT%H%M%S}")
-            log.error("the ledger %s is corrupt (%s); put aside as %s", path, error, aside)
-            path.rename(aside)
-            for leftover in (f"{path}-wal", f"{path}-shm"):
-                Path(leftover).unlink(missing_ok=True)
-            self._db = self._open(path)
-            self.lost = True
+        self._db, self.damage = ledgerfile.open_ledger(path, _sound)
+        self.keep_room()
 
-    @staticmethod
-    def _open(path: Path) -> sqlite3.Connection:
-        with contextlib.suppress(OSError):  # SQLite says what is wrong
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        for file in (path, Path(f"{path}-wal"), Path(f"{path}-shm")):
-            with contextlib.suppress(FileNotFoundError):
-                file.chmod(0o600)  # earlier versions left it to the umask
-        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
-        try:
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = FULL")
-            db.execute("PRAGMA foreign_keys = ON")
-            if db.execute("PRAGMA quick_check").fetchone() != ("ok",):
-                raise sqlite3.DatabaseError("quick_check failed")
-            db.executescript(SCHEMA)
-        except sqlite3.Error:
-            db.close()
-            raise
-        return db
+    def keep_room(self) -> bool:
+        """Have room for what changes while the disk is full. False when there is none now."""
+        return ledgerfile.keep_room(self._path)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -126,14 +66,32 @@ class Ledger:
                 self._db.execute("COMMIT")
             except sqlite3.Error as error:
                 self._rollback()
-                raise _translated(error) from error
+                raise self._translated(error) from error
             except BaseException:
                 self._rollback()
                 raise
 
     def _rollback(self) -> None:
-        if self._db.in_transaction:
-            self._db.execute("ROLLBACK")
+        with contextlib.suppress(sqlite3.Error):  # what rolls back by itself, such as a full disk
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+
+    def _translated(self, error: sqlite3.Error) -> Error:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code == sqlite3.SQLITE_FULL:
+            what = f"the disk of this node's ledger, {self._path}, is full"
+            return Error("storage_full", what, f"free some space in {self._path.parent}")
+        if code == sqlite3.SQLITE_CONSTRAINT:
+            return Error("conflict", f"the ledger refuses this change: {error}")
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            self._damaged(f"the ledger {self._path} is damaged: {error}")
+        return Error("unavailable", f"the ledger cannot be used: {error}", "beaker executor doctor")
+
+    def _damaged(self, what: str) -> None:
+        if not self.is_damaged:
+            self.damage, self.is_damaged = what, True
+            log.critical("%s", what)
+            self.on_damage(what)
 
     def close(self) -> None:
         with self._lock:
@@ -143,8 +101,8 @@ class Ledger:
         """A new session, in whatever state it was found. Its key must be new for the account."""
         with self.transaction() as db:
             db.execute(
-                "INSERT INTO sessions (id, account, key, fingerprint, identity, state, job, revision)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO sessions (id, account, key, fingerprint, identity, state, job, revision, reported, sum)"
+                " VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, -1, checksum(?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, -1))",
                 (
                     session.id, session.account, key, fingerprint, _identity_json(identity),
                     session.state, json.dumps(wire.job(session)), session.revision,
@@ -165,7 +123,9 @@ class Ledger:
         new = replace(new, revision=old.revision + 1)
         with self.transaction() as db:
             changed = db.execute(
-                "UPDATE sessions SET state = ?, job = ?, revision = ? WHERE id = ? AND revision = ?",
+                "UPDATE sessions SET state = ?1, job = ?2, revision = ?3,"
+                " sum = checksum(id, account, key, fingerprint, identity, ?1, ?2, ?3, reported)"
+                " WHERE id = ?4 AND revision = ?5",
                 (new.state, json.dumps(wire.job(new)), new.revision, new.id, old.revision),
             ).rowcount
             if changed != 1:
@@ -224,7 +184,12 @@ class Ledger:
 
     def reported(self, id: str, revision: int) -> None:
         with self.transaction() as db:
-            db.execute("UPDATE sessions SET reported = ? WHERE id = ? AND reported < ?", (revision, id, revision))
+            db.execute(
+                "UPDATE sessions SET reported = ?1,"
+                " sum = checksum(id, account, key, fingerprint, identity, state, job, revision, ?1)"
+                " WHERE id = ?2 AND reported < ?1",
+                (revision, id),
+            )
 
     def vouch(self, token_hash: str, account: dict) -> None:
         """Remember that the server knew this token just now; forgets those not seen for long."""
@@ -234,7 +199,7 @@ class Ledger:
 
     def vouched(self, token_hash: str) -> tuple[dict, datetime] | None:
         rows = self._rows("SELECT account, seen FROM accounts WHERE token_hash = ?", token_hash)
-        return (json.loads(rows[0][0]), datetime.fromisoformat(rows[0][1])) if rows else None
+        return _account(*rows[0]) if rows else None
 
     def vouched_hashes(self, since: datetime, limit: int, after: str) -> list[str]:
         """Of the tokens that the server knew since then, those that come after that hash, then from the first on."""
@@ -255,26 +220,27 @@ class Ledger:
         rows = self._rows("SELECT value FROM facts WHERE name = ?", name)
         return rows[0][0] if rows else None
 
+    def note(self, name: str, value: str) -> None:
+        """Keep a fact that can do without it: silent where the disk is full."""
+        try:
+            if self.fact(name) != value:
+                self.fact(name, value)
+        except Error as error:
+            if error.code != "storage_full":
+                raise
+            log.error("the fact %s is not written down: %s", name, error)
+
     def _rows(self, sql: str, *values: object) -> list[tuple]:
         with self._lock:
             try:
                 return self._db.execute(sql, values).fetchall()
             except sqlite3.Error as error:
-                raise _translated(error) from error
+                raise self._translated(error) from error
 
 
 def held(sessions: Iterable[Session]) -> set[str]:
     """The GPUs that these sessions hold."""
     return {gpu for s in sessions if s.state in LIVE and s.claim for gpu in s.claim.gpus}
-
-
-def _translated(error: sqlite3.Error) -> Error:
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    if code == sqlite3.SQLITE_FULL:
-        return Error("storage_full", "the disk of this node's ledger is full", "free some space under its storagePath")
-    if code == sqlite3.SQLITE_CONSTRAINT:
-        return Error("conflict", f"the ledger refuses this change: {error}")
-    return Error("unavailable", f"the ledger cannot be used: {error}", "beaker executor doctor")
 
 
 def _identity_json(identity: Identity) -> str:
@@ -285,3 +251,24 @@ def _identity_json(identity: Identity) -> str:
 def _identity(text: str) -> Identity:
     data = json.loads(text)
     return Identity(**{**data, "groups": {int(gid): name for gid, name in data["groups"].items()}})
+
+
+def _account(account: str, seen: str) -> tuple[dict, datetime]:
+    return dict(json.loads(account)), datetime.fromisoformat(seen)
+
+
+def _sound(table: str, row: dict[str, Any]) -> bool:
+    """Whether a row is what was written, as far as can be known."""
+    try:
+        if table == "sessions":
+            if row["sum"] not in (None, ledgerfile.checksum(*(row[name] for name in ledgerfile.SUMMED))):
+                return False
+            if row["sum"] is not None and row["state"] == State.FINALIZED:
+                return True  # there are many
+            session, _ = wire.session(json.loads(row["job"])), _identity(row["identity"])
+            return (session.id, session.state) == (row["id"], row["state"])
+        if table == "accounts":
+            _account(row["account"], row["seen"])
+        return all(isinstance(value, str) for name, value in row.items() if name != "rowid")
+    except Exception:  # whatever reading it raises
+        return False

@@ -28,6 +28,9 @@ from . import admission, credentials, disk, forwarding, inventory, plan
 from .homes import home
 from .incident import incident
 from .inside import Inside
+from .loop import Workers
+from .places import Places
+from .ports import Sockets
 from .publishing import Publisher
 from .rundir import TARGET
 from .sessions import Live, Sessions
@@ -39,6 +42,10 @@ REMOVED = "somebody else removed its container"
 SIGNALLED = 128  # an exit code above it says that a signal ended the process: which one is what is above
 GRACE = 10.0  # seconds between asking a session to end and killing it
 OUTPUT_KEPT = 1 << 20  # bytes of its output that are kept for `session logs` after the end
+WHOLE = 64 << 20  # bytes: more than any driver keeps
+UNSEEN = 300.0  # seconds after the end in which whoever follows a session from its start must have come back
+THREADS, EACH = 48, 8  # that start sessions, and as many that clean up; so many for one account
+REST = 10.0  # seconds after which one that has nothing to do ends
 STUCK = 30.0  # seconds after which a sandbox that cannot be removed cordons the node
 RECONCILE_EVERY = 10.0
 
@@ -66,8 +73,10 @@ class Lifecycle:
         )  # by a restart of the machine
         sessions.cordon("start", "the executor is starting")
         # Under the lock of `sessions`: one that is seen to be scheduled is already noted as busy.
-        sessions.on_start = lambda id: self._spawn("start", id, self._start)
+        sessions.on_start = lambda id: self._spawn("start", id, partial(self._start, number=self._places.number()))
         sessions.on_exit = lambda id: self._spawn("clean up", id, self._clean_up)
+        self._workers = {name: Workers(name, THREADS, EACH, rest=REST) for name in ("start", "clean up")}
+        self._places = Places(max(2, len(os.sched_getaffinity(0))))
 
     def run(self) -> None:
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
@@ -77,14 +86,19 @@ class Lifecycle:
         """Do something to a session in a thread, unless one does this already, or something else of this name.
 
         Whatever was known when it was asked for, `act` looks anew: nobody else does this to the session meanwhile.
+        Starts and clean-ups wait for workers, of which each account has a share; an end, which waits for what runs,
+        has a thread of its own.
         """
         key = what, id
+        live = self.sessions.entry(id)
 
         def guarded() -> None:
             try:
                 act(id)
+            except Error as error:  # the next reconcile takes it up again
+                log.warning("session %s: %s failed: %s", id, what, error)
             except Exception:
-                log.exception("session %s: %s failed", id, what)  # the next reconcile takes it up again
+                log.exception("session %s: %s failed", id, what)
             finally:
                 with self._lock:
                     self._busy.discard(key)
@@ -94,6 +108,9 @@ class Lifecycle:
                 return
             self._busy.add(key)
         try:
+            if what in self._workers:
+                self._workers[what].submit(live.session.account if live else "", guarded)
+                return
             threading.Thread(target=guarded, name=f"{what} {id}", daemon=True).start()
         except RuntimeError as error:  # the machine has no thread left; the next reconcile takes it up again
             log.error("session %s: %s has to wait: %s", id, what, error)
@@ -102,20 +119,43 @@ class Lifecycle:
 
     # -- starting
 
-    def _start(self, id: str) -> None:
+    def _start(self, id: str, number: int) -> None:
         live = self.sessions.entry(id)
         if live is None or live.session.state != State.SCHEDULED:
             return
+        if self._tried(id, live, number, self._make):
+            self._began(id, live, time.clock_gettime(time.CLOCK_BOOTTIME), datetime.now(UTC))
+
+    def _resume(self, id: str, number: int) -> None:
+        """A start that was interrupted: go on where it was, or begin again if what was made has ended by itself."""
+        live = self.sessions.entry(id)
+        if live is None or live.session.state != State.SCHEDULED:
+            return
+        found = self.sandboxes.find(id)
+        if found and found.status == Status.CREATED and id not in self._cut_off:
+            if self._tried(id, live, number, self._finish):
+                self._began(id, live, time.clock_gettime(time.CLOCK_BOOTTIME), datetime.now(UTC))
+        elif found is None or found.started is None:
+            self.sandboxes.remove(id)
+            self._start(id, number)
+        else:
+            if found.status == Status.RUNNING:
+                self.sandboxes.start(id, live.session.request.size if live.session.request.tty else None)
+            live.changed = True  # it may have ended before anybody watched
+            self._began(id, live, _started(found.pid), found.started)
+
+    def _tried(self, id: str, live: Live, number: int, act: Callable[[str, Live, int], None]) -> bool:
+        """Do a part of a start. What it raises ends the session."""
         try:
-            self._make(id, live.session, live.identity)
+            act(id, live, number)
         except Exception as unexpected:
             error = unexpected if isinstance(unexpected, Error) else incident(log)
             log.warning("session %s could not start: %s", id, error)
             why = f"{error.message}; {error.hint}" if error.hint else error.message
             canceled = live.session.canceled_for
             self.sessions.ended(id, None, canceled or why, "" if canceled else error.code)
-            return
-        self._began(id, live, time.clock_gettime(time.CLOCK_BOOTTIME), datetime.now(UTC))
+            return False
+        return True
 
     def _began(self, id: str, live: Live, since: float, started: datetime) -> None:
         live.since = since
@@ -125,23 +165,8 @@ class Lifecycle:
         if live.changed:
             self._examine(id)
 
-    def _resume(self, id: str) -> None:
-        """A start that was interrupted: finish it if the main process has begun, else begin again."""
-        live = self.sessions.entry(id)
-        if live is None or live.session.state != State.SCHEDULED:
-            return
-        found = self.sandboxes.find(id)
-        if found is None or found.status == Status.CREATED or (found.status == Status.EXITED and not found.started):
-            self.sandboxes.remove(id)  # its pinned mounts died with the executor that made it
-            self._start(id)
-            return
-        if found.status == Status.RUNNING:
-            self.sandboxes.start(id, live.session.request.size if live.session.request.tty else None)
-        live.changed = True  # it may have ended before anybody watched
-        self._began(id, live, _started(found.pid), found.started or datetime.now(UTC))
-
-    def _make(self, id: str, session: Session, identity: Identity) -> None:
-        request = session.request
+    def _make(self, id: str, live: Live, number: int) -> None:
+        session, identity, request = live.session, live.identity, live.session.request
         assert request.image  # `plan.defaults` has filled it in
         admission.check_person(identity)  # one of an earlier version may wait in the queue; ids are the driver's matter
         login = partial(credentials.find, identity)
@@ -154,17 +179,29 @@ class Lifecycle:
         with ExitStack() as pins:
             claim, sockets = self._publisher.bind(id, session, pins)
             session = replace(session, claim=claim)
+            mounts = [*self._mounts(request, identity, pins), *own]  # the last that may have to be waited for
             spec: Spec = plan.spec(
-                id, request, claim, identity, image, [*self._mounts(request, identity, pins), *own],
+                id, request, claim, identity, image, mounts,
                 capacity=self.sessions.capacity, node=self.node(), owner=self.owner, job=wire.job(session),
                 disk=self.disk,
             )  # fmt: skip
-            self.sandboxes.create(spec)
-            self.sessions.passed(id, "made")
-            size = self.sessions.offer(id, lambda: self.sandboxes.attach(id, replay=False))
-            self.sandboxes.start(id, size if request.tty else None)
-            if sockets:
-                self._publisher.forward(id, sockets)
+            with self._places.held(number):
+                self.sandboxes.create(spec)
+                self.sessions.passed(id, "made")
+                self._let_go(id, request, sockets)
+
+    def _finish(self, id: str, live: Live, number: int) -> None:
+        """Start what another executor has made."""
+        with ExitStack() as pins:
+            _, sockets = self._publisher.bind(id, live.session, pins)
+            with self._places.held(number):
+                self._let_go(id, live.session.request, sockets)
+
+    def _let_go(self, id: str, request: Request, sockets: Sockets) -> None:
+        size = self.sessions.offer(id, lambda: self.sandboxes.attach(id, replay=False))
+        self.sandboxes.start(id, size if request.tty else None)
+        if sockets:
+            self._publisher.forward(id, sockets)
 
     def _going(self, id: str) -> None:
         live = self.sessions.entry(id)
@@ -230,6 +267,19 @@ class Lifecycle:
         except FileNotFoundError:
             return b""
 
+    def unseen(self, session: Session) -> bytes:
+        """All output of a session that has ended, for who was given nothing of it: framed, unless it has a terminal."""
+        with suppress(Error):
+            return self.sandboxes.logs(session.id, WHOLE, framed=not session.request.tty)
+        with suppress(FileNotFoundError):
+            return self._unseen(session.id).read_bytes()
+        return b""
+
+    def _unseen(self, id: str) -> Path:
+        """What is kept of the output of a session for who comes back after its end, as this executor may have just been
+        started, and was not there to pass its streams on."""
+        return self.output / f"{id}.unseen"
+
     def _examine(self, id: str) -> None:
         """Look whether a session's main process has ended."""
         live = self.sessions.entry(id)
@@ -251,28 +301,43 @@ class Lifecycle:
 
     def _clean_up(self, id: str) -> None:
         live = self.sessions.entry(id)
-        if live is None or live.session.state != State.EXITED:
+        if live is None or live.session.state != State.EXITED or ("remove", id) in self._busy:
             return
         try:
             output = self.sandboxes.logs(id, OUTPUT_KEPT)
+            if output and not live.offered:
+                self._unseen(id).write_bytes(self.unseen(live.session))
             if output:
                 (self.output / id).write_bytes(output)
         except Exception as error:
             if not isinstance(error, Error) or error.code != "not_found":  # it never came to be
                 log.warning("the output of session %s could not be kept: %s", id, error)
-        since = time.monotonic()
-        while True:
-            try:
-                self.sandboxes.remove(id)
-                if live.session.claim and live.session.claim.ports:
-                    forwarding.end(id)
-                break
-            except Exception as unexpected:
-                problem = unexpected if isinstance(unexpected, Error) else incident(log)
-                log.warning("session %s cannot be removed: %s", id, problem)
-                if time.monotonic() - since > STUCK:
-                    self.sessions.cordon(id, f"session {id} cannot be removed: {problem.message}")
-                time.sleep(2)
+        if self._removed(id, live, time.monotonic()):
+            self._release(id)
+        else:  # what cannot be killed takes nobody's turn
+            self._spawn("remove", id, self._remove)
+
+    def _remove(self, id: str) -> None:
+        """Remove what is left of a session, however long the kernel keeps it."""
+        live, since = self.sessions.entry(id), time.monotonic()
+        while live and not self._removed(id, live, since):
+            time.sleep(2)
+        self._release(id)
+
+    def _removed(self, id: str, live: Live, since: float) -> bool:
+        try:
+            self.sandboxes.remove(id)
+            if live.session.claim and live.session.claim.ports:
+                forwarding.end(id)
+        except Exception as unexpected:
+            problem = unexpected if isinstance(unexpected, Error) else incident(log)
+            log.warning("session %s cannot be removed: %s", id, problem)
+            if time.monotonic() - since > STUCK:
+                self.sessions.cordon(id, f"session {id} cannot be removed: {problem.message}")
+            return False
+        return True
+
+    def _release(self, id: str) -> None:
         self.inside.close(id)
         self.sessions.cordon(id, "")
         self.sessions.release(id)
@@ -303,11 +368,17 @@ class Lifecycle:
                 if time.monotonic() - last > RECONCILE_EVERY:
                     last = time.monotonic()
                     self.reconcile()
+                    self._forget_unseen()
                     self._guard()
             except Error as error:
                 log.warning("cannot look after the sessions: %s", error)
             except Exception:
                 log.exception("looking after the sessions failed")
+
+    def _forget_unseen(self) -> None:
+        for path in self.output.glob("*.unseen"):
+            if time.time() - path.stat().st_mtime > UNSEEN:
+                path.unlink()
 
     def _guard(self) -> None:
         if any(s.state == State.STARTED and not s.request.host_network for s in self.sessions.live()):
@@ -339,7 +410,7 @@ class Lifecycle:
             self._adopt(id)
         self.inside.resume(lambda: [session.id for session in self.sessions.live()])
         if not self.ready.is_set():
-            self.sessions.ledger.fact("boot", self._boot)
+            self.sessions.ledger.note("boot", self._boot)
             self.ready.set()
             self.sessions.cordon("start", "")
 
@@ -349,8 +420,10 @@ class Lifecycle:
         if live is None:
             return
         session = live.session
-        if session.state == State.SCHEDULED:
-            self._spawn("start", id, self._resume)
+        if session.state == State.CREATED and listed:
+            self._recall(listed)
+        elif session.state == State.SCHEDULED:
+            self._spawn("start", id, partial(self._resume, number=self._places.number()))
         elif session.state == State.EXITED:
             self._spawn("clean up", id, self._clean_up)
         elif session.state == State.STARTED:
@@ -363,6 +436,19 @@ class Lifecycle:
                 self._spawn("end", id, self._end)  # an executor was killed, or an engine away, before it ended
             elif live.since is None:
                 live.since = _started(listed.pid)
+
+    def _recall(self, found: Found) -> None:
+        """A session that waits, says the ledger, and has a sandbox: the ledger's latest changes were lost."""
+        try:
+            claim = wire.session(json.loads(found.labels[plan.LABEL_JOB])).claim
+            if not self.sessions.recall(found.id, claim):
+                return
+        except (KeyError, ValueError, Error) as error:
+            self.sessions.cordon(found.id, f"what session {found.id} holds is not known: {error}")
+            return
+        log.warning("session %s runs, and the ledger had it in the queue", found.id)
+        self.sessions.cordon(found.id, "")
+        self._spawn("start", found.id, partial(self._resume, number=self._places.number()))
 
     def _adopt(self, id: str) -> None:
         """A sandbox that the ledger does not know: lost with it, or the remains of one that ended."""
@@ -381,10 +467,18 @@ class Lifecycle:
             why = f"the container of session {id} has unreadable labels ({error}); remove it by hand"
             self.sessions.cordon(id, why)
             return
-        log.warning("session %s was found by its container; the ledger did not know it", id)
         state = State.STARTED if found.status == Status.RUNNING else State.SCHEDULED
-        self.sessions.adopt(replace(session, state=state, started=found.started), identity)
-        self._spawn("start", id, self._resume)
+        try:
+            self.sessions.adopt(replace(session, state=state, started=found.started), identity)
+        except Error as error:
+            if error.code != "conflict":
+                raise
+            # The ledger is older than what runs: whoever it says holds these has ended, and is about to be final.
+            self.sessions.cordon(id, f"what session {id} holds is still another's in the ledger")
+            return
+        log.warning("session %s was found by its container; the ledger did not know it", id)
+        self.sessions.cordon(id, "")
+        self._spawn("start", id, partial(self._resume, number=self._places.number()))
 
 
 def _started(pid: int) -> float:

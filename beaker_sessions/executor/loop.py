@@ -33,28 +33,48 @@ class Workers:
     """threads: as many jobs at once, in all. share: as many at once for one key, which is a user or a session.
 
     Keys take turns, so that one with many jobs makes itself wait, and nobody else. kept: threads that only root's jobs
-    get. All threads are made here; raises RuntimeError where the machine has none left.
+    get. All threads are made here; raises RuntimeError where the machine has none left. rest: seconds after which one
+    without a job ends; then they are made when there are jobs.
     """
 
-    def __init__(self, name: str, threads: int, share: int, kept: int = 0) -> None:
+    def __init__(self, name: str, threads: int, share: int, kept: int = 0, rest: float | None = None) -> None:
+        self._name, self._threads, self._rest = name, threads, rest
         self._share, self._room = share, threads - kept
+        self._made = self._resting = 0
         self._waiting: dict[Hashable, deque[Callable[[], None]]] = {}  # whose turn is next, first
         self._running: Counter[Hashable] = Counter()
         self._changed = threading.Condition()
-        for number in range(threads):
-            threading.Thread(target=self._work, name=f"{name} {number}", daemon=True).start()
+        while rest is None and self._made < threads:
+            self._make()
 
     def submit(self, key: Hashable, act: Callable[[], None]) -> None:
-        """Have `act` called in a worker. It must not raise."""
+        """Have `act` called in a worker. It must not raise. Raises RuntimeError where no thread can be made for it."""
         with self._changed:
             self._waiting.setdefault(key, deque()).append(act)
+            waiting = sum(map(len, self._waiting.values()))
+            if self._made < self._threads and self._resting < waiting and self._next() is not None:
+                try:
+                    self._make()
+                except RuntimeError:
+                    if not self._made:
+                        self._waiting.clear()  # there was no other, which one of these would have taken
+                        raise
             self._changed.notify()
+
+    def _make(self) -> None:
+        threading.Thread(target=self._work, name=f"{self._name} {self._made}", daemon=True).start()
+        self._made += 1
 
     def _work(self) -> None:
         while True:
             with self._changed:
                 while (key := self._next()) is None:
-                    self._changed.wait()
+                    self._resting += 1
+                    woken = self._changed.wait(self._rest)
+                    self._resting -= 1
+                    if not woken and self._next() is None:
+                        self._made -= 1
+                        return
                 queue = self._waiting.pop(key)
                 act = queue.popleft()
                 if queue:

@@ -118,10 +118,11 @@ def serve(settings: ExecutorSettings) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, stop)  # before any thread: they inherit it
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    lock = fence.hold(Path(settings.storage_path, "executor", "lock"))
+    fence.hold(Path(settings.storage_path, "executor", "lock"))
     ledger = Ledger(Path(settings.storage_path, "executor", "ledger.db"))
+    ledger.on_damage = lambda _: os.kill(os.getpid(), signal.SIGTERM)  # the next start mends it
     driver, why = sandboxes(settings, (ledger.fact("driver") or "") if ledger.live() else "")
-    ledger.fact("driver", driver.name)
+    ledger.note("driver", driver.name)
     sessions = Sessions(ledger, inventory.read(settings), limits, ports.of(settings))
     loop = Loop()
     inside = Inside(loop, Path(settings.socket).parent / "sessions", server, driver.init)
@@ -145,8 +146,10 @@ def serve(settings: ExecutorSettings) -> None:
     signal.sigwait(stop)
     if loop.failure:
         raise Error("internal", f"the door has failed: {loop.failure!r}", "start the executor again; sessions go on")
-    ledger.close()
-    os.close(lock)
+    if ledger.is_damaged:
+        raise Error("internal", ledger.damage, "start the executor again, which mends it; sessions go on")
+    # Neither lock nor ledger is closed: threads go on until the process ends, all that is in the ledger is on the disk,
+    # and SQLite, when it closes one, gives back the room of its log.
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ class Reporter:
         self.heard: float | None = None  # when the server answered last, in seconds since the epoch
         self._others: list[dict[str, Any]] = []
         self._shown: dict[str, tuple[str, bytes]] = {}  # session whose author looks -> the look, and what was sent
-        self._registered = False
+        self._registered = self._compared = False
         self._changed = threading.Event()
         self.sessions.on_change = self._changed.set
 
@@ -73,6 +73,8 @@ class Reporter:
                 client = client or self._connect()
                 if not self._registered:
                     self._register(client)
+                if not self._compared and self.lifecycle.ready.is_set():
+                    self._compared = self._compare(client)
                 if time.monotonic() >= due:
                     due = time.monotonic() + HEARTBEAT
                     self._show(client, self._heartbeat(client))
@@ -115,6 +117,24 @@ class Reporter:
         self.ledger.fact("node", node["id"])
         self._registered = True
 
+    def _compare(self, client: Client) -> bool:
+        """Take up again what the server says lives here and the ledger has lost. Whether that is all done.
+
+        What had been queued is queued again, in its order; what had been started is over, as no sandbox of it is left.
+        """
+        jobs = [*client.jobs(kind="session", finalized=False, node=self.ledger.fact("node"))]
+        for job in sorted(jobs, key=lambda job: str(job["id"])):
+            id, status = str(job["id"]), job["status"]
+            if self.ledger.get(id) or self.lifecycle.sandboxes.find(id):
+                continue
+            log.warning("session %s is the server's, and the ledger does not know it", id)
+            if "scheduled" in status:
+                why = Error("unavailable", "this node has lost its record of the session, which does not run any more")
+                self.sessions.adopt(_refused(wire.session(job), why), NOBODY)
+            else:
+                self._take(job)
+        return all(self.ledger.get(str(job["id"])) for job in jobs)
+
     def _heartbeat(self, client: Client) -> dict[str, str]:
         """Sessions whose authors look at their output, and when they did so last."""
         waiting = sum(session.state == State.CREATED for session in self.sessions.live())
@@ -134,7 +154,7 @@ class Reporter:
             if error.code == "conflict":
                 self.sessions.cordon("fence", f"another executor has registered as {self.sessions.inventory.hostname}")
             if error.code == "not_found":
-                self._registered = False  # the node was deleted, or the database is another one
+                self._registered = self._compared = False  # the node was deleted, or the database is another one
             raise
         self.heard = time.time()
         self.metrics.sent(samples)
@@ -183,9 +203,9 @@ class Reporter:
                         raise
                     # It would be refused for ever, and hold up all that follow.
                     log.error("the server refuses session %s, which it will not know of: %s", session.id, error)
+                if session.state == State.FINALIZED:  # the server has it now; later, nobody would come back for it
+                    output.unlink(missing_ok=True)
                 self.ledger.reported(session.id, session.revision)
-                if session.state == State.FINALIZED:
-                    output.unlink(missing_ok=True)  # the server has it now
 
     def _send(self, client: Client, session: Session, output: Path) -> None:
         node = self.ledger.fact("node") or ""
@@ -212,7 +232,9 @@ class Reporter:
                 session.request, identity, self.settings, self.sessions.capacity, self.lifecycle.node(),
                 node=session.node, cluster=job.get("cluster"), ranges=self.lifecycle.ranges(),
             )  # fmt: skip
-            self.sessions.create(session.account, identity, admitted.request, None, id=session.id)
+            self.sessions.create(
+                session.account, identity, admitted.request, None, session.id, session.revision + 1
+            )  # fmt: skip
         except Exception as unexpected:
             why = unexpected if isinstance(unexpected, Error) else incident(log)
             inside.close(session.id)

@@ -38,7 +38,7 @@ class Live:
     """What is known of a session that is not final, beside what the ledger holds.
 
     since: seconds of CLOCK_BOOTTIME when its main process started, which no change of the wall clock moves.
-    changed: the driver told of its sandbox while it started.
+    changed: the driver told of its sandbox while it started. offered: a follower was given its streams in time.
     passed: moments of its start, as fields of the session, that its next change will write. notices: what its author
     should know, by whom it comes from. lacks: what it waits for beside what can be claimed, "" for nothing.
     """
@@ -48,6 +48,7 @@ class Live:
     progress: Progress | None = None
     since: float | None = None
     changed: bool = False
+    offered: bool = False
     notices: dict[str, str] = field(default_factory=dict)
     lacks: str = ""
     passed: dict[str, datetime] = field(default_factory=dict)
@@ -172,13 +173,14 @@ class Sessions:
     # -- changing
 
     def create(
-        self, account: str, identity: Identity, request: Request, key: str | None, id: str | None = None
-    ) -> Session:
+        self, account: str, identity: Identity, request: Request, key: str | None, id: str | None = None,
+        revision: int = 1,
+    ) -> Session:  # fmt: skip
         """A new session in the queue, or the one that was made with this key before. Durable when it returns.
 
-        id: given when the server took the create. Raises Error invalid when the node could never satisfy the request,
-        conflict for a key that was used for another request, or a name or port in use, unavailable on a cordoned node,
-        limit when the account has as much as one may.
+        id, revision: given when the server took the create. Raises Error invalid when the node could never satisfy the
+        request, conflict for a key that was used for another request, or a name or port in use, unavailable on a
+        cordoned node, limit when the account has as much as one may.
         """
         self.ports.settle(request)
         fingerprint = hashlib.sha256(repr(replace(request, size=(0, 0))).encode("utf-8", "surrogatepass")).hexdigest()
@@ -205,7 +207,7 @@ class Sessions:
             admission.within(self.limits, request, self._of(account))
             now = datetime.now(UTC)
             session = Session(
-                id or ids.ulid(), account, self.ledger.fact("node") or "", request, created=now, revision=1
+                id or ids.ulid(), account, self.ledger.fact("node") or "", request, created=now, revision=revision
             )
             before = {live.session.id: live.session for live in self._live.values()}
             try:
@@ -231,6 +233,18 @@ class Sessions:
             if session.state != State.FINALIZED:
                 self._live[session.id] = Live(session, identity)
             self.on_change()
+
+    def recall(self, id: str, claim: Claim | None) -> bool:
+        """A waiting session that was scheduled, which the ledger had lost: False if it does not wait.
+
+        Raises Error conflict while another holds what it claims.
+        """
+        with self._lock:
+            live = self._live.get(id)
+            if live is None or live.session.state != State.CREATED:
+                return False
+            self.move(id, State.SCHEDULED, claim=claim, scheduled=datetime.now(UTC))
+            return True
 
     def schedule(self) -> None:
         """Start all of the queue that may start now."""
@@ -408,7 +422,7 @@ class Sessions:
         terminal = attach()
         with self._lock:
             if taker in live.subscribers:
-                taker.terminal = terminal
+                taker.terminal, live.offered = terminal, True
                 taker.notify()
                 return taker.size or size
         os.close(terminal.fd)  # it left meanwhile

@@ -10,6 +10,7 @@ rebuilt from `list`. All methods block, are safe to call from several threads, a
 from __future__ import annotations
 
 import enum
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -130,6 +131,11 @@ class Terminal:
     replay: bytes = b""
 
 
+def framed(stream: int, data: bytes) -> bytes:
+    """Output as in Framing.MULTIPLEXED. stream: 1 for standard output, 2 for errors."""
+    return struct.pack(">BxxxL", stream, len(data)) + data
+
+
 class Status(enum.StrEnum):
     CREATED = "created"
     RUNNING = "running"
@@ -183,8 +189,11 @@ class Sandboxes(Protocol):
     def create(self, spec: Spec) -> None:
         """Make the sandbox without running anything. Repeating it for the same id is a conflict."""
 
-    def attach(self, id: str, *, replay: bool) -> Terminal:
-        """Connect to the main process, before or after `start`; `replay` asks for the last 64 KiB of its output."""
+    def attach(self, id: str, *, replay: bool, whole: bool = False) -> Terminal:
+        """Connect to the main process, before or after `start`; `replay` asks for the last 64 KiB of its output.
+
+        whole: for all output that the engine keeps, 8 MiB or more; without a terminal as in Framing.MULTIPLEXED.
+        """
 
     def start(self, id: str, size: tuple[int, int] | None) -> None:
         """Start the main process. With a size (rows, columns) its terminal has that size before it runs anything.
@@ -245,8 +254,11 @@ class Sandboxes(Protocol):
     def watch(self) -> Iterator[str]:
         """Ids whose state may have changed, forever; "" means anything may have. Ends when the engine goes away."""
 
-    def logs(self, id: str, limit: int) -> bytes:
-        """The last `limit` bytes of output, standard output and errors in the order they came."""
+    def logs(self, id: str, limit: int, *, framed: bool = False) -> bytes:
+        """The last `limit` bytes of output, standard output and errors in the order they came.
+
+        framed: as in Framing.MULTIPLEXED, which tells them apart; the frames come on top of `limit`.
+        """
 
     def disk(self, id: str) -> int | None:
         """Bytes on the disk that the sandbox has written outside of its mounts; None when the engine does not tell."""

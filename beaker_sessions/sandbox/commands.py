@@ -1,4 +1,4 @@
-"""What processes were started with, read so that no user can hold the reader up.
+"""What processes were started with, read so that no user can hold the reader up; and those that die with us.
 
 A process can lay its arguments, which are in its own memory, on a file system that never answers. Whoever reads them
 then waits in the kernel, for ever; `maps` and `environ` are alike. So they are read only of processes that run as a
@@ -8,7 +8,15 @@ user whom root alone makes anybody. What `status` says of that comes from the ke
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+
+# It has its parent's word of its end only from the moment when it asked for that, so it looks whether it came too late.
+TIE = '[ "$PPID" = "$1" ] || exit 1; shift; exec "$@"'
+
+
+def tied(command: Sequence[str]) -> list[str]:
+    """The command, as a program that is killed when the thread which starts it ends, however this process is killed."""
+    return ["setpriv", "--pdeathsig", "KILL", "--", "sh", "-c", TIE, "sh", str(os.getpid()), *command]
 
 
 def of(uid: int) -> Iterator[tuple[int, list[bytes]]]:

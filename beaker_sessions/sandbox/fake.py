@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from ..errors import Error
 from ..model import Identity, Pull
 from . import LABEL, Finding, Found, Framing, Image, Login, Progress, Spec, Status, Terminal
+from . import framed as frame
 
 CODES = {"true": 0, "false": 1}
 
@@ -107,9 +108,10 @@ class FakeSandboxes:
         self._found[spec.id] = Found(spec.id, {**spec.labels, LABEL: spec.id}, Status.CREATED)
         self._processes[spec.id] = _Process(spec.command, lambda: self._ended(spec.id), spec.tty)
 
-    def attach(self, id: str, *, replay: bool) -> Terminal:
+    def attach(self, id: str, *, replay: bool, whole: bool = False) -> Terminal:
         process = self._process(id)
-        return Terminal(process.connect(), Framing.RAW, process.said[-65536:] if replay else b"")
+        said = self.logs(id, 1 << 30, framed=not process.tty) if whole else process.said[-65536:]
+        return Terminal(process.connect(), Framing.RAW, said if replay else b"")
 
     def start(self, id: str, size: tuple[int, int] | None) -> None:
         process = self._process(id)
@@ -175,8 +177,9 @@ class FakeSandboxes:
         while True:
             yield changes.get()
 
-    def logs(self, id: str, limit: int) -> bytes:
-        return self._process(id).said[-limit:]
+    def logs(self, id: str, limit: int, *, framed: bool = False) -> bytes:
+        said = self._process(id).said[-limit:]
+        return frame(1, said) if framed and said else said
 
     def disk(self, id: str) -> int | None:
         return len(self._process(id).said)

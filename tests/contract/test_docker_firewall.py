@@ -8,10 +8,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from beaker_sessions.sandbox import firewall
+from beaker_sessions.sandbox import firewall, packet
 from tests.conftest import inside_network
 from tests.stack import wait_for
 
@@ -71,6 +72,15 @@ def test_machine_and_sessions_are_closed_to_each_other(make: Maker, docker_lab: 
             assert calling(make, first.id, gateway, 8000) == "open", "the test tests nothing"
             docker_lab.sandboxes.guard()
             assert calling(make, first.id, gateway, 8000) == "ECONNREFUSED"
+            with network.followed():  # by the kernel's word
+                subprocess.run([*there, "nft", "flush", "table", "inet", network.name], check=True)
+                wait_for("the firewall", lambda: calling(make, first.id, gateway, 8000) == "ECONNREFUSED")
+            if os.path.exists(packet.DEVICE):
+                assert [finding.level for finding in network.check()] == ["ok"] * 3
+                firewall.apply("flush table ip nat", there)  # somebody's `flush ruleset`: the engine notices nothing
+                (found,) = [finding for finding in network.check() if finding.level != "ok"]
+                assert "leave with the address" in found.what
+                assert "systemctl restart docker" in found.mend
         finally:
             service.kill()
 
@@ -79,6 +89,16 @@ def test_a_network_that_was_pruned_is_made_again(make: Maker, docker_lab: Docker
     docker_lab.sandboxes.network.ensure()
     docker_lab.engine.call("DELETE", f"/networks/{docker_lab.sandboxes.network.name}")
     assert make.run("true", host_network=False)[0] == 0
+
+
+def test_the_first_sessions_at_once_make_one_network(docker_lab: DockerLab) -> None:
+    """The engine refused the second with "networks have same bridge name", and its session did not start."""
+    network = docker_lab.sandboxes.network
+    for _ in range(3):
+        network.remove()
+        with ThreadPoolExecutor(8) as pool:
+            for made in [pool.submit(network.ensure) for _ in range(8)]:
+                made.result()
 
 
 def test_init_is_the_first_process(make: Maker, docker_lab: DockerLab) -> None:

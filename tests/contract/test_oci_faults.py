@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -19,7 +24,7 @@ from beaker_sessions.sandbox import Status
 from beaker_sessions.sandbox.oci import mounts
 from beaker_sessions.sandbox.oci.processes import Process, mentioning
 
-from .conftest import ADA, SECONDS, Maker, OciLab
+from .conftest import ADA, SECONDS, Maker, OciLab, pinned
 
 # An executor that makes, starts and removes sessions until it is killed.
 EXECUTOR = """
@@ -154,3 +159,58 @@ def test_what_is_mounted_in_a_directory_is_not_deleted_with_it(tmp_path: Path) -
     mounts.remove_tree(tmp_path / "trash")
     assert (precious / "file").read_text() == "kept"
     assert not (tmp_path / "trash").exists()
+
+
+DYING = ("driver.py", "conmon.py")
+
+
+def killed_at(step: int, act: Callable[[], None]) -> bool:
+    """Do something in a process that is gone when it comes to that line of the driver's. False when there are fewer."""
+    child = os.fork()
+    if child == 0:
+        left = itertools.count(step, -1)
+
+        def trace(frame: FrameType, event: str, _argument: object) -> Any:
+            if os.path.basename(frame.f_code.co_filename) not in DYING:
+                return None
+            if event == "line" and next(left) == 0:
+                os._exit(9)
+            return trace
+
+        sys.settrace(trace)
+        try:
+            act()
+        finally:
+            os._exit(0)
+    return os.waitpid(child, 0)[1] != 0
+
+
+def test_a_command_runs_once_wherever_its_start_was_killed(oci_lab: OciLab, tmp_path: Path) -> None:
+    maker, sandboxes, killed = Maker(oci_lab), oci_lab.sandboxes, True
+    tmp_path.chmod(0o755)
+    for step in itertools.count():
+        home = tmp_path / str(step)
+        home.mkdir()
+        os.chown(home, ADA.uid, ADA.gid)
+        with pinned(home, "/home/ada") as mount:
+            spec = maker.spec("sh", "-c", "echo ran >> /home/ada/ran; exec sleep 1000", mounts=(mount,), stdin=False)
+            sandboxes.create(spec)
+            killed = killed_at(step, partial(sandboxes.start, spec.id, None))
+            deadline = time.monotonic() + SECONDS
+            while not (home / "ran").exists():  # as the next executor does, which may look at any moment
+                assert time.monotonic() < deadline
+                found = sandboxes.find(spec.id)
+                if found and found.status is Status.CREATED:
+                    with suppress(Error):  # it is just noticing that nobody waits for it any more
+                        sandboxes.start(spec.id, None)
+                elif found and found.status is Status.EXITED:
+                    assert found.started is None
+                    sandboxes.remove(spec.id)
+                    sandboxes.create(spec)
+        assert [found.status for found in sandboxes.list() if found.id == spec.id] == [Status.RUNNING]
+        sandboxes.remove(spec.id)
+        assert (home / "ran").read_text() == "ran\n", step
+        if not killed:
+            break
+    assert step > 10
+    maker.close()

@@ -14,6 +14,7 @@ import pytest
 from beaker_sessions.errors import Error
 from beaker_sessions.model import Identity
 from beaker_sessions.sandbox import Status
+from beaker_sessions.sandbox.docker.replay import frames
 
 from .conftest import ADA, Maker, OciLab
 
@@ -170,6 +171,30 @@ def test_coming_back_shows_what_was_missed_once(make: Maker, tty: bool) -> None:
     numbers = [int(number) for number in re.findall(rb"line (\d+)\r?\n", stream.read())]
     assert numbers[0] <= 1500
     assert numbers == list(range(numbers[0], 3000))
+
+
+@pytest.mark.parametrize("ended", [False, True])
+@pytest.mark.parametrize("tty", [True, False])
+def test_all_output_can_be_had_by_who_comes_late(make: Maker, tty: bool, ended: bool) -> None:
+    script = f"seq 1 40000; seq 1 9 >&2; echo done; {'true' if ended else 'sleep 1; echo on'}"
+    spec = make.spec("sh", "-c", script, tty=tty)
+    stream = make.start(spec)
+    stream.read(b"done\r\n" if tty else b"done\n")
+    stream.close()
+    if ended:
+        make.exit_code(spec.id)
+    terminal = make.lab.sandboxes.attach(spec.id, replay=True, whole=True)
+    live = make.stream(terminal).read()
+    whole = b"".join(b"%d\n" % n for n in range(1, 40001))
+    errors = b"".join(b"%d\n" % n for n in range(1, 10))
+    last = b"done\n" if ended else b"done\non\n"
+    if tty:
+        assert (terminal.replay + live).replace(b"\r\n", b"\n") == whole + errors + last
+    else:
+        said = {1: b"", 2: b""}
+        for kind, data in frames(terminal.replay)[0]:
+            said[kind] += data
+        assert (said[1] + live, said[2]) == (whole + last, errors)
 
 
 def test_coming_back_shows_at_least_the_last_64_kib(make: Maker) -> None:

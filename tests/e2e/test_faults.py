@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sqlite3
+import subprocess
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from beaker_sessions.client import Client
 from tests.e2e.conftest import PROMPT, Tty
 from tests.recorder import Recorder
-from tests.stack import Stack, User, wait_for
+from tests.stack import BIN, Stack, User, wait_for
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +75,26 @@ def test_killing_the_executor_ends_no_session(stack: Stack, ada: User, bob: User
     assert terminal.end() == 6
     assert bob.beaker("session", "stop", long).returncode == 0
     wait_for("the queue to empty", lambda: bob.json("session", "list") == [])
+
+
+def test_output_of_a_session_that_nobody_was_there_to_pass_on_is_not_lost(stack: Stack, ada: User, bob: User, go: Path):
+    """It starts and ends between the start of an executor and the moment its command line has found that."""
+    first = detached(bob, "--gpus", "2", "--", "sh", "-c", WAIT)
+    wait_for("it runs", lambda: stack.sandboxes().get(first))
+    script = "seq 1 100000; seq 1 9 >&2; exit 7"
+    command = [BIN / "beaker", "session", "create", "--gpus", "1", "--", "sh", "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **ada.process()) as create:
+        wait_for("its place in the queue", lambda: ada.json("session", "list"))
+        stack.executor.kill(signal.SIGKILL)
+        create.send_signal(signal.SIGSTOP)
+        go.touch()
+        stack.start_executor()
+        wait_for("its end", lambda: ada.json("session", "list") == [])
+        create.send_signal(signal.SIGCONT)
+        out, error = create.communicate(timeout=60)
+    assert out == b"".join(b"%d\n" % n for n in range(1, 100001))
+    assert error.endswith(b"".join(b"%d\n" % n for n in range(1, 10)))
+    assert create.returncode == 7
 
 
 def test_an_exec_survives_the_executor_too(stack: Stack, ada: User, tty: type[Tty]):

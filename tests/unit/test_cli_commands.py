@@ -186,7 +186,7 @@ def test_list_prints_an_escaped_table(
     }  # fmt: skip
     door.append([{"job": job}, {"job": {"id": "J2", "name": "日本", "status": {}}}, {"end": True}])
     assert main.run(["session", "list", "--all"]) == 0
-    assert door[0] == {"v": 1, "op": "list", "token": "t", "all": True, "finalized": False}
+    assert door[0] == {"v": 1, "op": "list", "token": "t", "beat": True, "all": True, "finalized": False}
     assert capsys.readouterr().out.splitlines() == [
         "ID  NAME       AUTHOR  NODE   GPUS  STATUS     DURATION",
         "J1  a\\x1b[2Jb  ai      gpu-1  2     succeeded  25:01:00",
@@ -213,6 +213,40 @@ def test_the_executors_error_is_the_commands(
     door.append([{"error": Error("conflict", "you have 2 sessions here", "name one").as_dict()}])
     assert main.run(["session", "stop"]) == 73
     assert capsys.readouterr().err == "beaker: you have 2 sessions here; name one\n"
+
+
+class Server:
+    """One that has a session end at the third look, or never."""
+
+    def __init__(self, ends: bool) -> None:
+        self.looks, self.ends = 0, ends
+
+    def update_job(self, id: str, body: dict[str, Any]) -> dict[str, Any]:
+        assert body["status"]["canceled"]
+        return {"id": id, "status": {"started": "x"}}
+
+    def get_job(self, id: str) -> dict[str, Any]:
+        self.looks += 1
+        return {"id": id, "status": {"finalized": "x"} if self.ends and self.looks == 3 else {}}
+
+
+@pytest.mark.parametrize("here", ["not here", "stuck"])
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_stop_through_the_server_is_done_when_the_session_has_ended(
+    here: str, ends: bool, door: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BEAKER_TOKEN", "t")
+    monkeypatch.setattr(jobs, "LOOK", 0.001)
+    monkeypatch.setattr(jobs, "STOPPING", 60.0 if ends else 0.1)
+    server = Server(ends)
+    monkeypatch.setattr("beaker_sessions.cli.rest.client", lambda _: server)
+    error = Error("not_found", "no such session") if here == "not here" else Error("unavailable", "it does not end")
+    door.append([{"error": error.as_dict()}])
+    assert main.run(["session", "stop", "J1"]) == (0 if ends else 69)
+    out, err = capsys.readouterr()
+    assert out == ("Stopped session J1\n" if ends else "")
+    if not ends:
+        assert err.startswith("beaker: session J1 has not ended yet")
 
 
 @pytest.mark.parametrize(

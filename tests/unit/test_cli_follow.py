@@ -23,6 +23,8 @@ from typing import Any
 
 import pytest
 
+from beaker_sessions.sandbox import framed
+
 ROOT = Path(__file__).parents[2]
 PYTHON = [sys.executable, "-IS", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'beaker'"]
 PYTHON[-1] += "; from beaker_sessions.cli.main import main; main()"
@@ -439,6 +441,18 @@ def test_modes_that_a_killed_program_left_on_are_undone(door: FakeDoor, shell: C
     assert b"2004" not in it.seen
 
 
+def test_a_sequence_that_was_cut_off_takes_nothing_of_what_is_said_next(
+    door: FakeDoor, shell: Callable[..., Shell]
+) -> None:
+    it = shell("session", "create")
+    _, session = started(door, it)
+    session.send(b"\x1b[38;5")
+    it.expect(b"\x1b[38;5")
+    it.type(b"\x1ed")
+    assert it.wait() == 0
+    assert it.seen.startswith(b"\x18")  # CAN of ECMA-48, which ends it
+
+
 def test_attach_shows_what_was_said_before(door: FakeDoor, shell: Callable[..., Shell]) -> None:
     it = shell("session", "attach")
     call, request = door.call()
@@ -535,6 +549,33 @@ def test_an_end_while_the_executor_is_away_is_learned_later(door: FakeDoor, shel
     assert it.wait() == 9
 
 
+@pytest.mark.parametrize("runs", [False, True])
+def test_all_output_since_the_start_comes_late_when_the_executor_was_away(
+    door: FakeDoor, pipe: Callable[..., subprocess.Popen[bytes]], runs: bool
+) -> None:
+    it = pipe("session", "create", "--", "make")
+    call, _ = door.call()
+    call.send(event="created", job=JOB)
+    door.die()
+    door.listen()
+    call, request = door.call()
+    assert (request["op"], request["id"], request["stream"], request["whole"]) == ("attach", ID, True, True)
+    output = b"made\n" * 200_000  # more than a frame holds
+    with os.fdopen(os.memfd_create("output"), "wb", buffering=0) as file:
+        file.write(framed(1, output) + framed(2, b"warned\n"))
+        file.seek(0)
+        call.send(file.fileno(), event="earlier", framing="multiplexed")
+    if runs:
+        session = call.terminal()
+        session.send(b"and on\n")
+        session.close()
+    call.end(3)
+    out, error = it.communicate(timeout=PATIENCE)
+    assert out == output + b"and on\n" * runs
+    assert error.endswith(b"\nwarned\n")
+    assert it.returncode == 3
+
+
 def test_a_create_that_was_not_acknowledged_is_sent_again_with_its_key(
     door: FakeDoor, pipe: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
@@ -563,6 +604,56 @@ def test_a_queued_session_keeps_waiting_for_a_restarted_executor(door: FakeDoor,
     session.close()
     call.end(0)
     assert it.wait() == 0
+
+
+def test_what_another_executor_repeats_is_said_once(door: FakeDoor, shell: Callable[..., Shell]) -> None:
+    it = shell("session", "create")
+    reserved: dict[str, Any] = {"event": "reserved", "gpus": ["a=0"], "cpus": 4.0, "memory": 0, "ports": {"80": 20000}}
+    call, _ = door.call()
+    call.send(event="created", job=JOB)
+    call.send(**reserved)
+    it.expect(b"Reserved 1 GPU, 4 CPUs\r\nExposed Ports: 0.0.0.0:20000->80/tcp\r\n")
+    call.connection.close()
+    call, _ = door.call()
+    call.send(**reserved)
+    call.end(0)
+    assert it.wait() == 0
+    assert b"Reserved" not in it.seen
+    assert b"Exposed" not in it.seen
+
+
+def test_an_exec_whose_start_is_uncertain_says_that_it_may_have_run(
+    door: FakeDoor, pipe: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    it = pipe("session", "exec", "demo", "--", "make")
+    call, _ = door.call()
+    call.connection.close()
+    _, errors = it.communicate(timeout=PATIENCE)
+    assert it.returncode == 69
+    assert b"before it said whether the command was started: it may have run" in errors
+    assert b"beaker session exec demo -- ps" in errors
+
+
+def test_leaving_an_exec_whose_start_is_uncertain_says_so_too(door: FakeDoor, shell: Callable[..., Shell]) -> None:
+    it = shell("session", "exec", "demo", "--", "make")
+    door.call()
+    it.process.send_signal(signal.SIGINT)
+    assert it.wait() == 130
+    assert b"it may have run" in it.seen
+
+
+def test_a_resumed_create_is_still_for_whom_root_asked(
+    door: FakeDoor, environ: dict[str, str], pipe: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    environ["SUDO_USER"] = "nobody"
+    it = pipe("session", "create", "--", "true")
+    call, first = door.call()
+    call.send(event="created", job=JOB)
+    call.connection.close()
+    call, second = door.call()
+    assert (second["op"], second.get("user")) == ("attach", first.get("user"))
+    call.end(0)
+    assert it.wait(PATIENCE) == 0
 
 
 # -- without a terminal
@@ -680,7 +771,10 @@ def test_detached_prints_the_id(door: FakeDoor, pipe: Callable[..., subprocess.P
     call, request = door.call()
     assert (request["detach"], request["tty"], request["stdin"]) == (True, False, False)
     call.send(event="created", job=JOB)
-    call.connection.close()
+    call.connection.close()  # it is not known whether it could start
+    call, request = door.call()
+    assert (request["op"], request["id"], request["detach"]) == ("attach", ID, True)
+    call.send(event="detached")
     out, errors = it.communicate(timeout=PATIENCE)
     assert (it.returncode, out, errors) == (0, ID.encode() + b"\n", b"")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -14,6 +15,7 @@ from beaker_sessions.sandbox import Image, Spec
 from beaker_sessions.sandbox.cdi import CdiMount, DeviceNode, Edits, Hook
 from beaker_sessions.sandbox.docker import config, images
 from beaker_sessions.sandbox.docker.check import is_static
+from beaker_sessions.sandbox.docker.driver import DockerSandboxes
 from beaker_sessions.sandbox.docker.files import BUSYBOX
 
 ADA = Identity("ada", 1500, 1500, "/home/ada", {1500: "ada"})
@@ -31,6 +33,16 @@ def test_engine_that_knows_cdi_is_given_names_only() -> None:
     host = _body()["HostConfig"]
     assert host["DeviceRequests"] == [{"Driver": "cdi", "DeviceIDs": ["v.com/gpu=0"]}]
     assert (host["Devices"], host["GroupAdd"]) == ([], [])
+
+
+def test_an_exec_whose_start_is_uncertain_says_so() -> None:
+    """The engine went away between the request and its answer."""
+    driver = DockerSandboxes.__new__(DockerSandboxes)
+    driver.engine = MagicMock()
+    driver.engine.call.return_value = {"Id": "handle"}
+    driver.engine.hijack.side_effect = Error("unavailable", "the engine went away")
+    with pytest.raises(Error, match=r"the engine went away.*may have run"):
+        driver.exec("X", ("make",), env={}, identity=ADA, workdir="/", size=None, stdin=False)
 
 
 def test_engine_that_does_not_is_given_the_edits() -> None:

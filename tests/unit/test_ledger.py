@@ -108,9 +108,9 @@ def test_all_or_nothing(ledger):
 def test_a_corrupt_file_is_put_aside(path):
     path.write_bytes(b"this is not a database" * 1000)
     ledger = Ledger(path)
-    assert ledger.lost
+    assert ledger.damage
     assert ledger.live() == []
-    assert [p.read_bytes()[:4] for p in path.parent.glob("ledger.db.corrupt-*")] == [b"this"]
+    assert [p.read_bytes()[:4] for p in path.parent.glob("ledger.db.damaged-*")] == [b"this"]
     ledger.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -15,11 +16,11 @@ import pytest
 from beaker_sessions.executor.inside import Inside
 from beaker_sessions.executor.inventory import Inventory
 from beaker_sessions.executor.ledger import Ledger
-from beaker_sessions.executor.lifecycle import Lifecycle
+from beaker_sessions.executor.lifecycle import EACH, THREADS, Lifecycle
 from beaker_sessions.executor.loop import Loop
 from beaker_sessions.executor.sessions import Sessions
 from beaker_sessions.model import Gpu, Identity, Request, State
-from beaker_sessions.sandbox import Found, Status
+from beaker_sessions.sandbox import Found, Image, Spec, Status
 from beaker_sessions.sandbox.fake import FakeSandboxes
 from beaker_sessions.settings import ExecutorSettings
 from tests.stack import wait_for
@@ -39,6 +40,7 @@ def lifecycle(tmp_path: Path) -> Iterator[Lifecycle]:
     lifecycle = Lifecycle(sessions, FakeSandboxes(), settings, inside, "test")
     lifecycle.reconcile()
     yield lifecycle
+    wait_for("nothing to be done", lambda: not lifecycle._busy)
     for found in lifecycle.sandboxes.list():
         lifecycle.sandboxes.remove(found.id)
     for id in inside.directories.ids():
@@ -186,3 +188,75 @@ def test_what_a_list_shows_but_is_gone_is_not_adopted(lifecycle: Lifecycle, stal
     lifecycle.sandboxes.remove(id)
     stale.end()
     assert (lifecycle.sessions.live(), lifecycle.sessions.cordoned) == ([], "")
+
+
+BY = "made by an executor that was killed"
+
+
+@pytest.mark.parametrize(
+    ("status", "kept"), [(Status.CREATED, True), (Status.RUNNING, True), (Status.EXITED, False), (None, False)]
+)
+def test_a_start_that_was_interrupted_goes_on_where_it_was(
+    lifecycle: Lifecycle, monkeypatch: pytest.MonkeyPatch, status: Status | None, kept: bool
+) -> None:
+    """What has ended by itself before it ran anything is made again."""
+    sessions, sandboxes = lifecycle.sessions, lifecycle.sandboxes
+    monkeypatch.setattr(sessions, "on_start", lambda _: None)  # its executor is killed
+    id = sessions.create("ann", ANN, replace(WANTED, command=("cat",)), None).id
+    if status:
+        sandboxes.create(Spec(id, {BY: ""}, Image("fake:base", "base"), ANN, ("cat",)))
+    if status is Status.RUNNING:
+        sandboxes.start(id, None)
+    elif status is Status.EXITED:
+        sandboxes._found[id] = replace(sandboxes._found[id], status=status, exit_code=1)  # type: ignore[attr-defined]
+    lifecycle.reconcile()
+    wait_for("its start", lambda: sessions.view(id).session.state == State.STARTED and not lifecycle._busy)
+    assert [found.status for found in sandboxes.list()] == [Status.RUNNING]
+    assert (BY in sandboxes.list()[0].labels) is kept
+
+
+def test_many_creates_at_once_start_in_order_and_few_at_a_time(
+    lifecycle: Lifecycle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sandboxes, create, now, most, order = lifecycle.sandboxes, lifecycle.sandboxes.create, [0], [0, 0], []
+    lock, threads = threading.Lock(), threading.active_count()
+
+    def count(spec: Spec) -> None:
+        with lock:
+            now[0] += 1
+            order.append(spec.id)
+            most[:] = max(most[0], now[0]), max(most[1], threading.active_count() - threads)
+        create(spec)
+        with lock:
+            now[0] -= 1
+
+    monkeypatch.setattr(sandboxes, "create", count)
+    wanted = replace(WANTED, gpus=0, cpus=0.0)
+    ids = [lifecycle.sessions.create("ann", ANN, wanted, None).id for _ in range(200)]
+    for id in ids:
+        wait_for("its start", lambda id=id: lifecycle.sessions.view(id).session.started)  # type: ignore[misc]
+    assert sorted(order) == sorted(ids)
+    assert all(abs(order.index(id) - place) <= EACH for place, id in enumerate(ids))
+    assert most[0] <= max(2, len(os.sched_getaffinity(0)))
+    assert most[1] <= 2 * THREADS
+
+
+def test_what_waits_for_an_image_or_a_home_holds_nobody_up(
+    lifecycle: Lifecycle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, on = lifecycle.sandboxes.image, threading.Event()
+
+    def slow(reference: str, *args: object) -> Image:
+        if reference == "slow":
+            assert on.wait(20)
+        return image("base", *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(lifecycle.sandboxes, "image", slow)
+    create, wanted = lifecycle.sessions.create, replace(WANTED, gpus=0, cpus=0.0)
+    late = [create("ann", ANN, replace(wanted, image="slow"), None).id for _ in range(50)]
+    mine = create("ann", ANN, wanted, None).id
+    id = create("bob", ANN, wanted, None).id
+    wait_for("its start", lambda: lifecycle.sessions.view(id).session.started)
+    assert not any(lifecycle.sessions.view(id).session.started for id in (*late, mine))
+    on.set()
+    wait_for("the others'", lambda: all(lifecycle.sessions.view(id).session.started for id in (*late, mine)))

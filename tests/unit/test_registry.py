@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import copy
 import http.server
 import json
+import platform
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,51 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from beaker_sessions.errors import Error
 from beaker_sessions.sandbox import Limits
-from beaker_sessions.sandbox.oci import fetching, registry
+from beaker_sessions.sandbox.oci import documents, fetching, registry
 from beaker_sessions.sandbox.oci.reference import parse
 from beaker_sessions.sandbox.oci.registry import Registry, public
 from beaker_sessions.sandbox.oci.room import Room
-from tests.dripping import CONFIG, LAYER, MANIFEST, Drip, described
+from tests.dripping import CONFIG, LAYER, MANIFEST, Answer, Drip, Server, described, serving
 
 SECRET = "token-of-the-machine"
-Answer = tuple[int, dict[str, str], bytes]
-
-
-class Server:
-    """Answers as a function of path and headers says, and remembers what it was asked."""
-
-    def __init__(self, answer: Callable[[str, dict[str, str]], Answer]) -> None:
-        self.asked: list[tuple[str, dict[str, str]]] = []
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                headers = dict(self.headers.items())
-                outer.asked.append((self.path, headers))
-                status, more, body = answer(self.path, headers)
-                self.send_response(status)
-                for name, value in {"Content-Length": str(len(body)), **more}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"127.0.0.1:{self.http.server_address[1]}"
-
-
-@contextmanager
-def serving(answer: Callable[[str, dict[str, str]], Answer]) -> Iterator[Server]:
-    server = Server(answer)
-    with server.http:
-        threading.Thread(target=server.http.serve_forever, daemon=True).start()
-        yield server
-        server.http.shutdown()
 
 
 @pytest.fixture
@@ -165,33 +137,51 @@ def test_a_name_that_leads_inside_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     """One of several addresses is enough; and what was resolved is what is connected to."""
     tried: list[Any] = []
 
-    def connect(address: Any, *_: Any) -> Any:
-        tried.append(address)
+    def connect(addresses: list[str], port: int, _: Any) -> Any:
+        tried.append((addresses[0], port))
         raise ConnectionRefusedError(111, "refused")
 
-    monkeypatch.setattr(registry.socket, "create_connection", connect)
+    monkeypatch.setattr(registry, "_dial", connect)
     names = {"inside.example": ["1.1.1.1", "10.0.0.1"], "outside.example": ["1.1.1.1"]}
     monkeypatch.setattr(
         registry.socket, "getaddrinfo", lambda host, port, **_: [(0, 0, 0, "", (a, port)) for a in names[host]]
     )
     source = Registry(parse("registry.lab/a/b:1"))
     with pytest.raises(registry._Refused):
-        source._connection("https://inside.example/token")
+        source._connection("https://inside.example/token", registry._Answer())
     assert tried == []
     with pytest.raises(ConnectionError):
-        source._connection("https://outside.example/token")
+        source._connection("https://outside.example/token", registry._Answer())
     assert tried == [("1.1.1.1", 443)]
 
 
+def but(**changes: Any) -> bytes:
+    """A manifest that is right but for this."""
+    return json.dumps(json.loads(MANIFEST) | changes).encode()
+
+
+def layer(**changes: Any) -> bytes:
+    return but(layers=[described(LAYER) | changes])
+
+
+def index(entry: dict[str, Any]) -> bytes:
+    return json.dumps({"manifests": [{"platform": {"architecture": MACHINE, "os": "linux"}, **entry}]}).encode()
+
+
+MACHINE = registry.ARCHITECTURES.get(platform.machine(), platform.machine())
 HOSTILE = {
-    "text": b"<html>", "list": b"[]", "deep": b"[" * 100_000, "long": b" " * (5 << 20), "nothing": b"{}",
-    "config": b'{"config": 3, "layers": []}', "layers": b'{"config": {}, "layers": {}}',
-    "size": json.dumps({"config": described(CONFIG), "layers": [described(LAYER) | {"size": -1}]}).encode(),
-    "bool": json.dumps({"config": described(CONFIG), "layers": [described(LAYER) | {"size": True}]}).encode(),
-    "path": json.dumps({"config": described(CONFIG), "layers": [{"digest": "sha256:../../etc", "size": 1}]}).encode(),
-    "many": json.dumps({"config": described(CONFIG), "layers": [described(LAYER)] * 1000}).encode(),
+    "empty": b"", "text": b"<html>", "list": b"[]", "deep": b"[" * 100_000, "long": b" " * (5 << 20), "nothing": b"{}",
+    "number": b'{"config": ' + b"9" * 5000 + b"}", "bytes": b"\xff\xfe{}",
+    "config": b'{"config": 3, "layers": []}', "layers": but(layers={}), "strings": but(layers=["x"]),
+    "schema": but(schemaVersion="2"), "kind": but(mediaType="text/html"), "kinds": but(mediaType=["x"]),
+    "chart": but(config=described(CONFIG) | {"mediaType": "application/vnd.cncf.helm.config.v1+json"}),
+    "untyped": layer(mediaType=None), "encrypted": layer(mediaType=described(LAYER)["mediaType"] + "+encrypted"),
+    "size": layer(size=-1), "bool": layer(size=True), "float": layer(size=1e3), "huge": layer(size=1 << 60),
+    "path": layer(digest="sha256:../../etc"), "sha1": layer(digest="sha1:" + "0" * 40), "line": layer(digest="x\n"),
+    "many": but(layers=[described(LAYER)] * 129), "all": but(layers=[described(LAYER) | {"size": 1 << 49}] * 3),
+    "bigconfig": but(config=described(CONFIG, "config.v1+json") | {"size": 1 << 30}),
     "index": b'{"manifests": [1, null, "x"]}', "platform": b'{"manifests": [{"platform": "linux"}]}',
-    "itself": b'{"manifests": [{"platform": {"architecture": "amd64", "os": "linux"}, "digest": "../x", "size": 1}]}',
+    "digestless": index({}), "itself": index({"digest": "../x", "size": 1}), "other": index(described(b"other")),
 }  # fmt: skip
 
 
@@ -199,7 +189,124 @@ HOSTILE = {
 def test_a_hostile_manifest_is_an_error(name: str) -> None:
     """An exception would have had the executor start the session again and again."""
     with serving(lambda *_: (200, {}, HOSTILE[name])) as evil:
-        assert failing(evil).code in ("invalid", "not_found")
+        error = failing(evil)
+        assert error.code in ("invalid", "not_found")
+        assert f"{evil.address}/a/b:1" in error.message
+
+
+KEYS = ["config", "Env", "rootfs", "diff_ids", "digest", "size", "x"]
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=3), max_leaves=8,
+)  # fmt: skip
+GOOD: dict[str, Any] = {
+    "manifest": json.loads(MANIFEST), "index": json.loads(index(described(MANIFEST))),
+    "config": {"config": {"Env": ["A=b"]}, "rootfs": {"type": "layers", "diff_ids": [described(LAYER)["digest"]]}},
+}  # fmt: skip
+READERS: dict[str, Callable[[bytes], object]] = {
+    "manifest": documents.manifest, "index": lambda raw: documents.fitting(documents.json_object(raw), MACHINE),
+    "config": lambda raw: [read(documents.json_object(raw)) for read in (documents.layers, documents.env)],
+}  # fmt: skip
+
+
+def spoiled(draw: st.DrawFn, document: Any) -> Any:
+    """The document with one of its values, wherever it is, in another's place."""
+    keys = list(document) if isinstance(document, dict) else range(len(document)) if isinstance(document, list) else ()
+    if not keys or draw(st.integers(0, 3)) == 0:
+        return draw(anything)
+    key = draw(st.sampled_from(list(keys)))
+    copied = copy.copy(document)
+    copied[key] = spoiled(draw, document[key])
+    return copied
+
+
+@given(data=st.data(), name=st.sampled_from(sorted(READERS)), whole=st.booleans())
+@settings(deadline=None, max_examples=150)
+def test_documents_of_any_shape_are_read_or_refused(data: st.DataObject, name: str, whole: bool) -> None:
+    assert READERS[name](json.dumps(GOOD[name]).encode())
+    document = data.draw(anything) if whole else spoiled(data.draw, GOOD[name])
+    with contextlib.suppress(documents.Wrong):
+        READERS[name](json.dumps(document).encode())
+
+
+@given(raw=st.binary() | st.text().map(str.encode), name=st.sampled_from(sorted(READERS)))
+@settings(deadline=None)
+def test_documents_of_any_bytes_are_read_or_refused(raw: bytes, name: str) -> None:
+    with contextlib.suppress(documents.Wrong):
+        READERS[name](raw)
+
+
+OK, FOUND = b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 302 Found\r\nLocation: "
+RAW = {
+    "nothing": b"", "text": b"SSH-2.0-OpenSSH_9.2\r\n", "status": b"HTTP/1.1 abc\r\n\r\n",
+    "torn": OK + b"Content-Length: 100\r\n\r\n{}", "chunk": OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+    "negative": OK + b"Content-Length: -5\r\n\r\n", "headers": OK + b"A: b\r\n" * 200, "line": OK + b"x" * 70000,
+    "zip": OK + b"Content-Encoding: gzip\r\n\r\n\x1f\x8b", "odd": b"HTTP/1.1 206 OK\r\n\r\n{}",
+    "early": b"HTTP/1.1 103 Early Hints\r\n\r\n", "nowhere": b"HTTP/1.1 302 Found\r\n\r\n",
+    "bracket": FOUND + b"http://[\r\n\r\n", "port": FOUND + b"https://a:99999/\r\n\r\n",
+    "file": FOUND + b"file:///etc/shadow\r\n\r\n", "latin": FOUND + b"/\xe9\xff\r\n\r\n",
+    "label": FOUND + b"https://" + b"a" * 99 + b".b/\r\n\r\n", "loop": FOUND + b"/v2/a/b/manifests/1\r\n\r\n",
+}  # fmt: skip
+
+
+@contextmanager
+def talking(say: Callable[[socket.socket], None]) -> Iterator[str]:
+    """The address of a server that says something, whatever it is asked, and hangs up."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    with connection, contextlib.suppress(OSError):
+                        connection.settimeout(20)
+                        connection.recv(1 << 16)
+                        say(connection)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+        listening.shutdown(socket.SHUT_RDWR)
+    thread.join()
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_what_is_hardly_http_is_an_error(name: str) -> None:
+    with talking(lambda connection: connection.sendall(RAW[name])) as address, pytest.raises(Error) as error:
+        Registry(parse(f"{address}/a/b:1")).manifest()
+    assert error.value.code in ("invalid", "unavailable")
+    assert f"{address}/a/b:1" in error.value.message
+
+
+@pytest.mark.parametrize("part", [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 200 OK\r\n", b""])
+def test_an_answer_without_end_is_given_up(part: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "TIMEOUT", 1.0)
+    over = threading.Event()
+
+    def say(connection: socket.socket) -> None:
+        while not over.wait(0.05):
+            connection.sendall(part)
+
+    with talking(say) as address:
+        with pytest.raises(Error) as error:
+            Registry(parse(f"{address}/a/b:1")).manifest()
+        over.set()
+    assert error.value.code == "unavailable"
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"<html>", b"[]", b"{}", b'{"token": ["x"]}', b'{"token": "a\\nb"}', b" " * (1 << 20)]
+)
+def test_a_hostile_token_is_an_error(content: bytes) -> None:
+    def answer(path: str, headers: dict[str, str]) -> Answer:
+        if path.startswith("/token"):
+            return 200, {}, content
+        return 401, {"WWW-Authenticate": f'Bearer realm="http://{headers["Host"]}/token"'}, b""
+
+    with serving(answer) as evil:
+        error = failing(evil)
+        assert error.code in ("invalid", "unauthorized")
+        assert f"{evil.address}/a/b:1" in error.message
 
 
 @pytest.mark.parametrize("content", [LAYER + b"more", LAYER[:-1], b"x" * len(LAYER)])
@@ -212,7 +319,8 @@ def test_a_blob_is_what_its_digest_says(tmp_path: Path, content: bytes) -> None:
         with pytest.raises(Error) as error:
             source.fetch(source.manifest().blobs[1], tmp_path / "blob")
     assert error.value.code == "invalid"
-    assert not (tmp_path / "blob").exists()
+    assert f"{evil.address}/a/b:1" in error.value.message
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -272,22 +380,9 @@ def leading(monkeypatch: pytest.MonkeyPatch, *answers: list[str]) -> None:
 def test_a_name_like_an_address_of_this_machine_leads_to_none(machine: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Root asked `127.evil.com` by http, wherever that led, and took it for the registry itself."""
     leading(monkeypatch, ["127.0.0.1"])
-    monkeypatch.setattr(registry.socket, "create_connection", connected)
     with pytest.raises(Error):
         Registry(parse(f"127.evil.com:{machine.address.partition(':')[2]}/a/b:1")).manifest()
     assert machine.asked == []
-
-
-def connected(address: tuple[str, int], timeout: float) -> socket.socket:
-    """`create_connection` to an address, without a look-up."""
-    sock = socket.socket()
-    sock.settimeout(timeout)
-    try:
-        sock.connect(address)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
 
 
 def test_localhost_is_this_machine_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,16 +395,16 @@ def test_localhost_is_this_machine_or_nothing(monkeypatch: pytest.MonkeyPatch) -
 def test_a_name_that_changes_between_requests_gains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[Any] = []
 
-    def connect(address: Any, *_: Any) -> Any:
-        tried.append(address)
+    def connect(addresses: list[str], port: int, _: Any) -> Any:
+        tried.append((addresses[0], port))
         raise ConnectionRefusedError(111, "refused")
 
     leading(monkeypatch, ["1.1.1.1"], ["10.0.0.1"])
-    monkeypatch.setattr(registry.socket, "create_connection", connect)
+    monkeypatch.setattr(registry, "_dial", connect)
     source = Registry(parse("registry.lab/a/b:1"))
     for url in ("https://registry.lab/v2/", "https://registry.lab:8443/token", "https://registry.lab/v2/"):
         with pytest.raises(ConnectionError):
-            source.again()._connection(url)
+            source.again()._connection(url, registry._Answer())
     assert {address for address, _ in tried} == {"1.1.1.1"}
 
 
@@ -346,10 +441,79 @@ def test_who_waits_for_a_dripping_registry_can_stop(tmp_path: Path, manifest: bo
 
         with pytest.raises(Stopped):
             pull()
-        for thread in threading.enumerate():
-            if thread.name.startswith(fetching.NAME):
-                thread.join(20)  # the server's next byte is further away
-                assert not thread.is_alive()
+        no_thread_is_left()
+
+
+def no_thread_is_left() -> None:
+    for thread in threading.enumerate():
+        if thread.name.startswith(fetching.NAME):
+            thread.join(15)  # the server's next byte is further away, and so is a time limit
+            assert not thread.is_alive()
+
+
+@contextmanager
+def deaf() -> Iterator[int]:
+    """The port of a server that takes no connection: its backlog is full."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listening, contextlib.ExitStack() as ends:
+        for _ in range(2):
+            one = ends.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(listening.getsockname())
+        yield listening.getsockname()[1]
+
+
+@contextmanager
+def silent() -> Iterator[int]:
+    """The port of a server that takes connections, and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield listening.getsockname()[1]
+
+
+@pytest.mark.parametrize("server", [deaf, silent])
+@pytest.mark.parametrize("host", ["127.0.0.1", "registry.lab"])
+def test_who_waits_for_a_connection_can_stop(
+    monkeypatch: pytest.MonkeyPatch, server: Callable[[], contextlib.AbstractContextManager[int]], host: str
+) -> None:
+    """By http, and by https, whose handshake does not come."""
+    leading(monkeypatch, ["127.0.0.1"])
+    waits, dial = threading.Event(), registry._Answer.on
+    monkeypatch.setattr(registry._Answer, "on", lambda answer, sock: (dial(answer, sock), waits.set()))
+
+    def look() -> None:
+        if waits.is_set():
+            raise Stopped
+
+    with server() as port:
+        with pytest.raises(Stopped):
+            fetching.manifest(Registry(parse(f"{host}:{port}/a/b:1")), look)
+        no_thread_is_left()
+
+
+def test_a_look_up_that_does_not_end_holds_nobody_up(machine: Server) -> None:
+    """Neither who stops meanwhile, nor the end of the executor, which waited for its threads; and afterwards nobody
+    is asked.
+    """
+    script = f"""
+import socket, threading
+from beaker_sessions.sandbox.oci import fetching
+from beaker_sessions.sandbox.oci.registry import Registry
+from beaker_sessions.sandbox.oci.reference import parse
+looking = threading.Event()
+def lookup(*_, **__):
+    looking.set()
+    threading.Event().wait()
+socket.getaddrinfo = lookup
+def look():
+    if looking.is_set():
+        raise KeyError("stopped")
+try:
+    fetching.manifest(Registry(parse("{machine.address}/a/b:1")), look)
+except KeyError:
+    print("stopped", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.returncode) == ("stopped\n", 0), done.stderr
+    assert machine.asked == []
 
 
 @pytest.mark.parametrize("scheme", ["http://", ""])

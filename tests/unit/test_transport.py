@@ -45,6 +45,21 @@ def listening(server: socket.socket) -> Iterator[list[bytes]]:
         thread.join()
 
 
+@root
+def test_many_who_connect_at_once_are_let_in_one_after_the_other(sockets: Path) -> None:
+    server = unix(socket_path(str(sockets), 8420))
+    server.listen(0)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as before:
+        before.connect(socket_path(str(sockets), 8420))  # and now the queue is full
+        later = threading.Timer(0.3, lambda: server.accept()[0].close())
+        later.start()
+        connection = Endpoint("http://127.0.0.1:8420", str(sockets)).connection(20.0)
+        connection.connect()
+        connection.close()
+        later.join()
+    server.close()
+
+
 @pytest.fixture
 def sockets(tmp_path: Path) -> Path:
     tmp_path.chmod(0o755)

@@ -23,13 +23,14 @@ from typing import Any
 from ...errors import Error
 from ...model import Identity, Pull
 from .. import LABEL, LABEL_OWNER, Finding, Found, Framing, Image, Limits, Login, Progress, Spec, Status, Terminal, cdi
+from .. import framed as frame
 from .. import identity as accounts
 from . import config, images
 from .check import check
 from .engine import Engine
 from .files import Files
 from .network import Network
-from .replay import LIMIT, Frame, delivered, frames, join
+from .replay import LIMIT, Frame, delivered, frames, join, recent
 
 STATUSES = {
     "created": Status.CREATED,
@@ -39,6 +40,7 @@ STATUSES = {
 }
 SIZING = 600.0  # seconds in which the engine adds up the files of a container
 EXEC_PATIENCE = 10.0  # seconds between the end of an exec's streams and its exit code
+KEPT = 16 << 20  # bytes of output that the engine keeps, or more
 LOG_ROUNDS, LOG_PAUSE = 25, 0.02  # how often, and how long apart in seconds, a late log is read again
 EVENTS = ["start", "die", "oom", "destroy"]
 
@@ -108,7 +110,7 @@ class DockerSandboxes:
             self.files.remove(spec.id)
             raise
 
-    def attach(self, id: str, *, replay: bool) -> Terminal:
+    def attach(self, id: str, *, replay: bool, whole: bool = False) -> Terminal:
         query = {"stream": 1, "stdin": 1, "stdout": 1, "stderr": 1, "detachKeys": config.DETACH_KEYS}
         sock = self.engine.hijack(f"{_path(id)}/attach", query)
         try:
@@ -119,9 +121,10 @@ class DockerSandboxes:
                 sock.close()
                 sock, other = socket.socketpair()
                 other.close()
-                recent = self.logs(id, LIMIT) if replay else b""
+                limit = KEPT if whole else LIMIT
+                recent = self.logs(id, limit, framed=whole and framing is not Framing.RAW) if replay else b""
             elif replay and container["State"]["Status"] != "created":
-                recent = self._replay(id, sock, framing is Framing.RAW)
+                recent = self._replay(id, sock, framing is Framing.RAW, whole)
             else:
                 recent = b""
             return Terminal(sock.detach(), framing, recent)
@@ -163,7 +166,13 @@ class DockerSandboxes:
         gate = f"{config.GATE}-{secrets.token_hex(8)}" if size else ""
         body = config.process(command, env, identity, workdir, gate, tty=size is not None, stdin=stdin)
         handle: str = self.engine.call("POST", f"{_path(id)}/exec", body=body)["Id"]
-        sock = self.engine.hijack(f"/exec/{handle}/start", body={"Detach": False, "Tty": size is not None})
+        try:
+            sock = self.engine.hijack(f"/exec/{handle}/start", body={"Detach": False, "Tty": size is not None})
+        except Error as error:
+            if error.code != "unavailable":
+                raise
+            what = f"{error.message}, and had not said whether the command was started: it may have run"
+            raise Error(error.code, what, "look with ps in the session before you run it again") from error
         try:
             if size:
                 self.resize(id, size, handle)
@@ -230,12 +239,16 @@ class DockerSandboxes:
 
     def watch(self) -> Iterator[str]:
         filters = {"type": ["container"], "event": EVENTS, "label": [LABEL, f"{LABEL_OWNER}={self.owner}"]}
-        for event in self.engine.stream("GET", "/events", {"filters": filters}, timeout=None):
-            yield event["Actor"]["Attributes"].get(LABEL, "") if event else ""
+        with self.network.followed():
+            for event in self.engine.stream("GET", "/events", {"filters": filters}, timeout=None):
+                yield event["Actor"]["Attributes"].get(LABEL, "") if event else ""
 
-    def logs(self, id: str, limit: int) -> bytes:
+    def logs(self, id: str, limit: int, *, framed: bool = False) -> bytes:
         tty = self._inspect(id)["Config"]["Tty"]
-        return b"".join(data for _, data in self._tail(id, limit, tty))[-limit:]
+        output = self._tail(id, limit, tty)
+        if framed:
+            return b"".join(frame(stream, data) for stream, data in output)
+        return b"".join(data for _, data in output)[-limit:]
 
     def disk(self, id: str) -> int | None:
         size = self.engine.call("GET", f"{_path(id)}/json", {"size": "1"}, timeout=SIZING).get("SizeRw")
@@ -245,7 +258,7 @@ class DockerSandboxes:
         self.network.ensure()
 
     def check(self) -> list[Finding]:
-        return check(self.engine, cdi.load(self.cdi_paths, self.cdi_hooks))
+        return [*check(self.engine, cdi.load(self.cdi_paths, self.cdi_hooks)), *self.network.check()]
 
     def close(self) -> None:
         """Give back what is there for all sandboxes: for tests, and when the executor is uninstalled."""
@@ -287,10 +300,11 @@ class DockerSandboxes:
                 break
         return result
 
-    def _replay(self, id: str, sock: socket.socket, tty: bool) -> bytes:
+    def _replay(self, id: str, sock: socket.socket, tty: bool, whole: bool) -> bytes:
         """What precedes the stream's next byte. The engine writes its log a little later than it feeds the stream."""
+        limit = KEPT if whole else LIMIT
         arrived: list[Frame] = []
-        before, log = None, self._tail(id, LIMIT, tty)
+        before, log = None, self._tail(id, limit, tty)
         for _ in range(LOG_ROUNDS):
             arrived += delivered(sock, tty)
             joined, met = join(log, arrived)
@@ -298,8 +312,11 @@ class DockerSandboxes:
             if met and (log == before or any(b"\n" in data for _, data in arrived)):
                 break
             time.sleep(LOG_PAUSE)
-            before, log = log, self._tail(id, LIMIT, tty)
-        return joined
+            before, log = log, self._tail(id, limit, tty)
+        if whole and not tty:
+            return b"".join(frame(stream, data) for stream, data in joined)
+        text = b"".join(data for _, data in joined)
+        return text if whole else recent(text)
 
     def find(self, id: str) -> Found | None:
         with _absent_is_fine():

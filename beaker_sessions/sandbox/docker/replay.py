@@ -51,8 +51,8 @@ def delivered(sock: socket.socket, tty: bool) -> list[Frame]:
     return frames(data)[0]
 
 
-def join(log: Iterable[Frame], stream: Iterable[Frame]) -> tuple[bytes, bool]:
-    """The last LIMIT bytes, from a line's beginning, of the log and what the stream adds to it.
+def join(log: Iterable[Frame], stream: Iterable[Frame]) -> tuple[list[Frame], bool]:
+    """The log and what the stream adds to it.
 
     The flag says whether they met: when whole lines of the stream are not in the log, the log is late and should be
     read again.
@@ -63,11 +63,11 @@ def join(log: Iterable[Frame], stream: Iterable[Frame]) -> tuple[bytes, bool]:
         old, new = (b"".join(data for k, data in part if k == kind) for part in (log, stream))
         known[kind] = overlap(old, new)
         met = met and (known[kind] > 0 or b"\n" not in new)
-    result = [data for _, data in log]
+    result = log
     for kind, data in stream:
-        result.append(data[known[kind] :])
+        result.append((kind, data[known[kind] :]))
         known[kind] = max(0, known[kind] - len(data))
-    return recent(b"".join(result)), met
+    return result, met
 
 
 def overlap(old: bytes, new: bytes) -> int:

@@ -14,6 +14,7 @@ from .. import Finding
 from . import cgroups, record
 from .check import check
 from .driver import OciSandboxes
+from .processes import mentioning
 from .programs import BUSYBOX, INITS, RUNTIMES, find
 
 
@@ -29,8 +30,14 @@ def problem(directory: Path) -> Finding | None:
 
 def count(state: Path) -> int:
     """How many sandboxes of that state are alive."""
-    found = map(record.load, (state / "sessions").iterdir())
-    return sum(sandbox is not None and sandbox.conmon.alive() for sandbox in found)
+    alive = 0
+    for directory in (state / "sessions").iterdir():
+        try:
+            sandbox = record.load(directory)
+            alive += sandbox is not None and sandbox.conmon.alive()
+        except ValueError:  # its record is damaged: whoever runs, has a conmon
+            alive += bool(mentioning(directory))
+    return alive
 
 
 def remove(state: Path, owner: str, bridge: str) -> None:

@@ -29,7 +29,9 @@ LOG_SIZE = 8 << 20  # bytes after which conmon begins a new log, see `logs`
 PACKET = 32 << 10  # the longest packet that conmon takes
 BUSY = 0.3  # seconds that a line for a conmon which does not read waits for the one before
 ENTER = (programs.BUSYBOX, "nsenter")  # static, so that it costs half a millisecond
+REOPEN, NOTHING = "2 0 0\n", "0 0 0\n"  # lines for `ctl`: begin a new log; what conmon does not know
 START = 30.0  # seconds in which a runtime must have made a container
+LOOK = 0.02  # seconds between looks at a container that is started for the second time
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ def create(
         netns.inside(namespace, lambda: _run(runtime, id, directory, short, arguments, pipes, root))
         writer.close()
         init = _answer(reader, f"{Path(runtime.path).name} create")
+    os.utime(_fifo(runtime, id), (0, 0))
     return int((directory / "conmon.pid").read_text()), init
 
 
@@ -102,26 +105,55 @@ def execute(
     return holder, connection
 
 
-def waiting(runtime: Runtime, id: str) -> bool:
-    """Whether a container that was made has not been started: until then both runc and crun keep this FIFO."""
-    return (runtime.root / id / "exec.fifo").exists()
+def waiting(runtime: Runtime, id: str, init: Process) -> bool:
+    """Whether a container that was made has not been started.
+
+    Until then both runc and crun keep a FIFO, but one whose executor was killed is there for longer. The kernel knows:
+    a runtime forks the container's init, which executes its first program when it is let go.
+    """
+    return _fifo(runtime, id).exists() and init.forked()
 
 
-def start(runtime: Runtime, id: str, directory: Path) -> None:
-    """Let a container run. Does nothing when it runs already. Raises Error internal with what the runtime said."""
-    hooks = json.loads((directory / "config.json").read_text())["hooks"]
-    if Path(runtime.path).name == "runc" and "poststart" not in hooks:
-        # What `runc start` does, in a tenth of its time: the container's init waits for a reader.
-        with contextlib.suppress(FileNotFoundError):
-            fifo = runtime.root / id / "exec.fifo"
-            with open(os.open(fifo, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as file:
-                if not readable(file.fileno(), START):
-                    raise Error("internal", f"{id} does not start")
-            fifo.unlink()
+def begun(runtime: Runtime, id: str) -> bool:
+    """Whether a container that has ended had been let go: its init wrote so into the FIFO, which has a time since.
+
+    An executor that is killed between opening the FIFO and that has ended a container that ran nothing.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        return _fifo(runtime, id).stat().st_mtime_ns != 0
+    return True
+
+
+def start(runtime: Runtime, id: str, directory: Path, init: Process) -> None:
+    """Let a container run. Does nothing when it runs already. Raises Error internal with what the runtime said.
+
+    May be called again when an earlier call was killed, at any point.
+    """
+    if not waiting(runtime, id, init):
         return
+    fifo = _fifo(runtime, id)
+    with contextlib.suppress(FileNotFoundError):
+        hooks = json.loads((directory / "config.json").read_text())["hooks"]
+        if Path(runtime.path).name == "runc" and "poststart" not in hooks:
+            # What `runc start` does, in a tenth of its time: the container's init waits for a reader.
+            with mounts.opened(os.open(fifo, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)) as reader:
+                deadline = time.monotonic() + START
+                while not readable(reader, LOOK):
+                    if not init.forked():
+                        return  # it was let go before, and has come to its program by now
+                    if time.monotonic() > deadline:
+                        raise Error("internal", f"{id} does not start")
+                if not os.read(reader, 1):
+                    raise Error("internal", f"{id} was killed while it started")
+            fifo.unlink()
+            return
     done = subprocess.run([runtime.path, f"--root={runtime.root}", "start", id], capture_output=True, check=False)
-    if done.returncode != 0 and waiting(runtime, id):
+    if done.returncode != 0 and waiting(runtime, id, init):
         raise Error("internal", f"{id} could not be started: {done.stderr.decode(errors='replace').strip()}")
+
+
+def _fifo(runtime: Runtime, id: str) -> Path:
+    return runtime.root / id / "exec.fifo"
 
 
 def connect(directory: Path) -> socket.socket:
@@ -136,40 +168,42 @@ def connect(directory: Path) -> socket.socket:
     return connection
 
 
-def command(directory: Path, text: str) -> None:
+def command(directory: Path, text: str, seconds: float = BUSY) -> bool:
     """Write a line to `ctl`. Silent when conmon has ended.
 
     Of several lines that conmon finds there at once it does the first, as often as there are lines, so each waits until
-    the one before has been read.
+    the one before has been read, for no longer than so many seconds: whether it was.
     """
     try:
         fd = os.open(directory / "ctl", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:  # FileNotFoundError, or ENXIO: nobody reads
-        return
+        return True
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
-        _read(fd)
+        read = _read(fd, seconds)
         os.write(fd, text.encode())
+        return read
     except BrokenPipeError:
-        pass
+        return True
     finally:
         os.close(fd)
 
 
-def settle(directory: Path) -> None:
-    """Wait until conmon has read what was written to `ctl`."""
-    command(directory, "")
+def settle(directory: Path, seconds: float = BUSY) -> bool:
+    """Wait until conmon has read what was written to `ctl`, and has done it but for the last line: whether it has."""
+    return command(directory, "", seconds)
 
 
-def _read(fd: int) -> None:
-    """Wait until nothing in a FIFO is unread, for no longer than BUSY seconds."""
-    deadline = time.monotonic() + BUSY
+def _read(fd: int, seconds: float) -> bool:
+    """Wait until nothing in a FIFO is unread, for no longer than so many seconds."""
+    deadline = time.monotonic() + seconds
     unread = bytearray(4)
     while time.monotonic() < deadline:
         fcntl.ioctl(fd, termios.FIONREAD, unread)
         if not any(unread):
-            return
+            return True
         time.sleep(0.0005)
+    return False
 
 
 def give(holder: int, uid: int, gid: int) -> None:

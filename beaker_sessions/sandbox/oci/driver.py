@@ -30,6 +30,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ...errors import Error
 from ...model import Identity, Pull
@@ -118,11 +119,12 @@ class OciSandboxes:
             self.pids = 0
         if apparmor.enabled() and (why := apparmor.load()):
             log.warning("sessions have no AppArmor profile: %s", why)
-        self.remains = Remains(state, self.roots, self.cgroups, self.cgroup, self.network)
+        self.records = record.Records(self.cgroups, self.cgroup, self.network.directory)
+        self.remains = Remains(state, self.roots, self.cgroups, self.cgroup, self.network, self.records)
         self.remains.adopt()
-        for directory, sandbox in self._sandboxes():
-            with contextlib.suppress(FileNotFoundError):  # removed just now
-                self.maps.add(sandbox.id, *_maps(directory))
+        for _, sandbox in self._sandboxes():
+            if found := _maps(sandbox):
+                self.maps.add(sandbox.id, *found)
 
     def image(
         self, reference: str, pull: Pull, progress: Callable[[Progress], None], login: Login = lambda _: None,
@@ -162,7 +164,8 @@ class OciSandboxes:
                 self.roots, sandbox.cgroup, uids, gids, self.cgroups.unified, self.cgroups.swap,
                 resource.getrlimit(resource.RLIMIT_NOFILE)[1], apparmor.profile(),
             )  # fmt: skip
-            (directory / "config.json").write_text(json.dumps(config.config(spec, host, edits, nodes)))
+            bundle = config.config(spec, host, edits, nodes)
+            (directory / "config.json").write_text(json.dumps(bundle | {"annotations": labels}))  # see `record`
             root = rootfs.make(
                 spec, self.roots, directory, image, uids, gids, self._namespace(uids, gids),
                 inside=self.state / "inside", resolvers=resolvers.text(), devices=config.beforehand(edits),
@@ -185,21 +188,22 @@ class OciSandboxes:
                 raise Error(code, f"the sandbox {spec.id} could not be made: {error}") from error
             raise
 
-    def attach(self, id: str, *, replay: bool) -> Terminal:
+    def attach(self, id: str, *, replay: bool, whole: bool = False) -> Terminal:
         directory = self._directory(id)
         sandbox = self._record(id)
+        framed = whole and not sandbox.tty
         try:
             if replay:
-                connection, text = logs.join(directory, sandbox.conmon)
+                connection, text = logs.join(directory, sandbox.conmon, whole=whole, framed=framed)
                 return Terminal(connection.detach(), Framing.CONMON, text)
             return Terminal(conmon.connect(directory).detach(), Framing.CONMON)
         except (ConnectionRefusedError, FileNotFoundError):
-            text = logs.recent(directory) if replay else b""
+            text = logs.recent(directory, whole=whole, framed=framed) if replay else b""
             return Terminal(conmon.ended().detach(), Framing.CONMON, text)
 
     def start(self, id: str, size: tuple[int, int] | None) -> None:
         directory, sandbox = self._directory(id), self._record(id)
-        if not conmon.waiting(self.runtime, id):
+        if not conmon.waiting(self.runtime, id, sandbox.init):
             return
         if size:
             # Through the sandbox's own end, because conmon would do it at some later moment.
@@ -208,7 +212,7 @@ class OciSandboxes:
                 with mounts.opened(fd):
                     conmon.set_size(fd, size)
         (directory / "started").touch()
-        conmon.start(self._runtime(sandbox), id, directory)
+        conmon.start(self._runtime(sandbox), id, directory, sandbox.init)
         self._tell(id)
 
     def resize(self, id: str, size: tuple[int, int], process: str = "") -> None:
@@ -221,18 +225,24 @@ class OciSandboxes:
         directory, sandbox = self._directory(id), self._record(id)
         if self._found(directory, sandbox).status is not Status.RUNNING:
             raise Error("conflict", f"{id} does not run")
-        container = json.loads((directory / "config.json").read_text())
-        uids, gids = _maps(directory)
+        maps = _maps(sandbox)
+        if not maps:
+            raise Error("conflict", f"{id} does not run")
+        uids, gids = maps
+        main: Any = record.configuration(directory).get("process")
+        try:
+            variables, files, apparmor = main["env"], main["rlimits"][0]["hard"], main.get("apparmorProfile", "")
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            what = f"{directory / 'config.json'} is damaged, so nothing more can be started in {id}, which runs on"
+            raise Error("unavailable", what, "save what you need, stop it, and create another") from error
         groups = {gid for gid in identity.groups if userns.mapped(gids, gid)}
         handle = secrets.token_hex(8)
+        process = config.process(
+            config.entry(workdir, command), config.environment(variables, env), identity, tty=size is not None,
+            gids=groups, files=files, size=size, apparmor=apparmor,
+        )  # fmt: skip
         own = directory / "exec" / handle
         own.mkdir(parents=True)
-        process = config.process(
-            config.entry(workdir, command),
-            config.environment(container["process"]["env"], env),
-            identity, tty=size is not None, gids=groups, files=container["process"]["rlimits"][0]["hard"],
-            size=size, apparmor=container["process"].get("apparmorProfile", ""),
-        )  # fmt: skip
         (own / "process.json").write_text(json.dumps(process))
         try:
             holder, connection = conmon.execute(
@@ -270,7 +280,7 @@ class OciSandboxes:
 
     def stop(self, id: str, grace: float) -> None:
         sandbox = self._record(id)
-        if not conmon.waiting(self.runtime, id):
+        if not conmon.waiting(self.runtime, id, sandbox.init):
             number = signals.SIGHUP if sandbox.tty else signals.SIGTERM
             sandbox.init.heeds(number, "init", READY)  # what a namespace's first has no handler for is lost
             sandbox.init.kill(number)
@@ -294,9 +304,9 @@ class OciSandboxes:
             self._watches.remove(watch)
             watch.close()
 
-    def logs(self, id: str, limit: int) -> bytes:
+    def logs(self, id: str, limit: int, *, framed: bool = False) -> bytes:
         self._record(id)
-        return logs.tail(self._directory(id), limit)
+        return logs.tail(self._directory(id), limit, framed=framed)
 
     def disk(self, id: str) -> int | None:
         sandbox = self._record(id)
@@ -318,7 +328,7 @@ class OciSandboxes:
             self.state, self.state / "trash", self.runtime.path, self.cgroups, init, programs.BUSYBOX, self.images.root,
             self.ids,
         )  # fmt: skip
-        return [*found, pids]
+        return [*found, *self.network.check(), pids]
 
     def close(self) -> None:
         """Give back what is kept ready for the next sandboxes: for tests, and when the executor is uninstalled."""
@@ -336,7 +346,7 @@ class OciSandboxes:
         own = self._process(id, handle)
         try:
             return Process(**json.loads((own / "started").read_text()))
-        except (FileNotFoundError, ValueError):  # its executor was killed before that was written
+        except (OSError, ValueError, TypeError):  # its executor was killed before that was written, or it is damaged
             return next(iter(mentioning(own)), Process(0, 0))
 
     def _process(self, id: str, handle: str) -> Path:
@@ -349,15 +359,18 @@ class OciSandboxes:
     def _sandboxes(self) -> Iterator[tuple[Path, Record]]:
         """All that have been made, with their directories."""
         for directory in (self.state / "sessions").iterdir():
-            sandbox = record.load(directory)
+            sandbox = self.records.load(directory)
             if sandbox and sandbox.made:
                 yield directory, sandbox
 
     def _found(self, directory: Path, sandbox: Record) -> Found:
         if not sandbox.conmon.alive():
             sandbox.init.kill()  # its conmon was killed: nobody holds its streams and its exit code
-        waiting = conmon.waiting(self.runtime, sandbox.id)
-        return sandbox.found(directory, waiting=waiting, oom=self.cgroups.oom(sandbox.cgroup))
+        waiting = conmon.waiting(self.runtime, sandbox.id, sandbox.init)
+        found = sandbox.found(directory, waiting=waiting, oom=self.cgroups.oom(sandbox.cgroup))
+        if found.status is Status.EXITED and not conmon.begun(self.runtime, sandbox.id):
+            return replace(found, started=None)  # its executor was killed at the moment of the start
+        return found
 
     def _network(self, sandbox: Record) -> Path | None:
         return self.network.directory / sandbox.network if sandbox.network else None
@@ -371,7 +384,7 @@ class OciSandboxes:
             watch.tell(id)
 
     def _record(self, id: str) -> Record:
-        sandbox = record.load(self._directory(id))
+        sandbox = self.records.load(self._directory(id))
         if not sandbox or not sandbox.made:
             raise Error("not_found", f"there is no sandbox {id}")
         return sandbox
@@ -392,14 +405,14 @@ class OciSandboxes:
         return [self._found(directory, sandbox) for directory, sandbox in self._sandboxes()]
 
 
-def _maps(directory: Path) -> tuple[IdMap, IdMap]:
-    """The id maps that a sandbox was made with."""
-    linux = json.loads((directory / "config.json").read_text())["linux"]
-    uids, gids = (
-        [(one["containerID"], one["hostID"], one["size"]) for one in linux[kind]]
-        for kind in ("uidMappings", "gidMappings")
-    )
-    return uids, gids
+def _maps(sandbox: Record) -> tuple[IdMap, IdMap] | None:
+    """The id maps that a sandbox has, as the kernel tells; None when it has ended. Source: user_namespaces(7)."""
+    found = []
+    for kind in ("uid_map", "gid_map"):
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{sandbox.init.pid}/{kind}").read_text().splitlines()
+            found.append([(int(one), int(two), int(three)) for one, two, three in map(str.split, lines)])
+    return (found[0], found[1]) if len(found) == 2 and sandbox.init.alive() else None
 
 
 def _node(node: cdi.DeviceNode) -> config.Node:

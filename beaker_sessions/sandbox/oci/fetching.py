@@ -7,13 +7,19 @@ requests. Must not decide what is fetched.
 from __future__ import annotations
 
 import os
+import queue
+import threading
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from .registry import Blob, Manifest, Registry
+from ...errors import Error
+from .documents import Blob, Manifest
+from .registry import Registry
 from .room import PAUSE, Full, Room
 
 T = TypeVar("T")
@@ -38,25 +44,64 @@ def fetch(source: Registry, blobs: list[Blob], directory: Path, room: Room, look
     def look_at_room() -> None:
         look()
         if why := room.lacks():
-            raise Full(why, sum(entry.stat().st_size for entry in os.scandir(directory)), single=False)
+            raise Full(why, size(directory), single=False)
 
     _done(source, [partial(one, blob) for blob in blobs], look_at_room)
 
 
+def size(directory: Path) -> int:
+    """Bytes of its files, which come and go."""
+    total = 0
+    for entry in os.scandir(directory):
+        with suppress(FileNotFoundError):
+            total += entry.stat().st_size
+    return total
+
+
 def _done(source: Registry, jobs: Sequence[Callable[[], T]], look: Callable[[], None]) -> list[T]:
     """The results of jobs that ask a registry. It is not asked any more afterwards."""
-    pool = ThreadPoolExecutor(AT_ONCE, NAME)
-    futures = [pool.submit(job) for job in jobs]
+    left = deque(enumerate(jobs))
+    came: queue.SimpleQueue[tuple[int, T] | BaseException] = queue.SimpleQueue()
+
+    def work() -> None:
+        with suppress(IndexError):  # another thread has taken the last
+            while left:
+                number, job = left.popleft()
+                try:
+                    came.put((number, job()))
+                except BaseException as error:
+                    came.put(error)
+
+    # Not a pool's threads: Python waits for those when it ends, and an executor that is to stop would not.
+    threads = [threading.Thread(target=work, name=NAME, daemon=True) for _ in jobs[:AT_ONCE]]
     try:
-        waiting = set(futures)
-        while waiting:
-            done, waiting = wait(waiting, PAUSE, FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-            if waiting:
+        _start(threads)
+        results: dict[int, T] = {}
+        looked = time.monotonic()
+        while len(results) < len(jobs):
+            with suppress(queue.Empty):
+                one = came.get(timeout=PAUSE)
+                if isinstance(one, BaseException):
+                    raise one
+                results[one[0]] = one[1]
+            if time.monotonic() - looked >= PAUSE:
                 look()
-        return [future.result() for future in futures]
+                looked = time.monotonic()
+        return [results[number] for number in range(len(jobs))]
     finally:
+        left.clear()
         source.hang_up()
-        pool.shutdown(wait=False, cancel_futures=True)
-        wait([future for future in futures if not future.done()], GRACE)
+        until = time.monotonic() + GRACE
+        for thread in threads:
+            if thread.ident:
+                thread.join(max(0.0, until - time.monotonic()))
+
+
+def _start(threads: Sequence[threading.Thread]) -> None:
+    for number, thread in enumerate(threads):
+        try:
+            thread.start()
+        except RuntimeError:
+            if not number:
+                raise Error("unavailable", "the machine has no thread left", "try again later") from None
+            return  # the others do it all

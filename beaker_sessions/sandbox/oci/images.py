@@ -15,13 +15,14 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import stat
 import subprocess
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ from ...errors import Error
 from ...model import Pull
 from .. import Image, Limits, Login, Progress
 from ..docker.engine import Engine
-from . import archive, fetching, mounts
+from . import archive, documents, fetching, mounts
+from .documents import Wrong
 from .reference import HUB, Reference, parse
 from .registry import Registry
 from .room import PAUSE, Failed, Full, Room
@@ -43,6 +45,8 @@ STEP = 16 << 20  # bytes of an archive between two looks at the disk
 LEASE = 600.0  # seconds in which whoever was given an image makes a sandbox of it, so that it is needed
 PRUNE = "beaker executor images prune, or ask the administrator"
 ACCOUNTS = ("passwd", "group", "shadow")
+ARCHIVE = "invalid", "the archive holds what cannot be unpacked"
+ASK = 5.0  # seconds for Docker Engine to say whether it has an image
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +75,15 @@ class Stored:
     used: datetime
 
 
+@dataclass
+class _Fetch:
+    """One image that is fetched. users: who fetch it or wait to. directory: what came so far from its registry."""
+
+    turn: threading.Lock = field(default_factory=threading.Lock)
+    users: int = 0
+    directory: Path | None = None
+
+
 class Images:
     """root: a directory of the executor's own, on a file system that overlays can be on. docker: the socket of the
     local Docker Engine, "" for none. realms: as of `Registry`. needed: the ids of images that must stay; None: nobody
@@ -91,16 +104,18 @@ class Images:
         (root / "images").mkdir(mode=0o700, exist_ok=True)
         self.storage = Storage(root / "storage")
         self.room = Room(root, limits or Limits(), self.storage.stored)
-        self._fetching: dict[str, threading.Lock] = {}
+        self._fetching: dict[str, _Fetch] = {}  # by the image's name
         self._choosing = threading.Lock()
         self._leases: dict[str, float] = {}  # by id, until when
         self._leaving: set[str] = set()  # being removed
         for pattern in ("pull-*", "mount-*"):  # of an executor that was killed
             for path in root.glob(pattern):
                 mounts.remove_tree(path)
+        for path in (root / "images").glob("*.????????"):  # files that were not renamed
+            path.unlink()
         try:
             self._tidy()
-        except (OSError, ValueError) as error:  # live sessions go on; what needs the storage says more
+        except (OSError, ValueError, Error) as error:  # live sessions go on; what needs the storage says more
             log.warning("the images cannot be tidied: %s", error)
 
     def get(
@@ -117,15 +132,36 @@ class Images:
         wanted = parse(reference)
         id = self._take(wanted) if pull is not Pull.ALWAYS else ""
         while not id:
-            with _held(self._fetching.setdefault(wanted.name, threading.Lock()), going):
+            with self._turn(wanted, going) as fetch:
                 # Who waited for another's fetch has what that fetched.
                 id = self._take(wanted) if pull is not Pull.ALWAYS else ""
                 if not id:
-                    self._fetch(wanted, pull, progress, login, going)
+                    self._fetch(wanted, pull, progress, login, going, fetch)
                     id = self._lease(self._find(wanted))
         description = self.describe(id)
         os.utime(self._description(id))  # when it was last used
         return Image(description.id, reference, tuple(description.env), description.size)
+
+    @contextlib.contextmanager
+    def _turn(self, wanted: Reference, going: Callable[[], None]) -> Iterator[_Fetch]:
+        """While nobody else fetches this image. Who comes next goes on with what one who was stopped has fetched."""
+        with self._choosing:
+            fetch = self._fetching.setdefault(wanted.name, _Fetch())
+            fetch.users += 1
+        try:
+            while not fetch.turn.acquire(timeout=PAUSE):
+                going()
+            try:
+                yield fetch
+            finally:
+                fetch.turn.release()
+        finally:
+            with self._choosing:
+                fetch.users -= 1
+                if not fetch.users:
+                    del self._fetching[wanted.name]
+            if not fetch.users and fetch.directory:
+                shutil.rmtree(fetch.directory, ignore_errors=True)
 
     def load(self, file: Path, reference: str) -> None:
         """Take an image from an OCI or Docker archive file, under a name. Raises Error invalid for other files."""
@@ -135,7 +171,7 @@ class Images:
     def _load(self, file: Path, wanted: Reference) -> None:
         if archive.kind(file) == "docker":
             # Decompressed into a temporary file, of a size that nobody knows, when it is compressed.
-            self._copy(f"docker-archive:{file}", wanted, [], packed=self.room.limits.image)
+            self._copy(f"docker-archive:{file}", wanted, [], ARCHIVE, packed=self.room.limits.image)
             return
         with tempfile.TemporaryDirectory(dir=self.root, prefix="pull-") as name:
             total = seen = 0
@@ -149,7 +185,7 @@ class Images:
                         raise Error("storage_full", f"the archive was not taken: {why}", PRUNE)
 
             archive.unpack(file, Path(name), look)
-            self._copy(f"oci:{name}", wanted, [], packed=total)
+            self._copy(f"oci:{name}", wanted, [], ARCHIVE, packed=total)
 
     def stored(self) -> list[Stored]:
         """All images, the one that was used last first."""
@@ -206,9 +242,13 @@ class Images:
     def describe(self, id: str) -> Description:
         """Raises Error not_found for an image that is not in the storage."""
         path = self._description(id)
-        with contextlib.suppress(FileNotFoundError, ValueError):
+        with contextlib.suppress(OSError, ValueError, TypeError):
             return Description(**json.loads(path.read_text()))
-        description = self._describe(id)
+        try:
+            description = self._describe(id)
+        except (OSError, Error):
+            self._record(id)  # that it was removed meanwhile says more
+            raise
         temporary = path.with_suffix(f".{os.urandom(4).hex()}")
         temporary.write_text(json.dumps(asdict(description)))
         temporary.replace(path)
@@ -230,14 +270,36 @@ class Images:
 
     def _find(self, wanted: Reference) -> str:
         """The id of the image of this name, "" for none."""
-        images = self.storage.images()
-        return next((f"sha256:{i['id']}" for i in images if wanted.name in (i.get("names") or ())), "")
+        images, name = self.storage.images(), self._name(wanted)
+        return next((f"sha256:{i['id']}" for i in images if name in (i.get("names") or ())), "")
 
-    def _describe(self, id: str) -> Description:
+    def _name(self, wanted: Reference) -> str:
+        """The name in the storage, where a digest is always that of a manifest, and not of an index."""
+        if wanted.digest:
+            with contextlib.suppress(FileNotFoundError):
+                return f"{wanted.host}/{wanted.path}@{self._chosen(wanted).read_text()}"
+        return wanted.name
+
+    def _chosen(self, wanted: Reference) -> Path:
+        """A file with the digest of the manifest that was for this machine in the index of this digest."""
+        return self.root / "images" / f"{wanted.digest.removeprefix('sha256:')}.index"
+
+    def _record(self, id: str) -> dict[str, Any]:
         image = next((i for i in self.storage.images() if i["id"] == id.removeprefix("sha256:")), None)
         if not image:
             raise Error("not_found", f"the image {id} is not on this machine", "pull it again")
-        env, layers = self.storage.env(id), self.storage.chain(image)
+        return image
+
+    def _describe(self, id: str) -> Description:
+        image = self._record(id)
+        layers = self.storage.chain(image)
+        try:
+            env = self.storage.env(image)
+            if len(layers) > documents.LAYERS:
+                raise Wrong(f"more than {documents.LAYERS} layers")
+        except Wrong as error:
+            name = next(iter(image.get("names") or ()), id)
+            raise Error("invalid", f"the image {name} cannot be used: it has {error}", "build it anew") from None
         chain = [self.storage.path(layer) for layer in layers]
         passwd, group, shadow, shell = self._look(chain)
         return Description(id, chain, env, sum(map(size, layers)), shell, passwd, group, shadow)
@@ -260,7 +322,7 @@ class Images:
 
     def _fetch(
         self, wanted: Reference, pull: Pull, progress: Callable[[Progress], None], login: Login,
-        going: Callable[[], None],
+        going: Callable[[], None], fetch: _Fetch,
     ) -> None:  # fmt: skip
         if pull is not Pull.ALWAYS and (docker := self._in_docker(wanted)):
             total = int(docker["Size"])
@@ -269,14 +331,15 @@ class Images:
             progress(Progress(0, total, (0, 1)))
             options = ["--src-daemon-host", f"unix://{self.docker}"]
             look = lambda: progress(Progress(0, total, (0, 1)))  # noqa: E731 - it may end it
-            self._copy(f"docker-daemon:{_familiar(wanted)}", wanted, options, total, look)
+            refused = "unavailable", "Docker Engine did not hand it over"
+            self._copy(f"docker-daemon:{_familiar(wanted)}", wanted, options, refused, total, look)
             progress(Progress(total, total, (1, 1)))
             self._origin(wanted).touch()
         elif pull is Pull.NEVER:
             what = f"the image {wanted.name} is not on this machine, and --pull is never"
             raise Error("not_found", what, "--pull missing")
         else:
-            self._pull(wanted, progress, login, going)
+            self._pull(wanted, progress, login, going, fetch)
             self._origin(wanted).unlink(missing_ok=True)
 
     def _in_docker(self, wanted: Reference) -> dict[str, Any]:
@@ -284,13 +347,14 @@ class Images:
         if not self.docker or not os.path.exists(self.docker):
             return {}
         try:
-            return dict(Engine(self.docker).call("GET", f"/images/{_familiar(wanted)}/json"))
+            return dict(Engine(self.docker).call("GET", f"/images/{_familiar(wanted)}/json", timeout=ASK))
         except Error:  # also when the engine is away: then its images are not on this machine
             return {}
 
     def _pull(
-        self, wanted: Reference, progress: Callable[[Progress], None], login: Login, going: Callable[[], None]
-    ) -> None:
+        self, wanted: Reference, progress: Callable[[Progress], None], login: Login, going: Callable[[], None],
+        fetch: _Fetch,
+    ) -> None:  # fmt: skip
         """Fetch from the registry into a directory, as skopeo's `dir:` has it, and from there into the storage."""
         source = Registry(wanted, login(f"{wanted.host}/{wanted.path}"), self.realms)
         manifest = fetching.manifest(source, going)
@@ -299,51 +363,65 @@ class Images:
         if why := self.room.too_large(total):
             raise self._full(wanted, why)
         progress(Progress(0, total, (0, len(manifest.blobs) - 1)))  # who may not fetch it is told before it begins
-        with tempfile.TemporaryDirectory(dir=self.root, prefix="pull-") as name:
-            directory = Path(name)
-            (directory / "version").write_text("Directory Transport Version: 1.1\n")
-            (directory / "manifest.json").write_bytes(manifest.raw)
+        directory = fetch.directory = fetch.directory or Path(tempfile.mkdtemp(dir=self.root, prefix="pull-"))
+        (directory / "version").write_text("Directory Transport Version: 1.1\n")
+        (directory / "manifest.json").write_bytes(manifest.raw)
 
-            def look() -> None:
-                files = [entry for entry in os.scandir(directory) if entry.name.partition(".")[0] in blobs]
-                done = 0
-                for entry in files:
-                    with contextlib.suppress(FileNotFoundError):  # renamed just now
-                        done += entry.stat().st_size
-                layers = {blob.file for blob in manifest.blobs[1:]}
-                whole = sum(entry.name in layers for entry in files)
-                progress(Progress(min(done, total), total, (whole, len(layers))))
+        def look() -> None:
+            files = [entry for entry in os.scandir(directory) if entry.name.partition(".")[0] in blobs]
+            done = 0
+            for entry in files:
+                with contextlib.suppress(FileNotFoundError):  # renamed just now
+                    done += entry.stat().st_size
+            layers = {blob.file for blob in manifest.blobs[1:]}
+            whole = sum(entry.name in layers for entry in files)
+            progress(Progress(min(done, total), total, (whole, len(layers))))
 
-            self._with_room(wanted, lambda: fetching.fetch(source, list(blobs.values()), directory, self.room, look))
-            look()
-            self._copy(f"dir:{name}", wanted, [], total, look)
+        def fill() -> None:
+            fetching.fetch(source, list(blobs.values()), directory, self.room, look)
+
+        self._with_room(wanted, fill, look)
+        look()
+        with source.told():
+            config = documents.json_object((directory / manifest.blobs[0].file).read_bytes())
+            if len(documents.layers(config)) != len(manifest.blobs) - 1:
+                raise Wrong("a configuration of other layers")
+            documents.env(config)
+        digest = f"sha256:{hashlib.sha256(manifest.raw).hexdigest()}"
+        if wanted.digest and digest != wanted.digest:
+            temporary = self._chosen(wanted).with_suffix(f".{os.urandom(4).hex()}")
+            temporary.write_text(digest)
+            temporary.replace(self._chosen(wanted))
+        refused = "invalid", f"{wanted.host} sends what cannot be unpacked"
+        self._copy(f"dir:{directory}", wanted, [], refused, total, look)
+        fetch.directory = None
+        shutil.rmtree(directory, ignore_errors=True)
 
     def _copy(
-        self, source: str, wanted: Reference, options: list[str], packed: int,
-        progress: Callable[[], None] = lambda: None,
+        self, source: str, wanted: Reference, options: list[str], refused: tuple[str, str], packed: int,
+        look: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         """Bring an image into the storage, under a name, and describe it. Of what cannot be taken nothing stays.
 
-        packed: its bytes as they come, which are on the disk beside the unpacked ones for a while.
+        refused: code and text of the error when skopeo does not take it. packed: its bytes as they come, which are on
+        the disk beside the unpacked ones for a while. look: called meanwhile; may raise to end it.
         """
-        name = wanted.name if wanted.tag else f"{wanted.host}/{wanted.path}@{wanted.digest}"
         command = ["skopeo", "--insecure-policy", "copy", "--quiet", *options, source]
-        command.append(f"containers-storage:[{self._store}]{name}")
+        command.append(f"containers-storage:[{self._store}]{self._name(wanted)}")
         before = {f"sha256:{image['id']}" for image in self.storage.images()}
 
         def copy() -> None:
-            with self.room.filling():
-                self.room.run(command, progress, packed=packed)
+            with self.room.filling(look):
+                self.room.run(command, look, packed=packed)
 
         try:
-            self._with_room(wanted, copy)
+            self._with_room(wanted, copy, look)
         except BaseException as error:
             if self.room.quiet():
                 with self.room.clearing():
                     self._tidy()
             if isinstance(error, Failed):
-                why = f"{wanted.name}: skopeo failed; the executor's log says more"
-                raise self._failure(error.complaint) or Error("internal", why) from None
+                raise self._failure(wanted, error, refused) from None
             raise
         id = self._find(wanted)
         try:
@@ -352,11 +430,11 @@ class Images:
                 raise self._full(wanted, why)
         except Error:
             if id not in before:
-                with self.room.clearing():
+                with self.room.clearing(look):
                     self._remove(id, set())
             raise
 
-    def _with_room(self, wanted: Reference, fill: Callable[[], None]) -> None:
+    def _with_room(self, wanted: Reference, fill: Callable[[], None], look: Callable[[], None]) -> None:
         """Fill the disk; when room is short, remove what is not needed, the longest unused first, and try again."""
         need = 0
         while True:
@@ -364,13 +442,13 @@ class Images:
                 return fill()
             except Full as full:
                 need = max(2 * need, 2 * full.written)
-                if full.single or not self._make_room(need):
+                if full.single or not self._make_room(need, look):
                     raise self._full(wanted, full.why) from None
 
-    def _make_room(self, need: int) -> int:
+    def _make_room(self, need: int, look: Callable[[], None]) -> int:
         """Remove images until so many bytes more have room. How many were removed."""
         removed = 0
-        with self.room.clearing():
+        with self.room.clearing(look):
             self._tidy()
             for image in reversed(self.stored()) if self.needed else ():
                 if not self.room.lacks(need):
@@ -397,13 +475,14 @@ class Images:
         # skip_mount_home: otherwise a mount of the storage on itself stays behind.
         return f"overlay@{self.storage.root}+{self.root}/run:overlay.skip_mount_home=true"
 
-    def _failure(self, complaint: bytes) -> Error | None:
+    def _failure(self, wanted: Reference, failed: Failed, refused: tuple[str, str]) -> Error:
         """A full disk, if that is what it is; what the tool said goes to the log."""
-        log.warning("skopeo: %s", " ".join(complaint.decode(errors="replace").split()))
+        log.warning("skopeo: %s", " ".join(failed.complaint.decode(errors="replace").split()))
         disk = os.statvfs(self.root)
         if disk.f_bavail * disk.f_frsize < FULL:
             return Error("storage_full", f"no space for the image in {self.root}", PRUNE)
-        return None
+        code, why = refused if failed.status == 1 else ("unavailable", "skopeo was ended, or cannot be started")
+        return Error(code, f"the image {wanted.name} was not taken: {why}", "the executor's log says more")
 
 
 @contextlib.contextmanager
@@ -415,17 +494,6 @@ def _told(reference: str) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise Error("storage_full", f"the image {reference} was not taken: {error.strerror}", PRUNE) from error
         raise Error("internal", f"the image {reference} cannot be had: {error}") from error
-
-
-@contextlib.contextmanager
-def _held(lock: threading.Lock, going: Callable[[], None]) -> Iterator[None]:
-    """A lock; going: called while it is waited for; may raise to end that."""
-    while not lock.acquire(timeout=PAUSE):
-        going()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _familiar(wanted: Reference) -> str:

@@ -20,6 +20,7 @@ from collections.abc import Container
 from contextlib import suppress
 from pathlib import Path
 
+from ..commands import tied
 from . import mounts
 
 PARTS = ("upper", "work")  # of an overlay: files are made in one and moved to the other, so both are of the project
@@ -76,7 +77,7 @@ def use(base: Path, number: int) -> int:
         return int(struct.unpack(DQBLK, _quotactl(base, Q_GETQUOTA, number))[2])
     # With nobody's priority, and not in this process, whose threads have better to do.
     command = ["nice", "-n", "19", "du", "--summarize", "--one-file-system", "--block-size=1", str(base / "upper")]
-    done = subprocess.run(command, capture_output=True, check=False)  # files that vanish meanwhile are no matter
+    done = subprocess.run(tied(command), capture_output=True, check=False)  # files that vanish meanwhile are no matter
     total = done.stdout.split(b"\t")[0]
     if not total.isdigit():
         raise OSError(f"du: {done.stderr.decode(errors='replace').strip()}")

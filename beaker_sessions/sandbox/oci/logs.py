@@ -21,33 +21,36 @@ import io
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+from .. import framed as frame
 from . import conmon
-from .processes import Process
+from .processes import Process, readable
 
 KEEP = 8 << 20  # bytes of a log file
 LIMIT = 5 * KEEP  # of all files of a sandbox: `log`, `.closed`, `.next`, `.old`, and what becomes `.old`
 REPLAY = 64 << 10  # bytes of recent output that an attach shows,
 LINE = 4 << 10  # and at most so many more, to begin with a line
-DISPATCH = 512 << 10  # bytes of a log, or fewer, that conmon writes between two looks at who wants something of it
 LOST = "output may be missing here"
 BLOCK = 256 << 10  # bytes of a log that are read at once
 PATIENCE = 5.0  # seconds for conmon to begin a new file
 PAUSE = 0.0005
 STREAMS = (b"stdout", b"stderr")
+NAMES = ("log", "log.closed", "log.old")  # newest first
 
 
-def payload(text: bytes) -> bytes:
-    """The output in a piece of a log that begins with a whole line."""
+def payload(text: bytes, *, framed: bool = False) -> bytes:
+    """The output in a piece of a log that begins with a whole line. framed: as of `Sandboxes.logs`."""
     output = bytearray()
     for line in io.BytesIO(text):  # one at a time: many short ones are many times as large as objects
         fields = line.split(b" ", 3)
         if len(fields) == 4 and fields[1] in STREAMS and line.endswith(b"\n"):
-            output += fields[3][:-1] if fields[2] == b"P" else fields[3]
+            data = fields[3][:-1] if fields[2] == b"P" else fields[3]
+            output += frame(STREAMS.index(fields[1]) + 1, data) if framed else data
     return bytes(output)
 
 
@@ -57,18 +60,18 @@ def begin(directory: Path) -> None:
         _prepare(directory)
 
 
-def tail(directory: Path, limit: int) -> bytes:
-    """The last `limit` bytes of output."""
+def tail(directory: Path, limit: int, *, framed: bool = False) -> bytes:
+    """The last `limit` bytes of output. framed: as of `Sandboxes.logs`."""
     try:
         with _locked(directory):
             _put_away(directory)
-            return _joined(directory, ("log", "log.closed", "log.old"), limit)
+            return _joined(directory, NAMES, limit, framed)
     except FileNotFoundError:  # removed just now
         return b""
 
 
-def join(directory: Path, holder: Process) -> tuple[socket.socket, bytes]:
-    """A connection to the streams, and the last output before its first.
+def join(directory: Path, holder: Process, *, whole: bool = False, framed: bool = False) -> tuple[socket.socket, bytes]:
+    """A connection to the streams, and the output before its first, as of `recent`.
 
     conmon serves what is ready in an order of its own: connections, commands, output. So if it finds a connection and
     the command to begin a new log together, the old log ends exactly where the connection begins.
@@ -82,20 +85,18 @@ def join(directory: Path, holder: Process) -> tuple[socket.socket, bytes]:
             mark = _inode(directory / "log")
             connection = conmon.connect(directory)
             try:
-                conmon.command(directory, "2 0 0\n")
+                conmon.command(directory, conmon.REOPEN)
             except BaseException:
                 connection.close()
                 raise
-        begun = _begun(directory, mark)
-        names = ["log.closed", "log.old"]
-        if not begun:
-            names.insert(0, "log")
-        elif not _follows(directory) and (directory / "log.next").stat().st_size <= DISPATCH:
-            # It was at some output when it was stopped, with which it had written KEEP bytes.
+        begun = _begun(directory, mark, connection)
+        names = list(NAMES[1:] if begun else NAMES)
+        if begun and not _follows(directory) and not _came(connection, directory / "log.next"):
+            # When it was stopped it was at some output, with which it had written KEEP bytes.
             names.insert(0, "log.next")
-        text = _joined(directory, names, REPLAY + LINE)
+        text = _recent(directory, names, whole=whole, framed=framed)
         _put_away(directory)
-        return connection, _whole_lines(text)
+        return connection, text
 
 
 def trim(directory: Path) -> None:
@@ -106,7 +107,7 @@ def trim(directory: Path) -> None:
             with _locked(directory):
                 _put_away(directory)
                 mark = _inode(directory / "log")
-                conmon.command(directory, "2 0 0\n")
+                conmon.command(directory, conmon.REOPEN)
                 if _begun(directory, mark):
                     _put_away(directory)
         elif log.st_ino != _inode(directory / "log.closed"):
@@ -114,20 +115,31 @@ def trim(directory: Path) -> None:
                 _put_away(directory)
 
 
-def _begun(directory: Path, closed: int) -> bool:
-    """Wait for a new log, after conmon was told to begin one.
+def _begun(directory: Path, closed: int, connection: socket.socket | None = None) -> bool:
+    """Wait for the new log that conmon was told to begin: only after that it reads a next line, or serves a connection.
 
     False when there is none yet: output waits for a reader who does not read, so that nothing else happens either, or
     the machine is very busy. It is then put away later.
     """
     deadline = time.monotonic() + PATIENCE
-    while _inode(directory / "log") == closed:
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(PAUSE)
-    conmon.settle(directory)
-    time.sleep(PAUSE)  # it may have begun one by itself before, and the other just after it read the command
-    return True
+    if not conmon.settle(directory, PATIENCE):
+        return False
+    conmon.command(directory, conmon.NOTHING)
+    while not conmon.settle(directory, PAUSE) and time.monotonic() < deadline:
+        if connection and readable(connection.fileno(), 0):
+            break
+    return _inode(directory / "log") != closed
+
+
+def _came(connection: socket.socket, log: Path) -> bool:
+    """Whether a log begins with what came first by a connection, hence was begun after it."""
+    try:
+        first = connection.recv(conmon.PACKET + 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)[1:]
+    except BlockingIOError:
+        return False
+    with open(log, "rb") as file:
+        text = payload(file.read(BLOCK).rpartition(b"\n")[0] + b"\n")
+    return text[: len(first)] == first[: len(text)]
 
 
 def _follows(directory: Path) -> bool:
@@ -175,9 +187,23 @@ def _append(old: Path, files: list[Path], *, lost: bool) -> None:
     temporary.replace(old)
 
 
-def recent(directory: Path) -> bytes:
-    """The last REPLAY bytes of output, from the beginning of a line if there is one in LINE more bytes."""
-    return _whole_lines(tail(directory, REPLAY + LINE))
+def recent(directory: Path, *, whole: bool = False, framed: bool = False) -> bytes:
+    """The last REPLAY bytes of output, from the beginning of a line if there is one in LINE more bytes.
+
+    whole: all that is kept. framed: as of `Sandboxes.logs`.
+    """
+    try:
+        with _locked(directory):
+            _put_away(directory)
+            return _recent(directory, NAMES, whole=whole, framed=framed)
+    except FileNotFoundError:  # removed just now
+        return b""
+
+
+def _recent(directory: Path, names: Iterable[str], *, whole: bool, framed: bool) -> bytes:
+    if whole:
+        return _joined(directory, names, sys.maxsize, framed)
+    return _whole_lines(_joined(directory, names, REPLAY + LINE, framed=False))
 
 
 def _whole_lines(text: bytes) -> bytes:
@@ -187,14 +213,14 @@ def _whole_lines(text: bytes) -> bytes:
     return text[start or -REPLAY :]
 
 
-def _joined(directory: Path, names: Iterable[str], limit: int) -> bytes:
+def _joined(directory: Path, names: Iterable[str], limit: int, framed: bool) -> bytes:
     """The last bytes of output in files, the latest first, of which several may be one."""
     result, inodes = b"", set()
     for name in names:
         with contextlib.suppress(FileNotFoundError), open(directory / name, "rb") as file:
             inode = os.fstat(file.fileno()).st_ino
             if inode not in inodes and len(result) < limit:
-                result = _tail(file.fileno(), limit - len(result)) + result
+                result = _tail(file.fileno(), limit - len(result), framed) + result
             inodes.add(inode)
     return result
 
@@ -224,7 +250,7 @@ def _end(path: Path, limit: int) -> bytes:
         return b""
 
 
-def _tail(fd: int, limit: int) -> bytes:
+def _tail(fd: int, limit: int, framed: bool) -> bytes:
     """The last `limit` bytes of output in one file, reading no more of it than needed, a block at a time."""
     pieces: list[bytes] = []
     missing, end, rest = limit, os.fstat(fd).st_size, b""
@@ -232,11 +258,12 @@ def _tail(fd: int, limit: int) -> bytes:
         start = max(0, end - BLOCK)
         text = os.pread(fd, end - start, start) + rest
         line = text.find(b"\n") + 1 if start else 0  # what is before it began in the block before
-        pieces.append(payload(text[line:]) if line or not start else b"")
+        pieces.append(payload(text[line:], framed=framed) if line or not start else b"")
         rest = text[:line] if line or not start else text
         missing -= len(pieces[-1])
         end = start
-    return b"".join(reversed(pieces))[-limit:] if limit else b""
+    text = b"".join(reversed(pieces))
+    return text if framed else text[-limit:] if limit else b""
 
 
 @contextlib.contextmanager

@@ -217,6 +217,8 @@ def overlay(target: Path, layers: Iterable[Path], base: Path, userns: int = -1) 
             # By descriptor: mount(2) takes one page of options, and a path could hold a colon or a comma.
             lowers = ":".join(f"/proc/self/fd/{below}/{name}" for name in names)
             data = f"lowerdir={lowers},upperdir=/proc/self/fd/{own}/upper,workdir=/proc/self/fd/{own}/work,volatile"
+            if len(data) >= os.sysconf("SC_PAGE_SIZE"):  # else the kernel would leave the lowest layers out, silently
+                raise OSError(errno.E2BIG, f"an overlay of {len(names)} layers")
             mount("overlay", target, "overlay", MS_NODEV, data)
             mount("none", target, None, MS_PRIVATE)
     finally:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from .. import commands
 
+FORKED = 0x40  # PF_FORKNOEXEC, a flag of a process that has executed no program since it was forked; linux/sched.h
 PIDFD_GETFD = 438  # its number on every machine
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -35,6 +36,11 @@ class Process:
 
     def alive(self) -> bool:
         return self.pid > 0 and self.started > 0 and _started(self.pid) == self.started
+
+    def forked(self) -> bool:
+        """Whether it lives, and still runs the program of the process that forked it. False once it has ended."""
+        fields = _stat(self.pid)
+        return self.started > 0 and _start_time(fields) == self.started and bool(int(fields[6]) & FORKED)
 
     def stopped(self) -> bool:
         return _stat(self.pid)[:1] == [b"T"]
@@ -101,8 +107,11 @@ def readable(fd: int, seconds: float) -> bool:
 
 
 def _started(pid: int) -> int:
+    return _start_time(_stat(pid))
+
+
+def _start_time(fields: list[bytes]) -> int:
     """0 for a process that has ended, even if nobody has waited for it."""
-    fields = _stat(pid)
     return 0 if not fields or fields[0] in (b"Z", b"X") else int(fields[19])
 
 

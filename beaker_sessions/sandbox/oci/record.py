@@ -1,22 +1,30 @@
 """What the driver writes down about each sandbox, and what that says about the sandbox now.
 
-Owns: `sandbox.json` in a sandbox's directory, written before anything is made and again when it has been made.
+Owns: `sandbox.json` in a sandbox's directory, written before anything is made and again when it has been made, with a
+checksum. One that cannot be read is written anew from what runs, and from `config.json`, where the labels are too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from .. import Found, Status
+from .cgroups import Cgroups
 from .processes import Process
 
-FILE = "sandbox.json"
+FILE, SUM = "sandbox.json", "sum"
+ENDED = Process(1, 0)  # of a sandbox of which nothing runs any more
 KILLED = 137  # 128 + SIGKILL
+log = logging.getLogger(__name__)
 LOST = "conmon, which held the streams of this session, was killed, and the session could not go on without it"
 
 
@@ -42,7 +50,8 @@ class Record:
 
     def save(self, directory: Path) -> None:
         temporary = directory / f"{FILE}.{os.urandom(4).hex()}"
-        temporary.write_text(json.dumps(asdict(self)))
+        data = asdict(self)
+        temporary.write_text(json.dumps(data | {SUM: _sum(data)}))
         temporary.replace(directory / FILE)
 
     @property
@@ -65,16 +74,96 @@ class Record:
         return Found(self.id, self.labels, Status.RUNNING, self.init.pid, None, oom, started)
 
 
+class Records:
+    """cgroup: the parent of the sandboxes' own. networks: the directory of their namespaces' files."""
+
+    def __init__(self, cgroups: Cgroups, cgroup: str, networks: Path) -> None:
+        self.cgroups, self.cgroup, self.networks = cgroups, cgroup, networks
+
+    def load(self, directory: Path) -> Record | None:
+        """As the function, and of a damaged file what can be found out otherwise."""
+        try:
+            return load(directory)
+        except ValueError as error:
+            found = self._found_out(directory)
+            what = "what it said is known from what runs" if found else "nothing of it has run"
+            log.error("%s is damaged (%s); %s", directory / FILE, error, what)
+        with contextlib.suppress(OSError):  # on a full disk it stays as it is
+            if (directory / FILE).is_dir():
+                (directory / FILE).rename(directory / f"{FILE}.damaged")
+            if found:
+                found.save(directory)
+        return found
+
+    def _found_out(self, directory: Path) -> Record | None:
+        cgroup = f"{self.cgroup}/{directory.name}"
+        config = configuration(directory)
+        main = config.get("process")
+        tty = bool(main.get("terminal")) if isinstance(main, dict) else False
+        labels = config.get("annotations")
+        one = Record(
+            directory.name, dict(labels) if isinstance(labels, dict) else {}, tty, cgroup, boot=boot(), conmon=ENDED
+        )
+        for pid in self.cgroups.processes(cgroup):
+            facts = _status(pid)
+            if facts.get("NSpid", "").split()[1:] == ["1"]:  # the first process of the sandbox; its parent is conmon
+                network = self._network(pid)
+                init, parent = Process.of(pid), int(facts.get("PPid", "0"))
+                conmon = Process.of(parent) if _status(parent).get("Name", "").strip() == "conmon" else ENDED
+                return Record(**one.__dict__ | {"init": init, "conmon": conmon, "network": network})
+        return one if (directory / "started").exists() else None
+
+    def _network(self, pid: int) -> str:
+        """The name of the network namespace that a process is in, "" for one that is none of ours."""
+        with contextlib.suppress(OSError):
+            own = os.stat(f"/proc/{pid}/ns/net").st_ino
+            for path in self.networks.iterdir():
+                if path.stat().st_ino == own:
+                    return path.name
+        return ""
+
+
 def load(directory: Path) -> Record | None:
-    """None when the executor was killed before it wrote the file. After a reboot, none of its processes is alive."""
+    """None when the executor was killed before it wrote the file. After a reboot, none of its processes is alive.
+
+    Raises ValueError for a damaged one.
+    """
     try:
-        data = json.loads((directory / FILE).read_text())
+        data = json.loads((directory / FILE).read_bytes())
+        if data.get(SUM) not in (None, _sum({key: value for key, value in data.items() if key != SUM})):
+            raise ValueError("its checksum is another")
+        same = data["boot"] == boot()
+        processes = {
+            name: Process(int(data[name]["pid"]), int(data[name]["started"]) if same else 0)
+            for name in ("conmon", "init")
+        }
+        for name in (SUM, "ports"):  # the latter of an earlier version's
+            data.pop(name, None)
+        return Record(**data | processes)
     except FileNotFoundError:
         return None
-    same = data["boot"] == boot()
-    processes = {name: Process(data[name]["pid"], data[name]["started"] if same else 0) for name in ("conmon", "init")}
-    data.pop("ports", None)  # of an earlier version's
-    return Record(**data | processes)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def configuration(directory: Path) -> dict[str, Any]:
+    """A sandbox's `config.json`, nothing where it cannot be read."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        found = json.loads((directory / "config.json").read_bytes())
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _sum(data: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(data, sort_keys=True).encode())
+
+
+def _status(pid: int) -> dict[str, str]:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
+    except OSError:
+        return {}
+    return dict(line.split(":", 1) for line in lines if ":" in line)
 
 
 def boot() -> str:
@@ -84,7 +173,7 @@ def boot() -> str:
 def _number(path: Path) -> int | None:
     try:
         return int(path.read_text())
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return None
 
 

@@ -20,57 +20,31 @@ import errno
 import hashlib
 import http.client
 import ipaddress
-import json
 import platform
 import re
+import secrets
 import socket
 import ssl
 import threading
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ...errors import Error
+from . import documents
+from .documents import Blob, Manifest, Wrong
 from .reference import HUB, Reference
 
 HUB_HOST, HUB_REALM = "registry-1.docker.io", "auth.docker.io"
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
-INDEXES = (
-    "application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json",
-)  # fmt: skip
-MANIFESTS = ("application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json")
-DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 PARAMETER = re.compile(r'([a-zA-Z_]+)="([^"\\]{0,2000})"')
 CERTIFICATES = ("/etc/containers/certs.d", "/etc/docker/certs.d")  # directories HOST of authorities, *.crt
 TIMEOUT = 20.0  # seconds, of a small answer as a whole, and of silence in a large one
 WINDOW, LEAST = 60.0, 1024  # seconds, in which a large answer brings so many bytes per second at least
-MANIFEST, TOKEN = 4 << 20, 64 << 10  # bytes
-LAYERS = 512
+TOKEN = 64 << 10  # bytes
 REDIRECTS = 5
 CHUNK = 1 << 20
-
-
-@dataclass(frozen=True)
-class Blob:
-    """digest: `sha256:…`. size: bytes."""
-
-    digest: str
-    size: int
-
-    @property
-    def file(self) -> str:
-        return self.digest.removeprefix("sha256:")
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """raw: its text, whose digest is the image's. blobs: the configuration, then the layers."""
-
-    raw: bytes
-    blobs: tuple[Blob, ...]
 
 
 class _Status(Exception):
@@ -86,13 +60,15 @@ class _Refused(Exception):
 
 
 class _Answer:
-    """An answer, and its connection, which is hung up when too little comes.
+    """A request and its answer, whose connection is hung up when too little comes.
 
-    A server that sends a byte now and then would be waited for without end, wherever in its answer it does so.
+    A server that sends a byte now and then would be waited for without end, wherever it does so: before there is a
+    connection, in its handshake, its headers or its content.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock, self._came, self.slow = sock, 0, False
+    def __init__(self) -> None:
+        self._sock: socket.socket | None = None
+        self._came, self.over = 0, False
         self.response: http.client.HTTPResponse | None = None
         self._watch(TIMEOUT, 1 << 62)
 
@@ -105,11 +81,35 @@ class _Answer:
         assert self.response
         return self.response
 
+    def on(self, sock: socket.socket) -> None:
+        """This is the socket from now on; also one that is not connected yet."""
+        self._sock = sock
+        self.check()
+
+    def check(self) -> None:
+        """Raises TimeoutError when it was hung up."""
+        if self.over:
+            self.hang_up()  # the socket may be newer than the word
+            raise TimeoutError(errno.ETIMEDOUT, "too little came")
+
     def some(self, most: int) -> bytes:
         """What has come, b"" at the end."""
-        chunk = self.head.read1(most)
+        with _network():
+            chunk = self.head.read1(most)
+        self.check()
+        if not chunk and most and self.head.length:  # it promised so much more
+            raise ConnectionResetError(errno.ECONNRESET, "it hung up")
         self._came += len(chunk)
         return chunk
+
+    def whole(self, limit: int) -> bytes:
+        """Raises Wrong for more bytes than limit."""
+        data = b""
+        while chunk := self.some(limit + 1 - len(data)):
+            data += chunk
+            if len(data) > limit:
+                raise Wrong(f"more than {limit} bytes where that is too much")
+        return data
 
     def patient(self) -> None:
         """It may take longer than TIMEOUT from here on."""
@@ -118,11 +118,15 @@ class _Answer:
 
     def close(self) -> None:
         self._timer.cancel()
-        self._sock.close()
+        if self._sock:
+            self._sock.close()
 
     def hang_up(self) -> None:
-        with contextlib.suppress(OSError):  # it is closed
-            self._sock.shutdown(socket.SHUT_RDWR)
+        self.over = True
+        if self._sock:
+            with contextlib.suppress(OSError):  # it is closed
+                # Not TLS's own, which makes it a plain one while others use it. It ends a connect(2), too.
+                socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
 
     def _watch(self, seconds: float, least: int) -> None:
         self._timer = threading.Timer(seconds, self._judge, (seconds, self._came + least))
@@ -131,7 +135,6 @@ class _Answer:
 
     def _judge(self, seconds: float, least: int) -> None:
         if self._came < least:
-            self.slow = True
             self.hang_up()
         else:
             self._watch(seconds, int(WINDOW * LEAST))
@@ -168,50 +171,46 @@ class Registry:
 
     def manifest(self) -> Manifest:
         """The image of this machine's kind. Raises Error not_found, unauthorized, unavailable or invalid."""
-        raw, found = self._document(self.wanted.digest or self.wanted.tag)
-        if "manifests" in found:
-            machine = ARCHITECTURES.get(platform.machine(), platform.machine())
-            fitting = [
-                entry
-                for entry in _list(found, "manifests")
-                if isinstance(p := entry.get("platform"), dict)
-                and (p.get("architecture"), p.get("os")) == (machine, "linux")
-            ]
-            if not fitting:
-                what = f"the image {self.wanted.name} is not made for Linux on {machine}"
-                raise Error("not_found", what, "use another image")
-            raw, found = self._document(_blob(fitting[0]).digest)
-        config = found.get("config")
-        if not isinstance(config, dict):
-            raise _invalid("its manifest is of an old kind, or of no image")
-        return Manifest(raw, (_blob(config), *map(_blob, _list(found, "layers"))))
+        with self.told():
+            raw = self._document(self.wanted.digest or self.wanted.tag)
+            if "manifests" in (index := documents.json_object(raw)):
+                machine = ARCHITECTURES.get(platform.machine(), platform.machine())
+                blob = documents.fitting(index, machine)
+                if not blob:
+                    what = f"the image {self.wanted.name} is not made for Linux on {machine}"
+                    raise Error("not_found", what, "use another image")
+                raw = self._document(blob.digest)
+            return documents.manifest(raw)
 
     def fetch(self, blob: Blob, path: Path) -> None:
         """Write a blob to a file, which is there only when it is whole. Raises Error, unavailable after `hang_up`."""
-        with self._told():
-            partial, digest, left = path.with_suffix(".part"), hashlib.sha256(), blob.size
-            with self._open(f"/blobs/{blob.digest}", large=True) as answer, open(partial, "wb") as file:
-                while left >= 0 and (chunk := answer.some(min(CHUNK, left + 1))):
-                    left -= len(chunk)
-                    digest.update(chunk)
-                    file.write(chunk)
-                if answer.slow or self._ended:
-                    raise TimeoutError(errno.ETIMEDOUT, "too little came")
-            if left or f"sha256:{digest.hexdigest()}" != blob.digest:
-                raise _invalid("a layer that came is not the one that its manifest names")
+        # A name of its own: a thread that was left may still write to its own.
+        partial = path.with_suffix(f".{secrets.token_hex(4)}")
+        digest, left = hashlib.sha256(), blob.size
+        try:
+            with self.told():
+                with self._open(f"/blobs/{blob.digest}", large=True) as answer, open(partial, "xb") as file:
+                    while left >= 0 and (chunk := answer.some(min(CHUNK, left + 1))):
+                        left -= len(chunk)
+                        digest.update(chunk)
+                        file.write(chunk)
+                if left or f"sha256:{digest.hexdigest()}" != blob.digest:
+                    raise Wrong("a part that is not the one which its manifest names")
             partial.rename(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
-    def _document(self, name: str) -> tuple[bytes, dict[str, Any]]:
-        with self._told():
-            with self._open(f"/manifests/{name}", ", ".join(INDEXES + MANIFESTS)) as answer:
-                raw = _bounded(answer, MANIFEST)
-            if ":" in name and f"sha256:{hashlib.sha256(raw).hexdigest()}" != name:
-                raise _invalid("its manifest is not the one that was asked for")
-            return raw, _object(raw)
+    def _document(self, name: str) -> bytes:
+        """An index or a manifest, by tag or digest."""
+        with self._open(f"/manifests/{name}", ", ".join(documents.INDEXES + documents.MANIFESTS)) as answer:
+            raw = answer.whole(documents.LONGEST)
+        if ":" in name and f"sha256:{hashlib.sha256(raw).hexdigest()}" != name:
+            raise Wrong("a manifest that is not the one which was asked for")
+        return raw
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        """Failures as people should see them."""
+    def told(self) -> Iterator[None]:
+        """Failures as people should see them, with the names of image and registry."""
         host, missing = self.wanted.host, f"the image {self.wanted.name} is not on this machine, and"
         try:
             yield
@@ -229,8 +228,9 @@ class Registry:
             why = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
             what = f"{missing} its registry {host} cannot be reached: {why}"
             raise Error("unavailable", what, "check the network") from None
-        except ValueError:
-            raise _invalid("the registry sends what cannot be read") from None
+        except ValueError as error:
+            why = str(error) if isinstance(error, Wrong) else "what cannot be read"
+            raise Error("invalid", f"{missing} {host} sends {why}", "use another image, or tell who made it") from None
 
     @contextlib.contextmanager
     def _open(self, path: str, accept: str = "*/*", *, large: bool = False) -> Iterator[_Answer]:
@@ -270,7 +270,7 @@ class Registry:
                 with self._get(f"{realm}{'&' if '?' in realm else '?'}{query}", headers) as token:
                     if token.status != 200:
                         raise _Status(401 if token.status in (400, 401, 403) else token.status)
-                    found = _object(_bounded(token, TOKEN))
+                    found = documents.json_object(token.whole(TOKEN))
                 text = found.get("token") or found.get("access_token")
                 if not isinstance(text, str) or not re.fullmatch(r"[\x21-\x7e]+", text):
                     raise _Status(401)
@@ -292,25 +292,27 @@ class Registry:
     def _get(self, url: str, headers: Mapping[str, str], *, large: bool = False) -> Iterator[_Answer]:
         """One request, without following anything. large: what comes may take longer than TIMEOUT."""
         with contextlib.ExitStack() as ends:
-            connection = ends.enter_context(contextlib.closing(self._connection(url)))
-            answer = ends.enter_context(contextlib.closing(_Answer(connection.sock)))  # a response may take it over
+            answer = ends.enter_context(contextlib.closing(_Answer()))
             self._answers.add(answer)
             ends.callback(self._answers.discard, answer)
             if self._ended:  # what `hang_up` did not see
                 raise TimeoutError(errno.ETIMEDOUT, "it was ended")
             parts = urllib.parse.urlsplit(url)
             target = parts._replace(scheme="", netloc="", fragment="", path=parts.path or "/").geturl()
-            try:
-                connection.request("GET", target, headers={"User-Agent": "beaker-sessions", **headers})
-            except http.client.InvalidURL:
-                raise _Refused("an address that is none") from None
-            answer.response = ends.enter_context(connection.getresponse())
+            with _network():
+                connection = ends.enter_context(contextlib.closing(self._connection(url, answer)))
+                try:
+                    connection.request("GET", target, headers={"User-Agent": "beaker-sessions", **headers})
+                except http.client.InvalidURL:
+                    raise _Refused("an address that is none") from None
+                answer.response = ends.enter_context(connection.getresponse())
+            answer.check()
             if large and answer.status == 200:
                 answer.patient()
             yield answer
 
-    def _connection(self, url: str) -> http.client.HTTPConnection:
-        """Connect to where a URL leads, if we go there. Raises _Refused."""
+    def _connection(self, url: str, answer: _Answer) -> http.client.HTTPConnection:
+        """Connect to where a URL leads, if we go there. Raises _Refused. answer: which will come."""
         try:
             parts = urllib.parse.urlsplit(url)
             host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
@@ -325,22 +327,22 @@ class Registry:
         if proxy and not urllib.request.proxy_bypass(host):
             if not free and _address(host):
                 raise _Refused(f"{host}, which is no name")
-            return _through(proxy, host, port, _context(parts.netloc))
+            connection_ = _through(proxy, host, port, _context(parts.netloc))
+            answer.on(connection_.sock)
+            return connection_
         found = self._resolve(host, port)
+        answer.check()
         if not free and not all(map(public, found)):
             raise _Refused(f"{host}, whose address is not public")
         if own and self.wanted.loopback and not all(ipaddress.ip_address(address).is_loopback for address in found):
             raise _Refused(f"{host}, whose address is not of this machine")
-        for number, address in enumerate(found, 1):
-            try:
-                sock = socket.create_connection((address, port), TIMEOUT)
-                break
-            except OSError as error:
-                if number == len(found):
-                    raise ConnectionError(error.errno, error.strerror) from error
+        sock = _dial(found, port, answer)
         if parts.scheme == "https":
             try:
-                sock = _context(parts.netloc).wrap_socket(sock, server_hostname=host)
+                context = _context(parts.netloc)
+                sock = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+                answer.on(sock)
+                sock.do_handshake()
             except (OSError, ValueError):
                 sock.close()
                 raise
@@ -354,6 +356,36 @@ class Registry:
             found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
             self._addresses.setdefault(host, found)  # another thread may have been faster
         return self._addresses[host]
+
+
+@contextlib.contextmanager
+def _network() -> Iterator[None]:
+    """What goes wrong is the network's or the registry's matter, whatever number it has: no file is touched here."""
+    try:
+        yield
+    except (TimeoutError, ConnectionError, ssl.SSLError, socket.gaierror):
+        raise
+    except OSError as error:
+        raise ConnectionError(error.errno, error.strerror or "it failed") from error
+
+
+def _dial(addresses: list[str], port: int, answer: _Answer) -> socket.socket:
+    """A connection to the first address that takes one."""
+    failure: OSError = ConnectionError(errno.EADDRNOTAVAIL, "it has no address")
+    for address in addresses:
+        with contextlib.ExitStack() as ends:
+            try:
+                sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+                ends.callback(sock.close)
+                sock.settimeout(TIMEOUT)
+                answer.on(sock)
+                sock.connect((address, port))
+                ends.pop_all()
+                return sock
+            except OSError as error:
+                answer.check()
+                failure = error
+    raise failure
 
 
 def public(address: str) -> bool:
@@ -413,38 +445,3 @@ def _through(proxy: str, host: str, port: int, context: ssl.SSLContext) -> http.
         # Also what `http.client` says of a refusal, which has no number.
         raise ConnectionError(error.errno, error.strerror or "its proxy refuses") from error
     return connection
-
-
-def _bounded(answer: _Answer, limit: int) -> bytes:
-    data = answer.head.read(limit + 1)
-    if len(data) > limit:
-        raise _invalid(f"the registry sends more than {limit} bytes where that is too much")
-    return data
-
-
-def _object(raw: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(raw)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise _invalid("the registry sends what is no JSON object")
-    return found
-
-
-def _list(found: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    entries = found.get(name)
-    if not isinstance(entries, list) or len(entries) > LAYERS or not all(isinstance(e, dict) for e in entries):
-        raise _invalid(f"{name} of its manifest is no list of objects, or too long")
-    return entries
-
-
-def _blob(entry: dict[str, Any]) -> Blob:
-    digest, size = entry.get("digest"), entry.get("size")
-    if not isinstance(digest, str) or not DIGEST.fullmatch(digest) or type(size) is not int or not 0 <= size < 1 << 50:
-        raise _invalid("its manifest names a part without a SHA-256 digest and a size")
-    return Blob(digest, size)
-
-
-def _invalid(why: str) -> Error:
-    return Error("invalid", f"the image cannot be taken: {why}", "use another image")

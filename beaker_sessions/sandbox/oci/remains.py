@@ -15,11 +15,11 @@ import time
 from pathlib import Path
 
 from ...errors import Error
-from . import layer, mounts, record
+from . import layer, mounts
 from .cgroups import Cgroups
 from .network import Network
 from .processes import Process, mentioning
-from .record import Record
+from .record import Record, Records
 
 GONE = 10.0  # seconds in which what was killed must end
 
@@ -29,8 +29,11 @@ log = logging.getLogger(__name__)
 class Remains:
     """state: of the driver. roots: where root file systems are mounted. cgroup: the parent of the sandboxes' own."""
 
-    def __init__(self, state: Path, roots: Path, cgroups: Cgroups, cgroup: str, network: Network) -> None:
+    def __init__(
+        self, state: Path, roots: Path, cgroups: Cgroups, cgroup: str, network: Network, records: Records
+    ) -> None:
         self.state, self.roots, self.cgroups, self.cgroup, self.network = state, roots, cgroups, cgroup, network
+        self.records = records
 
     def kill(self, sandbox: Record, directory: Path) -> None:
         """End all that runs in a sandbox, and its conmon. Raises Error unavailable when something does not end."""
@@ -55,7 +58,7 @@ class Remains:
         directory = self.state / "sessions" / id
         if not directory.exists():
             return
-        if sandbox := record.load(directory):
+        if sandbox := self.records.load(directory):
             self.kill(sandbox, directory)
             self.cgroups.remove(sandbox.cgroup)
             if sandbox.network:
@@ -71,7 +74,7 @@ class Remains:
         """Remove what was interrupted and what belongs to no sandbox."""
         known, used = set(), set()
         for directory in (self.state / "sessions").iterdir():
-            sandbox = record.load(directory)
+            sandbox = self.records.load(directory)
             if not sandbox or not sandbox.made:
                 self.remove(directory.name)
                 continue

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ...grammar import format_size
 from .. import Limits, free
+from ..commands import tied
 
 SHARE = 0.8  # of the file system, for all images together by default
 PAUSE = 0.1  # seconds between two looks
@@ -45,10 +46,13 @@ class Room:
         self._left = 0  # bytes of those that failed, until somebody clears up
 
     @contextlib.contextmanager
-    def filling(self) -> Iterator[None]:
-        """While something is added to the storage: others may add too, and nobody removes."""
+    def filling(self, look: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """While something is added to the storage: others may add too, and nobody removes.
+
+        look: called while others are waited for; what it raises ends that.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: not self._clearing)
+            self._wait(lambda: not self._clearing, look)
             self._filling += 1
         try:
             yield
@@ -58,18 +62,27 @@ class Room:
                 self._changed.notify_all()
 
     @contextlib.contextmanager
-    def clearing(self) -> Iterator[None]:
-        """While something is removed: nobody adds. Whoever wants to add from now on waits."""
+    def clearing(self, look: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """While something is removed: nobody adds. Whoever wants to add from now on waits. look: as of `filling`."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._clearing)
+            self._wait(lambda: not self._clearing, look)
             self._clearing = True
-            self._changed.wait_for(lambda: not self._filling)
         try:
+            with self._changed:
+                self._wait(lambda: not self._filling, look)
             yield
         finally:
             with self._changed:
                 self._clearing = False
                 self._changed.notify_all()
+
+    def _wait(self, over: Callable[[], bool], look: Callable[[], None]) -> None:
+        while not self._changed.wait_for(over, PAUSE):
+            self._changed.release()
+            try:
+                look()
+            finally:
+                self._changed.acquire()
 
     def quiet(self) -> bool:
         """Whether nobody adds or removes: a guess, for who would else have to wait."""
@@ -107,8 +120,8 @@ class Room:
             tempfile.TemporaryFile(dir=self.root) as errors,
         ):
             process = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", "--", *command], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                stderr=errors, start_new_session=True, env={**os.environ, "TMPDIR": scratch},
+                tied(command), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
+                start_new_session=True, env={**os.environ, "TMPDIR": scratch},
             )  # fmt: skip
             ended = False
             with self._changed:
@@ -129,7 +142,7 @@ class Room:
             errors.seek(0)
             complaint = errors.read(COMPLAINT)
         if not ended:
-            raise Failed(complaint)
+            raise Failed(complaint, process.returncode)
 
     def _watch(self, process: subprocess.Popen[bytes], look: Callable[[], None], packed: int) -> None:
         while True:
@@ -146,11 +159,14 @@ class Room:
 
 
 class Failed(Exception):
-    """A program ended with an error. complaint: what it said, for the log: it may quote what a registry answered."""
+    """A program ended with an error. complaint: what it said, for the log: it may quote what a registry answered.
 
-    def __init__(self, complaint: bytes) -> None:
+    status: as `Popen.returncode`.
+    """
+
+    def __init__(self, complaint: bytes, status: int) -> None:
         super().__init__("it failed")
-        self.complaint = complaint
+        self.complaint, self.status = complaint, status
 
 
 def _written(pid: int) -> int:

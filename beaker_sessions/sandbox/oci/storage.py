@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import Error
-from . import mounts
+from . import documents, mounts
+from .documents import Wrong
 
 
 class Storage:
@@ -45,18 +46,18 @@ class Storage:
         """Bytes of the layers of all images, each layer once."""
         return sum(size(layer) for layer in self._needed().values())
 
-    def env(self, id: str) -> list[str]:
-        """The variables of an image, `NAME=value`. Raises Error invalid for an image whose configuration has none."""
+    def env(self, image: dict[str, Any]) -> list[str]:
+        """The variables of an image, `NAME=value`. Raises Wrong for an image that is not what its configuration says.
+
+        Its id is the configuration's digest; so one with other layers could else take the place of somebody's image.
+        """
+        id = image["id"]
         # containers/storage names a file of an image after its key, in Base64 when that has other than letters.
-        key = base64.b64encode(id.encode()).decode()
-        try:
-            config = json.loads((self.root / "overlay-images" / id.removeprefix("sha256:") / f"={key}").read_text())
-            env = (config.get("config") or {}).get("Env") or []
-            if not isinstance(env, list) or not all(isinstance(pair, str) and "=" in pair for pair in env):
-                raise ValueError("its environment is none")
-        except (ValueError, AttributeError, RecursionError) as error:
-            raise Error("invalid", f"the configuration of the image is not valid: {error}", "build it anew") from error
-        return env
+        key = base64.b64encode(f"sha256:{id}".encode()).decode()
+        config = documents.json_object((self.root / "overlay-images" / id / f"={key}").read_bytes())
+        if documents.layers(config) != [layer.get("diff-digest") for layer in reversed(self.chain(image))]:
+            raise Wrong("layers that are not those of its configuration")
+        return documents.env(config)
 
     def sweep(self) -> None:
         """Remove layers that no image has. Nobody may add to the storage meanwhile; if another process does, nothing
@@ -68,6 +69,8 @@ class Storage:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 return
+            if why := self._broken():
+                raise Error("internal", f"nothing is removed from {self.root}: {why}", "load the images again")
             needed = self._needed()
             if any(layer["id"] not in needed for layer in self._records("layers")):
                 temporary = records / f".layers-{os.urandom(4).hex()}"
@@ -88,14 +91,32 @@ class Storage:
                 if directory.is_dir() and directory.name not in known:
                     mounts.remove_tree(directory)
 
+    def _broken(self) -> str:
+        """Why its records may be damaged, and what no image seems to have may be live sessions'; "" for no reason."""
+        layers = {layer["id"]: layer for layer in self._records("layers")}
+        for image in self.images():
+            if not (self.root / "overlay-images" / image["id"]).is_dir():
+                return f"the image {image['id']} has no files"
+            last = (self.chain(image) or [image])[-1]
+            if (last.get("layer") or last.get("parent")) not in (None, "", *layers):
+                return f"a layer of the image {image['id']} is not there"
+        return ""
+
     def _needed(self) -> dict[str, dict[str, Any]]:
         return {layer["id"]: layer for image in self.images() for layer in self.chain(image)}
 
     def _records(self, kind: str) -> list[dict[str, Any]]:
-        with contextlib.suppress(FileNotFoundError):
-            records = json.loads((self.root / f"overlay-{kind}" / f"{kind}.json").read_text())
-            return records if isinstance(records, list) else []
-        return []
+        """Raises Error internal for a damaged file."""
+        path = self.root / f"overlay-{kind}" / f"{kind}.json"
+        try:
+            records = json.loads(path.read_text())
+        except FileNotFoundError:
+            return []
+        except (ValueError, RecursionError) as error:
+            raise Error("internal", f"{path} is damaged: {error}", "load the images again") from error
+        if isinstance(records, list) and all(isinstance(r, dict) and isinstance(r.get("id"), str) for r in records):
+            return records
+        raise Error("internal", f"{path} is damaged: it is no list of {kind}", "load the images again")
 
 
 def size(layer: dict[str, Any]) -> int:

@@ -1,0 +1,167 @@
+"""The oci driver on damaged files: it starts, and what runs goes on, with its labels."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from beaker_sessions.errors import Error
+from beaker_sessions.sandbox import Found, Sandboxes, Status
+from beaker_sessions.sandbox.oci.driver import OciSandboxes
+
+from .conftest import ADA, Maker, OciLab
+
+Again = Callable[[], OciSandboxes]
+FLIPS, SEED = 40, 7
+
+
+def garbage(path: Path) -> None:
+    path.write_bytes(b"\xff<html>")
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def zeros(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def other_json(path: Path) -> None:
+    path.write_text('[{"id": 7, "layers": ["x"]}, null]')
+
+
+DAMAGES = (garbage, empty, zeros, cut, directory, other_json)
+
+
+@pytest.fixture
+def make(oci_lab: OciLab) -> Iterator[Maker]:
+    maker = Maker(oci_lab)
+    yield maker
+    maker.close()
+
+
+@pytest.fixture
+def again(oci_lab: OciLab) -> Iterator[Callable[[], OciSandboxes]]:
+    """Another executor's driver. It makes no more namespaces ready when the test is over."""
+    made: list[OciSandboxes] = []
+
+    def another() -> OciSandboxes:
+        made.append(oci_lab.again())
+        return made[-1]
+
+    yield another
+    for one in made:
+        one.network._closed = True
+        with one.network._filling:
+            pass
+
+
+def found(driver: Sandboxes, id: str) -> Found:
+    return next(one for one in driver.list() if one.id == id)
+
+
+def runs(driver: Sandboxes, make: Maker, id: str) -> bytes:
+    handle, terminal = driver.exec(
+        id, ("cat", "/proc/self/net/route"), env={}, identity=ADA, workdir="/", size=None, stdin=False
+    )
+    stream = make.stream(terminal)
+    stream.read()
+    assert driver.exec_exit(id, handle) == 0, stream.err
+    return stream.out
+
+
+def test_a_damaged_record_is_written_anew(make: Maker, oci_lab: OciLab, again: Again) -> None:
+    """Whatever is wrong with it: the same process, labels and network, and its end is seen."""
+    spec = make.spec("sh", "-c", "read x; exit 6", host_network=False)
+    stream = make.start(spec)
+    path = oci_lab.state / "sessions" / spec.id / "sandbox.json"
+    before, whole, routes = found(oci_lab.sandboxes, spec.id), path.read_bytes(), runs(oci_lab.sandboxes, make, spec.id)
+    chance = random.Random(SEED)
+
+    def flip(path: Path) -> None:
+        bit = chance.randrange(8 * len(whole))
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+
+    for number in range(FLIPS):
+        flip(path)
+        now = found(oci_lab.sandboxes, spec.id)
+        assert (now.pid, now.status, now.labels) == (before.pid, Status.RUNNING, before.labels), (number, whole)
+        path.write_bytes(whole)
+    for damage in DAMAGES:
+        damage(path)
+        other = again()
+        now = found(other, spec.id)
+        assert (now.pid, now.status, now.labels) == (before.pid, Status.RUNNING, before.labels), damage
+        assert runs(other, make, spec.id) == routes, damage
+        assert json.loads(path.read_text())["network"] == json.loads(whole)["network"], damage
+    stream.write(b"\n")
+    stream.read()
+    assert make.exit_code(spec.id) == 6
+
+
+def test_the_end_is_known_though_the_record_is_not(make: Maker, oci_lab: OciLab, again: Again) -> None:
+    spec = make.spec("sh", "-c", "exit 3")
+    make.start(spec).read()
+    assert make.exit_code(spec.id) == 3
+    empty(oci_lab.state / "sessions" / spec.id / "sandbox.json")
+    assert found(again(), spec.id).exit_code == 3
+
+
+def test_what_was_only_made_is_begun_again(make: Maker, oci_lab: OciLab, again: Again) -> None:
+    spec = make.spec("true")
+    oci_lab.sandboxes.create(spec)
+    empty(oci_lab.state / "sessions" / spec.id / "sandbox.json")
+    assert [one.status for one in again().list() if one.id == spec.id] in ([], [Status.CREATED])
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_without_its_configuration_a_session_runs_on(
+    make: Maker, oci_lab: OciLab, again: Again, damage: Callable[[Path], None]
+) -> None:
+    spec = make.spec("sleep", "1000")
+    make.start(spec)
+    damage(oci_lab.state / "sessions" / spec.id / "config.json")
+    other = again()
+    assert found(other, spec.id).status is Status.RUNNING
+    with pytest.raises(Error, match=r"config\.json is damaged"):
+        runs(other, make, spec.id)
+    other.stop(spec.id, 5)
+    assert make.exit_code(spec.id) > 128
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["overlay-images/images.json", "overlay-layers/layers.json"])
+def test_damaged_images_take_nothing_from_what_runs(
+    make: Maker, oci_lab: OciLab, again: Again, name: str, damage: Callable[[Path], None]
+) -> None:
+    """Layers that no image seems to have are those of live sessions."""
+    spec = make.spec("sleep", "1000")
+    make.start(spec)
+    path = oci_lab.state / "images/storage" / name
+    whole = path.read_bytes()
+    layers = sorted(path.parent.parent.joinpath("overlay").iterdir())
+    try:
+        damage(path)
+        assert found(again(), spec.id).status is Status.RUNNING
+        assert sorted(path.parent.parent.joinpath("overlay").iterdir()) == layers
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        path.write_bytes(whole)
