@@ -352,7 +352,7 @@ class OciSandboxes:
             self.state, self.state / "trash", self.runtime.path, self.cgroups, init, BUSYBOX, self.images.root,
             self.ids,
         )  # fmt: skip
-        return [*found, pids]
+        return [*found, *self.network.check(), pids]
 
     def close(self) -> None:
         """Give back what is kept ready for the next sandboxes: for tests, and when the executor is uninstalled."""
