@@ -18,6 +18,7 @@ from pathlib import Path
 from ..errors import Error
 
 MOUNTED = Path("/sys/fs/cgroup")  # where systemd has all hierarchies
+OWN = Path("/proc/self/cgroup")
 UNIT = "beaker.slice/beaker-cgroup.service"
 EXECUTOR = "/beaker-executor.service"  # the end of the group that systemd starts an executor in
 HOLDERS = "holders"
@@ -64,15 +65,16 @@ def weigh(weight: int) -> None:
 
 def take_over() -> None:
     """Move what earlier executors of this unit left in its group: of versions that moved nothing, or interrupted."""
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    for line in OWN.read_text().splitlines():
         number, names, path = line.split(":", 2)
         if not path.endswith(EXECUTOR) or (number != "0" and names != "name=systemd"):
             continue
         for place in ("", "unified" if number == "0" else "systemd"):
-            with suppress(OSError):
-                pids = (MOUNTED / place / path[1:] / "cgroup.procs").read_text().split()
-                for pid in sorted({int(pid) for pid in pids} - {os.getpid()}):
-                    hold(pid)
+            for group in {path, f"/system.slice{EXECUTOR}"}:  # the second of an earlier version's unit
+                with suppress(OSError):
+                    pids = (MOUNTED / place / group[1:] / "cgroup.procs").read_text().split()
+                    for pid in sorted({int(pid) for pid in pids} - {os.getpid()}):
+                        hold(pid)
 
 
 def _units() -> list[Path]:

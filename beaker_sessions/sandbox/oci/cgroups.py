@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MOST = 10000  # the greatest weight
+SPARED = 0.05  # of the machine's CPUs, for everybody else when sessions have claimed all
 SHARES = 1024  # of version 1: what the weight 100 is of version 2
 
 
@@ -81,6 +82,7 @@ class Cgroups:
         """Give a group this weight for the CPU, of 1 to 10000 where 100 is the usual one: whether that can be."""
         try:
             directory = self._controller("cpu") / cgroup.lstrip("/")
+            directory.mkdir(parents=True, exist_ok=True)  # the runtime makes it with the first sandbox
             if self.unified:
                 (directory.parent / "cgroup.subtree_control").write_text("+cpu")
                 (directory / "cpu.weight").write_text(str(weight))
@@ -144,11 +146,11 @@ def room() -> int:
 def guarantee(cpus: float, machine: float, others: int) -> int:
     """The weight of all sessions that have claimed so many CPUs of the machine's, whoever else is busy.
 
-    others: the weights of everybody else beside them, together. Never less than the usual weight, and at most 10000,
-    since the last CPU cannot be guaranteed wholly.
+    others: the weights of everybody else beside them, together. Never less than the usual weight, and never all of the
+    machine, or nobody could log in to it.
     """
-    rest = machine - cpus
-    return MOST if rest <= 0 else max(100, min(MOST, math.ceil(others * cpus / rest)))
+    rest = max(machine - cpus, machine * SPARED)
+    return max(100, min(MOST, math.ceil(others * cpus / rest)))
 
 
 def detect() -> Cgroups:
