@@ -21,7 +21,7 @@ from pathlib import Path
 
 from .. import wire
 from ..errors import Error
-from ..model import Identity, Request, Session, State
+from ..model import Claim, Identity, Request, Session, State
 from ..sandbox import LABEL_OWNER, Found, Mount, Progress, Sandboxes, Spec, Status, subordinate
 from ..settings import ExecutorSettings
 from . import admission, credentials, disk, forwarding, inventory, plan
@@ -452,13 +452,16 @@ class Lifecycle:
         """What is listed says where to look, and no more: sessions start and end meanwhile. Each act looks anew."""
         known = self.sessions.live()  # before the list: what ran then must be in it
         exists = {found.id: found for found in self.sandboxes.list()}
+        for id, found in exists.items():  # what runs holds what it claims, before anything is begun anew
+            if (live := self.sessions.entry(id)) is None:
+                self._adopt(id)
+            elif live.session.state == State.CREATED:
+                self._recall(found)
         for session in known:
-            self._compare(session.id, exists.pop(session.id, None))
+            self._compare(session.id, exists.get(session.id))
         published = [s for s in self.sessions.live() if s.state == State.STARTED and s.claim and s.claim.ports]
         self._publisher.forward_again(published)
         self.sessions.schedule()  # what a session waits for may be another program's, which tells nobody of its end
-        for id in exists:
-            self._adopt(id)
         for id in self.sessions.cordoning - {*exists, *(session.id for session in self.sessions.live())}:
             self.sessions.cordon(id, "")  # somebody removed it by hand
         self._alive.touch()
@@ -474,9 +477,7 @@ class Lifecycle:
         if live is None:
             return
         session = live.session
-        if session.state == State.CREATED and listed:
-            self._recall(listed)
-        elif session.state == State.SCHEDULED:
+        if session.state == State.SCHEDULED:
             self._spawn("start", id, partial(self._resume, number=self._places.number()))
         elif session.state == State.EXITED:
             self._spawn("clean up", id, self._clean_up)
@@ -494,12 +495,16 @@ class Lifecycle:
 
     def _recall(self, found: Found) -> None:
         """A session that waits, says the ledger, and has a sandbox: the ledger's latest changes were lost."""
+        claim = None
         try:
             claim = wire.session(json.loads(found.labels[plan.LABEL_JOB])).claim
             if not self.sessions.recall(found.id, claim):
                 return
-        except (KeyError, ValueError, Error) as error:
+        except (KeyError, ValueError) as error:
             self.sessions.cordon(found.id, f"what session {found.id} holds is not known: {error}")
+            return
+        except Error as error:
+            self._refused(found.id, claim, error)
             return
         log.warning("session %s runs, and the ledger had it in the queue", found.id)
         self.sessions.cordon(found.id, "")
@@ -531,12 +536,25 @@ class Lifecycle:
         try:
             self.sessions.adopt(replace(session, state=state, started=found.started), identity)
         except Error as error:
-            # The disk is full, or the ledger is older than what runs: whoever holds these there is about to be final.
-            self.sessions.cordon(id, f"the ledger does not take session {id}, which runs: {error.message}")
+            self._refused(id, session.claim, error)
             return
         log.warning("session %s was found by its container; the ledger did not know it", id)
         self.sessions.cordon(id, "")
         self._spawn("start", id, partial(self._resume, number=self._places.number()))
+
+    def _refused(self, id: str, claim: Claim | None, error: Error) -> None:
+        """The disk is full, or the ledger is older than what runs, and has somebody else hold what that claims.
+
+        Who does not run is ended: it would be given what is taken. The next reconcile takes up what runs.
+        """
+        self.sessions.cordon(id, f"the ledger does not take session {id}, which runs: {error.message}")
+        gpus = set(claim.gpus if claim else ())
+        for other in self.sessions.live():
+            if other.state == State.SCHEDULED and other.claim and gpus.intersection(other.claim.gpus):
+                with self._lock:
+                    starts = ("start", other.id) in self._busy
+                if not starts and self.sandboxes.find(other.id) is None:
+                    self.sessions.ended(other.id, None, f"its GPUs are those of session {id}", "conflict")
 
 
 def _modified(path: Path) -> datetime | None:

@@ -105,7 +105,7 @@ class Left:
             self._end(node, make("daemon", WHO, wanted(1, "true"), f"key{number}").id)
         first, second, third = (make("daemon", WHO, wanted(1), None).id for _ in range(3))
         large = make("daemon", WHO, wanted(3), None).id  # waits for the first's GPU
-        wait_for("what runs", lambda: node.state(third) == State.STARTED)
+        wait_for("what runs", lambda: all(node.state(id) == State.STARTED for id in (first, second, third)))
         node.ledger._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # the rest is in the log alone
         self._end(node, first)
         self._end(node, second)
@@ -245,6 +245,25 @@ def test_of_what_runs_unknown_no_gpu_is_given_until_it_ends(tmp_path: Path, labe
         driver._processes[id] = _Process((), lambda: None, False)
         node.lifecycle.reconcile()
         assert (node.sessions.cordoned, driver.list()) == ("", [])
+
+
+def test_a_start_that_the_ledger_still_has_to_do_takes_nothing_of_what_runs(left: Left, tmp_path: Path) -> None:
+    """Its latest changes were lost: the end of one session, and that another has run since with what that had."""
+    before = Node(tmp_path, FakeSandboxes())
+    before.lifecycle.reconcile()
+    before.sessions.on_start = lambda _: None
+    stale = [before.sessions.create("daemon", WHO, wanted(1), None).id for _ in GPUS]
+    before.ledger.close()
+    driver = Frozen(left.found)
+    node = Node(tmp_path, driver)
+    with closing(node.ledger):
+        for _ in range(2):
+            node.lifecycle.reconcile()
+            wait_for("clean-up", lambda: not node.lifecycle._busy)
+        assert not driver.given
+        assert {one.id: list(one.claim.gpus) for one in node.sessions.live() if one.claim} == left.gpus
+        assert {node.sessions.view(id).session.error for id in stale} == {"conflict"}
+        assert not node.sessions.cordoned
 
 
 def test_one_bad_row_costs_one_session(left: Left, tmp_path: Path) -> None:
