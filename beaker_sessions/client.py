@@ -45,6 +45,10 @@ class Client:
         while self._idle:
             self._idle.pop().close()
 
+    def epoch(self) -> str:
+        """Of the server's database: another one after it was restored, or when it is another database."""
+        return str(self._decode(self._call("GET", "/healthz")).get("epoch") or "")
+
     # accounts
 
     def whoami(self) -> JSON:
@@ -227,7 +231,8 @@ class Client:
                 connection = self._server.connection(self.timeout)
             fresh = connection.sock is None
             try:
-                connection.request(method, self._base + path, body, headers)
+                whole = self._server.path + path if path.startswith("/") else self._base + path
+                connection.request(method, whole, body, headers)
                 response = connection.getresponse()
                 answer = response.read()
             except (OSError, UnicodeError, http.client.HTTPException) as error:

@@ -35,7 +35,7 @@ class ExecutorSettings:
     blobs, where that has no public address.
     limit_…: what one account may have here at once, 0 for no limit; see `admission.Limits`. subordinate_ids: where new
     accounts get their range of subordinate ids. trust_without_server: how long after the server last knew a token it
-    starts new sessions while the server is away.
+    starts new sessions while the server is away. stop_grace: seconds between asking a session to end and killing it.
     """
 
     storage_path: str = field(default="/var/lib/beaker", metadata={"key": "storagePath"})
@@ -71,6 +71,7 @@ class ExecutorSettings:
     limit_execs: int = field(default=64, metadata={"key": "limits.execs"})
     subordinate_ids: str = field(default="2000224256-2147352575", metadata={"key": "subordinateIds"})
     trust_without_server: str = field(default="15m", metadata={"key": "trustWithoutServer"})
+    stop_grace: int = field(default=10, metadata={"key": "stopGrace"})
 
     metrics: str = field(default="", metadata={"key": "metrics"})  # HOST:PORT, "" for no listener
 
@@ -111,6 +112,18 @@ class ServerSettings:
 
     prefix: typing.ClassVar[str] = "BEAKER_SERVER_"
     section: typing.ClassVar[str] = "server"
+
+    @property
+    def file(self) -> Path | None:
+        """The SQLite database; None when it is another one's."""
+        if not self.database:
+            return Path(self.storage_path, "server.db")
+        kind, _, path = self.database.partition("?")[0].partition(":///")
+        return Path(path) if kind.partition("+")[0] == "sqlite" and path not in ("", ":memory:") else None
+
+    @property
+    def key_file(self) -> Path:
+        return Path(self.key or Path(self.storage_path, "server.key"))
 
 
 Settings = TypeVar("Settings", ExecutorSettings, ServerSettings)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.server
 import json
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 CONFIG, LAYER = b"{}", b"layer" * 1000
+TYPE = "application/vnd.oci.image.manifest.v1+json"
 Answer = tuple[int, dict[str, str], bytes]  # status, headers, content
 
 
@@ -31,7 +32,11 @@ def image(config: bytes, *layers: bytes, **more: Any) -> Callable[[str, dict[str
 
     def answer(path: str, _: dict[str, str]) -> Answer:
         kind, _, name = path.rpartition("/")
-        return 200, {}, parts[name] if kind.endswith("/blobs") else manifest(config, *layers, **more)
+        return (
+            200,
+            {"Content-Type": TYPE},
+            parts[name] if kind.endswith("/blobs") else manifest(config, *layers, **more),
+        )
 
     return answer
 
@@ -40,10 +45,14 @@ MANIFEST = manifest(CONFIG, LAYER)
 
 
 class Server:
-    """Answers as a function of path and headers says, and remembers what it was asked."""
+    """Answers as a function of path and headers says, and remembers what it was asked.
 
-    def __init__(self, answer: Callable[[str, dict[str, str]], Answer]) -> None:
-        self.answer = answer
+    halfway: called with the path when one byte of the content is sent.
+    """
+
+    def __init__(
+        self, answer: Callable[[str, dict[str, str]], Answer], halfway: Callable[[str], None] = lambda _: None
+    ) -> None:
         self.asked: list[tuple[str, dict[str, str]]] = []
         outer = self
 
@@ -51,12 +60,16 @@ class Server:
             def do_GET(self) -> None:
                 headers = dict(self.headers.items())
                 outer.asked.append((self.path, headers))
-                status, more, body = outer.answer(self.path, headers)
+                status, more, body = answer(self.path, headers)
                 self.send_response(status)
                 for name, value in {"Content-Length": str(len(body)), **more}.items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(body)
+                with contextlib.suppress(OSError):  # who asked has left
+                    self.wfile.write(body[:1])
+                    self.wfile.flush()
+                    halfway(self.path)
+                    self.wfile.write(body[1:])
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -64,21 +77,20 @@ class Server:
         self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.address = f"127.0.0.1:{self.http.server_address[1]}"
 
+    def __enter__(self) -> Server:
+        threading.Thread(target=self.http.serve_forever, args=[0.05], daemon=True).start()
+        return self
 
-@contextmanager
-def serving(answer: Callable[[str, dict[str, str]], Answer]) -> Iterator[Server]:
-    server = Server(answer)
-    with server.http:
-        threading.Thread(target=server.http.serve_forever, args=[0.05], daemon=True).start()
-        yield server
-        server.http.shutdown()
+    def __exit__(self, *_: object) -> None:
+        self.http.shutdown()
+        self.http.server_close()
 
 
 class Drip:
-    """pause: seconds between two bytes of what drips: the blobs, or the manifest."""
+    """pause: seconds between two bytes of what drips: the blobs, or the manifest. left: set when somebody hung up."""
 
     def __init__(self, pause: float = 0.2, chunked: bool = False, manifest: bool = False) -> None:
-        self.over, self.begun = threading.Event(), threading.Event()
+        self.over, self.begun, self.left = threading.Event(), threading.Event(), threading.Event()
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -86,11 +98,12 @@ class Drip:
 
             def do_GET(self) -> None:
                 self.send_response(200)
-                dripping = ("/manifests/" in self.path) is manifest
+                dripping = ("/manifests/" if manifest else "/blobs/") in self.path
                 if chunked and dripping:
                     self.send_header("Transfer-Encoding", "chunked")
                 else:
                     self.send_header("Content-Length", str(len(LAYER if "/blobs/" in self.path else MANIFEST)))
+                self.send_header("Content-Type", TYPE)
                 self.end_headers()
                 self.close_connection = True
                 if not dripping:
@@ -102,7 +115,7 @@ class Drip:
                         self.wfile.write(b"0")
                         self.wfile.flush()
                 except OSError:
-                    pass
+                    outer.left.set()
 
             def log_message(self, *_: object) -> None:
                 pass

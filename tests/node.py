@@ -1,7 +1,8 @@
 """An executor without containers, server or root, in a process of its own: the real door before `fake` sandboxes.
 
 `python -m tests.node DIRECTORY`: its socket is DIRECTORY/door. Whoever asks is ada, without a home. The pull of the
-image `slow` goes on until it is given up. A session named `stuck` takes the thread that would make it, for ever.
+image `slow` goes on until it is given up. With the image `heavy` a start takes a second. A sandbox of the image
+`ending` has always just ended when it is given a size. A session named `stuck` takes the thread that would make it.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import MagicMock
 
+from beaker_sessions.errors import Error
 from beaker_sessions.executor import admission, caller
 from beaker_sessions.executor.door import Door
 from beaker_sessions.executor.inventory import Inventory
@@ -22,7 +24,7 @@ from beaker_sessions.executor.lifecycle import Lifecycle
 from beaker_sessions.executor.loop import Loop
 from beaker_sessions.executor.sessions import Sessions
 from beaker_sessions.model import Gpu, Identity, Session
-from beaker_sessions.sandbox import Image, Progress
+from beaker_sessions.sandbox import Image, Progress, Spec
 from beaker_sessions.sandbox.fake import FakeSandboxes
 from beaker_sessions.settings import ExecutorSettings
 
@@ -30,12 +32,28 @@ ADA = Identity("ada", 12345, 12345, "/nonexistent")
 
 
 class Sandboxes(FakeSandboxes):
+    ending: ClassVar[set[str]] = set()
+
     def image(self, reference: str, pull: Any, progress: Callable[[Progress], None], *more: Any, **named: Any) -> Image:
         done = 0
         while reference == "slow":
             progress(Progress(done := done + 1, 1 << 20, (0, 1)))
             time.sleep(0.01)
+        if reference in ("heavy", "ending"):
+            return Image(reference, reference)
         return super().image(reference, pull, progress, *more, **named)
+
+    def create(self, spec: Spec) -> None:
+        if spec.image.id == "heavy":
+            time.sleep(1.0)
+        if spec.image.id == "ending":
+            self.ending.add(spec.id)
+        super().create(spec)
+
+    def resize(self, id: str, size: tuple[int, int], process: str = "") -> None:
+        if id in self.ending:
+            raise Error("not_found", f"there is no sandbox {id}")
+        super().resize(id, size, process)
 
 
 class Books(Sessions):

@@ -6,10 +6,11 @@ it is. So a stolen token does not open another person's home, and a Unix login a
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 
 from .. import ids
@@ -20,6 +21,8 @@ from ..settings import ExecutorSettings
 from ..transport import Endpoint
 from . import admission
 from .ledger import Ledger
+
+log = logging.getLogger(__name__)
 
 PATIENCE = 3.0  # seconds that the server is given to answer
 AWAY = 10.0  # seconds that a server which did not answer is left alone, so that nobody here waits for it each time
@@ -81,8 +84,10 @@ class Access:
                 account = client.whoami()
         except Error as error:
             if error.code in ("unauthorized", "forbidden"):
-                self.revoke([digest])
-                raise
+                if not self._remembered(digest, LATELY) or self._is_ours():
+                    self.revoke([digest])
+                    raise
+                error = Error("unavailable", "the server has another database than before", "it is to be restored")
             if error.code != "unavailable":
                 raise
             self._away_until = _now() + AWAY
@@ -93,6 +98,17 @@ class Access:
         if not self._vouch(digest, account, asked):
             return self.account(token, within)
         return account
+
+    def _is_ours(self) -> bool:
+        """Whether the server has the database that this executor reports to: what another one does not know has not
+        ended.
+        """
+        known = self._ledger.fact("epoch")
+        try:
+            with closing(Client(self._server, "", PATIENCE)) as client:
+                return not known or client.epoch() in ("", known)
+        except Error:
+            return True
 
     def vouched(self) -> list[str]:
         """Hashes of tokens that would be let in while the server is away; VOUCHED at a time, at each call the next."""
@@ -108,7 +124,8 @@ class Access:
                 self._noted.pop(digest, None)
                 self._evicted = {old: at for old, at in self._evicted.items() if _now() - at < EVICTED}
                 self._evicted[digest] = _now()
-                self._ledger.refuse(digest)
+                with _on_full_disk():  # the next heartbeat asks about it again
+                    self._ledger.refuse(digest)
 
     def _vouch(self, digest: str, account: dict, asked: float) -> bool:
         """Remember what the server answered to a question of that time; False when the token has ended since."""
@@ -117,7 +134,8 @@ class Access:
                 return False
             self._known[digest] = (asked, account)
             if asked - self._noted.get(digest, float("-inf")) >= NOTED.total_seconds():
-                self._ledger.vouch(digest, account)
+                with _on_full_disk():
+                    self._ledger.vouch(digest, account)
                 self._noted[digest] = asked
             return True
 
@@ -165,6 +183,17 @@ class Access:
                 if error.code == "not_found":
                     return b""
                 raise
+
+
+@contextmanager
+def _on_full_disk() -> Iterator[None]:
+    """What need not be written down, lest nobody could stop and clean."""
+    try:
+        yield
+    except Error as error:
+        if error.code != "storage_full":
+            raise
+        log.error("%s", error.message)
 
 
 def trusted(settings: ExecutorSettings) -> timedelta:

@@ -10,7 +10,9 @@ import json
 import logging
 import os
 import shutil
+import sqlite3
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime
@@ -19,18 +21,25 @@ from pathlib import Path
 from .. import trust
 from ..client import Client
 from ..errors import Error
+from ..integrity import MEND, damage
 from ..sandbox import LOW_DISK, Finding, Sandboxes, cdi, vulnerabilities
-from ..settings import CONFIG, ExecutorSettings, load
+from ..settings import CONFIG, ExecutorSettings, ServerSettings, load
 from . import inventory, ledgerfile, plan
 
+CHECK = 20.0  # seconds for the database of a server on this machine
+MOUNTS = ExecutorSettings().mount_paths  # which nobody asked for
 NVIDIA = Path("/dev/nvidiactl")  # there when NVIDIA's driver is loaded
 
 
 def findings(
-    settings: ExecutorSettings, sandboxes: Sandboxes, why: str, offered: inventory.Inventory | None = None
+    settings: ExecutorSettings,
+    sandboxes: Sandboxes,
+    why: str,
+    offered: inventory.Inventory | None = None,
+    database: Path | None = None,
 ) -> Iterator[Finding]:
     """Everything, in the order one would mend it. why: the driver is this one and not the other. offered: by the
-    executor that runs, which took stock when it started.
+    executor that runs, which took stock when it started. database: the server's, if that is on this machine.
     """
     yield Finding("ok", f"sessions are run by the {sandboxes.name} driver" + (f", because {why}" if why else ""))
     yield from _files()
@@ -41,6 +50,7 @@ def findings(
         images = "its images can be used" if there else "images come from registries and archives"
         yield Finding("ok", f"Docker Engine is {'' if there else 'not '}at {settings.docker_socket}: {images}")
     yield from _server(settings)
+    yield from _database(database)
     yield from _machine(settings, offered)
 
 
@@ -97,6 +107,33 @@ def _server(settings: ExecutorSettings) -> Iterable[Finding]:
         yield Finding("error", error.message, error.hint)
 
 
+def database(config: str | None) -> Path | None:
+    """Where a server on this machine keeps its database, if the settings can be read."""
+    try:
+        return load(ServerSettings, config).file
+    except Error:
+        return None  # the server's matter
+
+
+def _database(file: Path | None) -> Iterable[Finding]:
+    """Whether the server's SQLite database is whole. Of a large one it looks at as much as it gets done in CHECK."""
+    if file is None or not file.exists():
+        return
+    until = time.monotonic() + CHECK
+    try:
+        with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, timeout=10)) as opened:
+            opened.set_progress_handler(lambda: time.monotonic() > until, 10_000)
+            found = damage(opened)
+    except sqlite3.Error as error:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_INTERRUPT:
+            yield Finding("warning", f"the database {file} could not be checked: {error}", "run it again")
+        return
+    if found:
+        yield Finding("error", f"the database {file} is damaged: {found}", MEND)
+    else:
+        yield Finding("ok", f"the database {file} is whole")
+
+
 def _machine(settings: ExecutorSettings, offered: inventory.Inventory | None) -> Iterable[Finding]:
     registry = cdi.load(settings.cdi_paths, settings.cdi_hooks)
     yield from registry.findings
@@ -125,9 +162,8 @@ def _machine(settings: ExecutorSettings, offered: inventory.Inventory | None) ->
         if os.path.exists(path) and not os.path.isdir(path):
             yield Finding("error", f"{path} is no directory, so no session starts", "take it out of mountPaths")
         elif not os.path.isdir(path):
-            yield Finding(
-                "warning", f"{path} is not there, so sessions do not see it", "mount it, or take it out of mountPaths"
-            )
+            what, asked = f"{path} is not there, so sessions do not see it", settings.mount_paths != MOUNTS
+            yield Finding("warning", what, "mount it, or take it out of mountPaths") if asked else Finding("ok", what)
     free = shutil.disk_usage(settings.storage_path).free
     what = f"{free / 2**30:.1f} GiB are free in {settings.storage_path}"
     yield Finding("ok", what) if free > LOW_DISK else Finding("warning", what, "beaker executor images prune")
@@ -171,7 +207,7 @@ def main() -> int:
         settings = load(ExecutorSettings, options.config)
         start = "systemctl restart beaker-executor, or make session; its log says why it ended"
         found = [Finding("error", f"no executor answers at {settings.socket}", start)]
-        found += findings(settings, *sandboxes(settings))
+        found += findings(settings, *sandboxes(settings), database=database(options.config))
     except Error as error:
         found = [Finding("error", error.message, error.hint)]
     for finding in found:

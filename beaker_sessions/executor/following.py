@@ -10,7 +10,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, closing, suppress
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -238,7 +238,7 @@ class Following:
         """Act on what the caller of a second process says, which is its size. False when it has left."""
         frame = await caller.receive()
         if frame and "resize" in frame:
-            await caller.work(self.sandboxes.resize, id, wire.window(frame["resize"]), handle)
+            await caller.work(self._resize, id, wire.window(frame["resize"]), handle)
         return frame is not None
 
     def _look(self, id: str) -> tuple[View, list[dict]]:
@@ -268,11 +268,15 @@ class Following:
         await self._release(view.session)
         attached, full_screen = await caller.work(self._attach, view.session, replay, whole)
         if attached and news.size:  # a full-screen program draws anew when the size changes
-            await caller.work(self.sandboxes.resize, view.session.id, (news.size[0], news.size[1] + 1))
+            await caller.work(self._resize, view.session.id, (news.size[0], news.size[1] + 1))
             if full_screen:  # and some compare it with what it was when they last looked
                 await asyncio.sleep(REDRAW)
-            await caller.work(self.sandboxes.resize, view.session.id, news.size)
+            await caller.work(self._resize, view.session.id, news.size)
         return attached
+
+    def _resize(self, id: str, size: tuple[int, int], process: str = "") -> None:
+        with _ended_is_fine():
+            self.sandboxes.resize(id, size, process)
 
     def _attach(self, session: Session, replay: bool, whole: bool) -> tuple[Terminal | None, bool]:
         """A connection to a session's terminal, None when it has just ended, and whether its screen is a program's."""
@@ -321,8 +325,20 @@ class Following:
         running = session.state == State.STARTED
         if "resize" in frame:
             if running:
-                self.sandboxes.resize(id, wire.window(frame["resize"]))
+                self._resize(id, wire.window(frame["resize"]))
         elif "signal" in frame and running:
-            self.sandboxes.signal(id, wire.signal(frame["signal"]))
+            number = wire.signal(frame["signal"])
+            with _ended_is_fine():
+                self.sandboxes.signal(id, number)
         elif frame.get("cancel"):
             self.lifecycle.stop(id, session.account)
+
+
+@contextmanager
+def _ended_is_fine() -> Iterator[None]:
+    """What is done to a session may find that it has just ended: its follower hears that next, with the exit code."""
+    try:
+        yield
+    except Error as error:
+        if error.code not in ("not_found", "conflict"):
+            raise

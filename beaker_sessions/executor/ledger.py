@@ -191,6 +191,18 @@ class Ledger:
                 (revision, id),
             )
 
+    def report_anew(self, epoch: str) -> None:
+        """Every session is to be reported to the server, whose database is this one from now on."""
+        with self.transaction() as db:
+            db.execute("UPDATE sessions SET reported = -1")
+            db.executemany(
+                "INSERT OR REPLACE INTO facts VALUES (?, ?)", [("epoch", epoch), ("met", datetime.now(UTC).isoformat())]
+            )
+
+    def had(self, id: str) -> bool:
+        """Whether there ever was such a session here, also one that is forgotten by now."""
+        return bool(self._rows("SELECT 1 FROM audit WHERE subject = ? LIMIT 1", id))
+
     def vouch(self, token_hash: str, account: dict) -> None:
         """Remember that the server knew this token just now; forgets those not seen for long."""
         now = datetime.now(UTC).isoformat()

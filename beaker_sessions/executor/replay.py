@@ -59,6 +59,10 @@ _ON = (7, 25)
 _ALTERNATE = (47, 1047, 1049)
 # Programs hide and show the cursor (25) all the time: it is looked for by itself, since this would find it everywhere.
 _MODE = re.compile(rb"\x1b\[\?(?!25[hl])([0-9;]+)([hl])")
+# A terminal forgets its margins when its size changes, and programs that are told of another size rely on that: in
+# those of a smaller screen, what they draw for a larger one would scroll. Setting them moves the cursor, hence DECSC
+# and DECRC.
+_NO_MARGINS = "\x1b7\x1b[r\x1b8"
 _NEAR = 1 << 16  # bytes before the recent output in which colours, margins and the like are looked for
 _STATE = re.compile(
     rb"\x1b\[(?P<colour>[0-9;:]*)m|\x1b\[(?P<margins>[0-9]*;?[0-9]*)r|\x1b\((?P<charset>[0B])"
@@ -73,7 +77,10 @@ def shown(before: bytes, recent: bytes) -> bytes:
     end stays: what comes next belongs to it.
     """
     cut = _carried(before, recent)
-    return modes(before[-SCANNED:] + recent[:cut]) + _without_questions(recent[cut:])
+    states = _STATE.finditer(before[-_NEAR:] + recent)
+    margins = [match["margins"] for match in states if match["margins"] is not None]
+    last = _NO_MARGINS if margins and margins[-1] else ""
+    return modes(before[-SCANNED:] + recent[:cut]) + _without_questions(recent[cut:], last)
 
 
 def alternate(output: bytes) -> bool:
@@ -145,20 +152,24 @@ def _begun(text: str) -> bool:
     return bool(match and match["begun"])
 
 
-def _without_questions(output: bytes) -> bytes:
+def _without_questions(output: bytes, last: str) -> bytes:
+    """last: what to add, before a sequence that is not complete."""
     text = _STRAY.sub("", output.decode("utf-8", "surrogateescape"))
     text = _C1.sub(lambda control: "\x1b" + chr(ord(control[0]) - 0x40), text)
-    return "".join(_kept(text)).encode("utf-8", "surrogateescape")
+    return "".join(_kept(text, last)).encode("utf-8", "surrogateescape")
 
 
-def _kept(text: str) -> Iterator[str]:
+def _kept(text: str, last: str) -> Iterator[str]:
     at = 0
     for match in _TOKEN.finditer(text):
         yield text[at : match.start()]
         at = match.end()
-        if match["begun"] or (not match["other"] and _harmless(match)):
+        if match["begun"]:
+            yield last + match[0]
+            return
+        if not match["other"] and _harmless(match):
             yield match[0]
-    yield text[at:]
+    yield text[at:] + last
 
 
 def _harmless(match: re.Match[str]) -> bool:

@@ -114,7 +114,8 @@ class Reporter:
             "instance": self.instance,
         }
         node = client.register_node(self.settings.cluster, body)
-        self.ledger.fact("node", node["id"])
+        self.ledger.note("node", node["id"])
+        self._meets(node)
         self._registered = True
 
     def _compare(self, client: Client) -> bool:
@@ -134,6 +135,15 @@ class Reporter:
             else:
                 self._take(job)
         return all(self.ledger.get(str(job["id"])) for job in jobs)
+
+    def _meets(self, answer: dict[str, Any]) -> bool:
+        """Whether the server has another database than before, as after a restore, so that all is to be told again."""
+        epoch = str(answer.get("epoch") or "")
+        if not epoch or epoch == self.ledger.fact("epoch"):
+            return False
+        log.warning("the server has another database than before: all sessions are reported anew")
+        self.ledger.report_anew(epoch)
+        return True
 
     def _heartbeat(self, client: Client) -> dict[str, str]:
         """Sessions whose authors look at their output, and when they did so last."""
@@ -158,6 +168,8 @@ class Reporter:
             raise
         self.heard = time.time()
         self.metrics.sent(samples)
+        if self._meets(answer):
+            return {}  # what it says is of the past, until it has heard
         self.sessions.cordon("fence", "")
         self.access.revoke(answer.get("refused", []))
         reason = answer.get("cordonReason") or "an administrator has cordoned it"
@@ -224,6 +236,11 @@ class Reporter:
             return
         if self.ledger.get(session.id):
             return  # taken already; its report is on the way
+        before = session.created is not None and session.created.isoformat() < (self.ledger.fact("met") or "")
+        if before and self.ledger.had(session.id):  # it ran since the backup that was restored
+            why = Error("conflict", "it has ended here before; the server's database was restored since")
+            self.sessions.adopt(_refused(session, why), NOBODY)
+            return
         inside, identity = self.lifecycle.inside, NOBODY
         inside.keep_token(session.id, str(job.get("token") or ""))
         try:

@@ -70,8 +70,8 @@ class RunDirectories:
     def token(self, id: str) -> str:
         """The session's own token, "" when it has none yet."""
         try:
-            return self._token(id).read_text()
-        except FileNotFoundError:
+            return self._token(id).read_text("ascii")
+        except (OSError, ValueError):  # there is none, or it is damaged
             return ""
 
     def keep_token(self, id: str, token: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from .. import ids, model, wire
@@ -138,7 +138,7 @@ class Jobs(Rules):
             elif row.state == State.FINALIZED or (session.revision <= row.revision and row.taken is not None):
                 return job_json(row, caller)
             else:
-                created = wire.session(json.loads(row.body)).created  # when and whose it is was settled then
+                created = _created(row)  # when and whose it is was settled then
                 session = replace(session, account=row.author, created=created or session.created)
                 rows.update(tables.jobs, id, taken=row.taken or rows.now, **_record(session, body))
             if session.state == State.FINALIZED:
@@ -253,6 +253,14 @@ def _private(row: Row, caller: Caller) -> bool:
     if caller.scope == model.Scope.EXECUTOR:
         return bool(caller.node == row.node_id)
     return _own(row, caller) or caller.admin
+
+
+def _created(row: Row) -> datetime | None:
+    """Of a record; None of a damaged one, which the node's report replaces."""
+    try:
+        return wire.session(json.loads(row.body)).created
+    except (ValueError, Error):
+        return None
 
 
 def _record(session: model.Session, body: JSON) -> JSON:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 from datetime import datetime, timedelta
 
 from .. import ids, wire
 from ..bodies import ClusterBody, ClusterPatch, Heartbeat, NodeBody, NodePatch
 from ..errors import Error
+from ..integrity import MEND
 from ..model import Scope
 from . import tables
 from .accounts import add_token
@@ -15,6 +17,7 @@ from .rules import JSON, Caller, Rules, found, page
 from .samples import keep_samples
 from .store import Row, Rows
 
+log = logging.getLogger(__name__)
 HANDED = 100  # how many new sessions one heartbeat hands over
 WATCHED = timedelta(seconds=60)  # after a look at its output, for how long a running session's is sent
 SILENCE = timedelta(seconds=30)  # a node not heard from for this long is "not reporting"
@@ -119,7 +122,7 @@ class Nodes(Rules):
             rows.update(tables.tokens, caller.token_id, node_id=id, hostname=body.hostname)
             rows.touch(home.id)
             self.record(rows, caller, "register_node", id, hostname=body.hostname, instance=body.instance or "")
-            return node_json(node_of(rows, id), rows.now)
+            return node_json(node_of(rows, id), rows.now) | {"epoch": self.store.epoch}
 
     def update_node(self, caller: Caller, node: str, body: NodePatch) -> JSON:
         """By administrators, and by the node's own executor, which may drain itself."""
@@ -182,7 +185,8 @@ class Nodes(Rules):
                     rows.update(tables.jobs, job.id, handed=rows.now)
             others = [other for other in rows.nodes(cluster_id=row.cluster_id) if usable(other, rows.now)]
             return {
-                "jobs": [json.loads(job.body) | {"token": session_token(rows, caller, job)} for job in waiting],
+                "epoch": self.store.epoch,
+                "jobs": [said | {"token": session_token(rows, caller, job)} for job in waiting if (said := _body(job))],
                 "cancel": list(rows.to_cancel(row.id)),
                 "refused": rows.refused(body.vouched),
                 "output": {id: wire.time(at) for id, at in rows.watched(row.id, rows.now - WATCHED).items()},
@@ -196,6 +200,15 @@ class Nodes(Rules):
             }
 
 
+def _body(job: Row) -> JSON | None:
+    """What the node is handed; nothing of a record that is damaged, so that the node gets the others."""
+    try:
+        return dict(json.loads(job.body))
+    except ValueError as error:
+        log.error("session %s is not handed on: its record is damaged: %s; %s", job.id, error, MEND)
+        return None
+
+
 def session_token(rows: Rows, caller: Caller, job: Row) -> str:
     """The token of a session that the node is handed, the same each time: what it may do in its author's name."""
     token = ids.mint_token(caller.secret, f"session {job.id}")
@@ -205,7 +218,13 @@ def session_token(rows: Rows, caller: Caller, job: Row) -> str:
 
 
 def fence(node: Row, instance: str) -> None:
-    """Raises Error conflict unless `instance` is the executor that registered the node last."""
+    """Raises Error conflict unless `instance` is the executor that registered the node last.
+
+    not_found for one that started after that: the database is older than its registration, so it is to register again.
+    """
+    if instance > node.instance:
+        hint = "register the node again"
+        raise Error("not_found", f"this executor of {node.hostname} is not registered: the database was restored", hint)
     if node.instance != instance:
         hint = "only one executor may run on a machine: stop this one"
         raise Error("conflict", f"another executor registered {node.hostname} after this one", hint)

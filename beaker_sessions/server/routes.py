@@ -88,7 +88,7 @@ def api(service: Service, provider: Provider | None = None) -> FastAPI:
 
 def healthy(does: Does) -> JSON:
     does.healthy()
-    return {"status": "ok", "version": __version__}
+    return {"status": "ok", "version": __version__, "epoch": does.store.epoch}
 
 
 def metrics(does: Does, who: Who) -> Response:

@@ -14,18 +14,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import sqlalchemy as sa
 
 from .. import ids
 from ..errors import Error
+from ..integrity import MEND, damage, is_damage
 from ..model import State
 from . import migrations, tables
 from .tables import accounts, answers, audit, clusters, jobs, nodes, organizations, tokens
 
 Row = sa.Row[Any]
 KEPT = timedelta(days=7)  # how long an idempotency key is remembered
+WAIT = 5.0  # seconds that a transaction waits for the one that writes
+START = 300.0  # and a server that starts for another that makes or migrates the database
 log = logging.getLogger(__name__)
 
 
@@ -90,6 +93,9 @@ class Rows:
         gone = self.connection.execute(sa.delete(tables.signins).where(tables.signins.c.hash == hash))
         return gone.rowcount == 1
 
+    def forget_signins(self) -> None:
+        self.connection.execute(sa.delete(tables.signins))
+
     def account(self, ref: str) -> Row | None:
         """By id or name."""
         return self.one(accounts, **{"id" if ids.is_ulid(ref) else "name": ref})
@@ -114,12 +120,12 @@ class Rows:
         self.connection.execute(sa.update(tokens).where(tokens.c.node_id == node).values(hostname=hostname))
 
     def refused(self, hashes: Sequence[str]) -> list[str]:
-        """Those that are of no token that works."""
+        """Those of tokens that have ended. One that is not known is of another database: nothing is said of it."""
         if not hashes:
             return []
-        works = tokens.c.revoked.is_(None) & (tokens.c.expiry.is_(None) | (tokens.c.expiry > self.now))
-        query = sa.select(tokens.c.hash).where(tokens.c.hash.in_(hashes), works)
-        return sorted(set(hashes) - set(self.connection.execute(query).scalars()))
+        ended = tokens.c.revoked.is_not(None) | (tokens.c.expiry <= self.now)
+        query = sa.select(tokens.c.hash).where(tokens.c.hash.in_(hashes), ended)
+        return sorted(self.connection.execute(query).scalars())
 
     # clusters and nodes
 
@@ -211,6 +217,9 @@ class Rows:
         query = sa.select(sa.func.count()).select_from(tables.secrets).join(tables.workspaces)
         return int(self.connection.execute(query.where(tables.workspaces.c.account_id == account)).scalar_one())
 
+    def some_secrets(self, limit: int) -> Sequence[Row]:
+        return self.connection.execute(sa.select(tables.secrets).limit(limit)).all()
+
     def keep_secret(self, workspace: str, name: str, sealed: bytes, created: datetime | None) -> None:
         """created: of the value before, None for a new secret."""
         self.forget_secret(workspace, name)
@@ -264,6 +273,16 @@ class Rows:
                 sa.delete(tables.samples).where(tables.samples.c.step == step, tables.samples.c.at < at)
             )
 
+    # the database itself
+
+    def fact(self, name: str) -> str | None:
+        row = self.one(tables.facts, name=name)
+        return None if row is None else str(row.value)
+
+    def set_fact(self, name: str, value: str) -> None:
+        self.connection.execute(sa.delete(tables.facts).where(tables.facts.c.name == name))
+        self.insert(tables.facts, name=name, value=value)
+
     # idempotency
 
     def keep_answer(self, account: str, key: str, fingerprint: str, answer: dict[str, Any]) -> None:
@@ -273,9 +292,13 @@ class Rows:
 
 
 class Store:
-    """The database at `url`, a SQLAlchemy URL, migrated to the newest version. Raises Error invalid or unavailable."""
+    """The database at `url`, a SQLAlchemy URL, migrated to the newest version.
 
-    def __init__(self, url: str) -> None:
+    new: whether it may be an empty one, which is then filled with tables. epoch: changes when a backup is restored, and
+    with another database. Raises Error invalid or unavailable: for a damaged, a newer or an empty one, too.
+    """
+
+    def __init__(self, url: str, *, new: bool = True) -> None:
         self.on_commit: Callable[[set[str]], None] = lambda _: None  # told the ids of what was changed
         try:
             self.engine = sa.create_engine(url, pool_size=8, max_overflow=32, pool_timeout=10, hide_parameters=True)
@@ -283,16 +306,24 @@ class Store:
             hint = "for example sqlite:////var/lib/beaker/server.db"
             raise Error("invalid", f"database: not a URL of a database file or server: {error}", hint) from error
         if self.engine.dialect.name == "sqlite":
-            _sqlite(self.engine)
+            _sqlite(self.engine, WAIT)
         with self._translated():
-            migrations.upgrade(self.engine)
+            self._begin(new)
+        with self.read() as rows:
+            self.epoch = rows.fact("epoch") or ""
+
+    def _begin(self, new: bool) -> None:
+        """Look whether the database is whole, and migrate it, with the patience that several starts at once need."""
+        engine = sa.create_engine(self.engine.url, poolclass=sa.NullPool, hide_parameters=True)
+        if engine.dialect.name == "sqlite":
+            _sqlite(engine, START)
+            with engine.connect().execution_options(beaker_read=True) as connection:
+                if found := damage(cast(sqlite3.Connection, connection.connection.dbapi_connection), quick=True):
+                    raise _damaged(str(engine.url.database), found)
+        migrations.upgrade(engine, new=new)
 
     def close(self) -> None:
         self.engine.dispose()
-
-    def holds_secrets(self) -> bool:
-        with self.read() as rows:
-            return rows.connection.execute(sa.select(tables.secrets.c.name).limit(1)).first() is not None
 
     @contextmanager
     def read(self) -> Iterator[Rows]:
@@ -313,8 +344,13 @@ class Store:
             yield
         except sa.exc.IntegrityError as error:
             raise Error("conflict", "somebody else just made the same thing", "look at it, then try again") from error
-        except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
+        except json.JSONDecodeError as error:  # what callers send was read before
+            raise _damaged(str(self.engine.url.database), f"a record is no JSON: {error}") from error
+        except (sa.exc.DBAPIError, sa.exc.TimeoutError, sqlite3.Error) as error:
             cause = getattr(error, "orig", None) or error
+            if is_damage(cause):
+                log.error("database: damaged: %s", cause)
+                raise _damaged(str(self.engine.url.database), str(cause)) from error
             reason = getattr(cause, "sqlite_errorname", None) or getattr(cause, "sqlstate", None) or str(cause)
             log.error("database: %s: %s", reason, cause)
             hint = "try again: nothing is done twice; if it stays so, see the server's log"
@@ -325,27 +361,32 @@ def sqlite_url(path: Path) -> str:
     return sa.URL.create("sqlite", database=str(path)).render_as_string()
 
 
-def _write_ahead(connection: Any) -> None:
+def _damaged(path: str, found: str) -> Error:
+    return Error("unavailable", f"the database {path} is damaged: {found}", MEND)
+
+
+def _write_ahead(connection: Any, wait: float) -> None:
     """Switch a new file to WAL. Of several servers that do so at once SQLite refuses all but one, without waiting."""
-    for attempt in range(100):
+    until = time.monotonic() + wait
+    while True:
         try:
             connection.execute("PRAGMA journal_mode=WAL")
             return
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or attempt == 99:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > until:
                 raise
             time.sleep(0.05)
 
 
-def _sqlite(engine: sa.Engine) -> None:
-    """Full durability, foreign keys, and writers that wait for each other instead of failing half-way."""
+def _sqlite(engine: sa.Engine, wait: float) -> None:
+    """Full durability, foreign keys, and writers that wait for each other, for `wait` seconds, instead of failing."""
 
     @sa.event.listens_for(engine, "connect")
     def connect(connection: Any, _: Any) -> None:
         connection.isolation_level = None  # so that the BEGIN below is the only one
-        for pragma in ("busy_timeout=5000", "synchronous=FULL", "foreign_keys=ON"):
+        for pragma in (f"busy_timeout={wait * 1000:.0f}", "synchronous=FULL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}")
-        _write_ahead(connection)
+        _write_ahead(connection, wait)
 
     @sa.event.listens_for(engine, "begin")
     def begin(connection: sa.Connection) -> None:

@@ -11,6 +11,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from ..errors import Error
+from ..integrity import MEND
+
 METADATA = sa.MetaData()
 
 
@@ -25,6 +28,17 @@ class Time(sa.TypeDecorator[datetime]):
 
     def process_result_value(self, value: datetime | None, dialect: Any) -> datetime | None:  # noqa: ARG002
         return None if value is None else value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+    def result_processor(self, dialect: Any, coltype: Any) -> Any:
+        read = super().result_processor(dialect, coltype)
+
+        def checked(value: Any) -> Any:
+            try:
+                return read(value) if read else value
+            except (TypeError, ValueError) as error:
+                raise Error("unavailable", f"the server's database is damaged: {value!r} is no time", MEND) from error
+
+        return checked
 
 
 def _id() -> sa.Column[str]:
@@ -191,6 +205,12 @@ answers = sa.Table(  # what was answered to a create with an idempotency key
     sa.Column("answer", sa.Text, nullable=False),  # JSON, without secrets
     sa.Column("created", Time, nullable=False),
     sa.Index("answers_created", "created"),
+)
+facts = sa.Table(  # about the database itself: `epoch`, which is another one after a restore
+    "facts",
+    METADATA,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("value", sa.Text, nullable=False),
 )
 audit = sa.Table(
     "audit",

@@ -7,18 +7,22 @@ having been made; so is `ACCOUNT/git`, where the credential helper keeps what Gi
 
 from __future__ import annotations
 
+import contextlib
+
 from .. import ids, wire
 from ..bodies import SecretBody, WorkspaceBody, WorkspacePatch, check
 from ..errors import Error
 from ..model import Scope
 from . import tables
 from .rules import JSON, Caller, Rules, found, page
-from .store import Row, Rows
+from .seal import Seal
+from .store import Row, Rows, Store
 
 IMPLICIT = ("default", "git")
 CREDENTIALS = "git"  # the only one that a session writes to
 LIMIT = 64 << 10  # bytes of a secret
 SECRETS = 1000  # of one account
+TRIED = 20  # secrets, at most, by which a key is known to be another one
 PATH_WORDS = ("secrets",)  # names that a path could not tell from what is in a workspace
 
 
@@ -155,6 +159,19 @@ def _need_writer(caller: Caller, workspace: Row) -> None:
     if caller.scope == Scope.SESSION and workspace.full_name != f"{caller.account}/{CREDENTIALS}":
         hint = "do this outside, where you are logged in"
         raise Error("forbidden", f"a session writes no secrets to {workspace.full_name}", hint)
+
+
+def check_key(store: Store, seal: Seal) -> None:
+    """Raises Error forbidden when there are secrets, and the key opens none that is tried."""
+    with store.read() as rows:
+        kept = rows.some_secrets(TRIED)
+    for row in kept:
+        with contextlib.suppress(Error):
+            seal.open(bytes(row.sealed), _place(row.workspace_id, row.name))
+            return
+    if kept:
+        why = f"the secrets in the database are sealed with another key than {seal.path}"
+        raise Error("forbidden", why, "put the right key there, from where it is kept, with mode 0600")
 
 
 def _place(workspace: str, name: str) -> str:

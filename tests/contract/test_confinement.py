@@ -205,6 +205,12 @@ def test_settings_reach_the_kernel(make: Maker) -> None:
     assert out.split() == [b"321", b"lab-7", b"8192"]
 
 
+def test_files_that_tell_names_are_no_programs(make: Maker) -> None:
+    """Whatever the image's are: the tests' have this machine's modes."""
+    script = "stat -c %a /etc/hostname /etc/hosts /etc/resolv.conf"
+    assert make.run("sh", "-c", script, image="debian")[1].split() == [b"644"] * 3
+
+
 def test_first_process_reaps(make: Maker) -> None:
     _, out, _ = make.run("sh", "-c", "(sleep 0 &) ; sleep 0.3; ps -eo stat,comm", image="debian")
     assert b"Z" not in out
@@ -220,3 +226,15 @@ def test_network_of_its_own_or_the_host_s(make: Maker) -> None:
     (own, interfaces), (host, _), (again, _) = (network(shared) for shared in (False, True, True))
     assert interfaces - {b"tunl0", b"sit0"} == {b"eth0", b"lo"}
     assert host == again != own
+
+
+def test_what_sessions_claimed_is_theirs_against_the_rest_of_the_machine(oci_lab: OciLab) -> None:
+    """How much that is: `unit/test_oci.py`; on a machine with systemd, by the clock: `tests/units.sh`."""
+    driver, groups = oci_lab.sandboxes, oci_lab.sandboxes.cgroups
+    before = groups.weights()[driver.cgroup.strip("/")]
+    driver.weigh(os.cpu_count() or 1)
+    try:
+        assert groups.weights()[driver.cgroup.strip("/")] == cgroups.MOST > before
+    finally:
+        driver.weigh(0)
+    assert groups.weights()[driver.cgroup.strip("/")] == before == 100

@@ -20,7 +20,9 @@ from beaker_sessions.sandbox import LABEL_OWNER, Progress, Status
 from beaker_sessions.sandbox.docker import config, images
 from beaker_sessions.sandbox.docker.driver import DockerSandboxes
 from tests import images as built
+from tests import network
 from tests.conftest import inside_network
+from tests.dripping import Drip
 
 from .conftest import SECONDS, DockerLab, Maker, pinned
 
@@ -99,6 +101,24 @@ def test_a_pull_ends_when_the_disk_is_nearly_full(
     with pytest.raises(Error) as error:
         docker_lab.sandboxes.image(f"{name}:1", Pull.NEVER, print)
     assert error.value.code == "not_found"
+
+
+@pytest.mark.parametrize("manifest", [False, True])
+def test_a_stop_ends_a_pull(docker_lab: DockerLab, manifest: bool) -> None:
+    """The engine says nothing before a manifest has come, and nothing while no byte of a layer does."""
+    drips = list[Drip]()
+    pid = int(Path(docker_lab.socket).with_name("pid").read_text())
+    network.inside(pid, lambda: drips.append(Drip(manifest=manifest)))
+    with drips[0] as drip:
+
+        def going() -> None:
+            if drip.begun.is_set():
+                raise KeyError("stopped")
+
+        with pytest.raises(KeyError):
+            docker_lab.sandboxes.image(f"{drip.address}/lab/tool:1", Pull.MISSING, lambda _: None, going=going)
+        # Engine 20.10 itself waits on for a manifest, with nobody's claim.
+        assert manifest or drip.left.wait(SECONDS)
 
 
 def test_image_that_the_registry_does_not_have(docker_lab: DockerLab, registry: str) -> None:

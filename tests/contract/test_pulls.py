@@ -24,7 +24,7 @@ from beaker_sessions.sandbox.commands import tied
 from beaker_sessions.sandbox.oci.images import Images
 from beaker_sessions.sandbox.oci.room import Room
 from tests import images
-from tests.dripping import Answer, described, image, manifest, serving
+from tests.dripping import Answer, Server, described, image, manifest
 from tests.stack import wait_for
 
 pytestmark = pytest.mark.usefixtures("oci_lab")  # what images need, the lab needs
@@ -71,20 +71,20 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Images:
 @pytest.mark.parametrize("name", EVIL)
 def test_what_is_no_image_is_an_error_that_names_it(store: Images, name: str) -> None:
     """Of some of these a session was started, others were "internal", as if the machine had a fault."""
-    with serving(image(*EVIL[name])) as server:
+    with Server(image(*EVIL[name])) as server:
         reference = f"{server.address}/a/b:1"
         with pytest.raises(Error) as error:
             store.get(reference, Pull.MISSING, lambda _: None)
         assert (error.value.code, reference in error.value.message) == ("invalid", True), error.value
         assert server.address in error.value.message
-        assert (left(store), store.stored(), store._fetching) == ([], [], {})
+        assert (left(store), store.stored(), store._turns._turns) == ([], [], {})
 
 
 def test_an_image_does_not_take_the_place_of_another_with_its_configuration(store: Images) -> None:
     """Its id is its configuration's digest; nobody could fetch the right one any more."""
-    with serving(image(config(FILES), images.tar({"bin/true": b"evil"}))) as evil, pytest.raises(Error):
+    with Server(image(config(FILES), images.tar({"bin/true": b"evil"}))) as evil, pytest.raises(Error):
         store.get(f"{evil.address}/a/b:1", Pull.MISSING, lambda _: None)
-    with serving(image(config(FILES), FILES)) as good:
+    with Server(image(config(FILES), FILES)) as good:
         found = store.get(f"{good.address}/a/b:1", Pull.MISSING, lambda _: None)
     assert Path(store.describe(found.id).layers[0], "bin/true").read_bytes() == b"#!"
 
@@ -100,7 +100,7 @@ def test_an_image_by_the_digest_of_its_index(tmp_path: Path) -> None:
         return (200, {}, index) if path.endswith(digest) else parts(path, headers)
 
     store = Images(tmp_path / "images")
-    with serving(answer) as server:
+    with Server(answer) as server:
         reference = f"{server.address}/a/b@{digest}"
         found = store.get(reference, Pull.MISSING, lambda _: None)
         count = len(server.asked)
@@ -114,11 +114,10 @@ def test_who_is_stopped_leaves_what_came_to_who_waits(tmp_path: Path) -> None:
     slow, begun, released = f"/{described(big)['digest']}", threading.Event(), threading.Event()
     parts = image(config(FILES, big), FILES, big)
 
-    def answer(path: str, headers: dict[str, str]) -> Answer:
+    def halfway(path: str) -> None:
         if path.endswith(slow) and not released.is_set():
             begun.set()
             released.wait(60)
-        return parts(path, headers)
 
     store, stopped, results = Images(tmp_path / "images"), threading.Event(), dict[str, object]()
 
@@ -136,7 +135,7 @@ def test_who_is_stopped_leaves_what_came_to_who_waits(tmp_path: Path) -> None:
 
     waits = threading.Event()
     going = {"bob": waits.set}
-    with serving(answer) as server:
+    with Server(parts, halfway) as server:
         threads = {name: threading.Thread(target=get, args=[name, act]) for name, act in (("ada", look), ("bob", id))}
         threads["ada"].start()
         assert begun.wait(60)
@@ -225,16 +224,15 @@ def test_a_pull_whose_executor_is_killed_leaves_nothing(
     packed = gzip.compress(layer, 1)
     begun, released, parts = threading.Event(), threading.Event(), image(config(layer), packed)
 
-    def answer(path: str, headers: dict[str, str]) -> Answer:
+    def halfway(path: str) -> None:
         if path.endswith(described(packed)["digest"]) and when == "fetching" and not released.is_set():
             begun.set()
             released.wait(60)
-        return parts(path, headers)
 
     def unpacks() -> bool:
         return any((tmp_path / "images/storage/overlay").glob("?" * 64))
 
-    with serving(answer) as server:
+    with Server(parts, halfway) as server:
         store = killed(f"{server.address}/a/b:1", begun.is_set if when == "fetching" else unpacks)
         released.set()
         assert (left(store), store.stored()) == ([], [])

@@ -21,13 +21,14 @@ import curses, os, sys
 keys = open(os.path.expanduser("~/keys"), "ab", buffering=0)
 def main(screen):
     sys.stdout.write("\033[c\033[>c\033[6n\033[>q\033]11;?\007\033P$qm\033\\\033[?2004h")
-    sys.stdout.flush()
+    rows, _ = screen.getmaxyx()
+    sys.stdout.write(f"\033[1;{rows}r")
     while True:
-        screen.erase()
         rows, columns = screen.getmaxyx()
-        screen.addstr(0, 0, f"size {rows} {columns}")
-        screen.addstr(1, 0, "drawn with care")
+        lines = [f"size {rows} {columns}", "drawn with care", *map(str, range(2, rows))]
         screen.refresh()
+        sys.stdout.write("\033[H\033[J" + "\r\n".join(lines))
+        sys.stdout.flush()
         key = screen.getch()
         if key == curses.KEY_RESIZE:
             continue

@@ -93,8 +93,9 @@ class Swept:
         over = 0.0
         while self.node.executor.popen.poll() is None:
             operation.go_on()
-            if not over and (self.node.answers() if command is None else command.popen.poll() is not None):
-                over = time.monotonic()
+            with contextlib.suppress(OSError, ValueError):  # it dies while it answers
+                if not over and (self.node.answers() if command is None else command.popen.poll() is not None):
+                    over = time.monotonic()
             if over and time.monotonic() - over > QUIET:
                 return False
             time.sleep(0.01)
@@ -121,10 +122,13 @@ class Swept:
         return len(path.read_text().splitlines()) if path.exists() else 0
 
     def settle(self) -> None:
-        """Wait until the server has been told of everything."""
+        """Wait until the server has been told of everything; nobody tells it without an executor."""
+        if self.node.executor.popen is None or self.node.executor.popen.poll() is not None:
+            return
         query = "SELECT count(*) FROM sessions WHERE reported < revision"
         wait_for("the reports", lambda: self.node.ledger(query) == [(0,)], PATIENCE)
-        wait_for("the outputs", lambda: not any((self.node.state / "executor/output").iterdir()), PATIENCE)
+        outputs = self.node.state / "executor/output"  # those for who comes back stay for five minutes
+        wait_for("the outputs", lambda: all(path.suffix for path in outputs.iterdir()), PATIENCE)
 
     def nothing_left(self, live: int = 0) -> None:
         try:
@@ -302,6 +306,7 @@ class Restart(Operation):
         self.ended = self._create("0", "until test -e ~/go; do usleep 20000; done; echo said; exit 9")
         wait_for("its start", lambda: self.swept.node.sandboxes().get(self.ended))
         pid = self.swept.node.sandboxes()[self.ended]
+        self.swept.settle()
         self.swept.node.executor.kill()
         go.touch()
         wait_for("its end", lambda: not Path(f"/proc/{pid}").exists())

@@ -27,17 +27,24 @@ class Server:
     def __init__(self) -> None:
         self.status, self.asked, self.reached, self.held = 200, 0, threading.Event(), threading.Event()
         self.held.set()
+        self.epoch = "E1"
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                if self.path == "/healthz":
+                    self.say(200, {"epoch": outer.epoch})
+                    return
                 outer.asked += 1
                 status = outer.status
                 if not outer.reached.is_set():
                     outer.reached.set()
                     outer.held.wait(10)
                 code = {200: "", 401: "unauthorized", 503: "unavailable"}[status]
-                body = json.dumps(ADA if status == 200 else {"code": status, "error": code, "message": "no"}).encode()
+                self.say(status, ADA if status == 200 else {"code": status, "error": code, "message": "no"})
+
+            def say(self, status: int, answer: dict) -> None:
+                body = json.dumps(answer).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
@@ -148,6 +155,28 @@ def test_a_revocation_ends_a_token_everywhere(server: Server, ledger: Ledger, aw
         with pytest.raises(Error) as error:
             asks.check(token, "ada")
         assert error.value.code == ("unauthorized" if away == 200 else "unavailable")
+
+
+def test_a_server_with_another_database_ends_no_token(server: Server, clock: Clock, ledger: Ledger) -> None:
+    """As when its database was lost: it knows nobody, and whoever was let in before goes on as without a server."""
+    access, token = Access(ledger, server.endpoint, {}), ids.mint_token()
+    ledger.fact("epoch", "E1")
+    access.check(token, "ada")
+    clock.now += 3600
+    server.status, server.epoch = 401, "E2"
+    assert access.check(token, "ada") == ADA
+    with pytest.raises(Error, match="15 minutes"):
+        access.check(token, "ada", creates=True)
+    with pytest.raises(Error) as caught:
+        access.check(ids.mint_token(), "ada")
+    assert caught.value.code == "unauthorized"
+    assert ledger.vouched(ids.hash_token(token))
+    server.epoch = "E1"  # the right one is back, and the token was revoked there
+    clock.now += module.AWAY
+    with pytest.raises(Error) as caught:
+        access.check(token, "ada")
+    assert caught.value.code == "unauthorized"
+    assert not ledger.vouched(ids.hash_token(token))
 
 
 def test_an_answer_that_was_under_way_brings_no_revoked_token_back(server: Server, ledger: Ledger) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +31,26 @@ def test_it_says_which_driver_and_why(tmp_path: Path) -> None:
 def test_a_broken_cdi_specification_is_told_once(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{")
     assert [one.level for one in found(tmp_path) if "broken.json" in one.what] == ["error"]
+
+
+def test_the_database_of_a_server_on_this_machine_is_checked(tmp_path: Path) -> None:
+    def said(file: Path | None) -> list[Finding]:
+        given = ExecutorSettings(storage_path=str(tmp_path), token_path=str(tmp_path / "none"))
+        findings = doctor.findings(given, FakeSandboxes(("base",)), "", database=file)
+        return [one for one in findings if one.what.startswith("the database")]
+
+    file = tmp_path / "server.db"
+    assert said(None) == said(file) == []
+    with contextlib.closing(sqlite3.connect(file)) as made:
+        made.executescript("CREATE TABLE x (y); INSERT INTO x VALUES (1)")
+    assert [one.level for one in said(file)] == ["ok"]
+    with open(file, "r+b") as raw:
+        raw.seek(4096)
+        raw.write(b"\xff" * 100)
+    [bad] = said(file)
+    assert (bad.level, "damaged" in bad.what, "beaker-server restore" in bad.mend) == ("error", True, True)
+    (tmp_path / "bad.yml").write_text("server: {none: 1}")
+    assert doctor.database(str(tmp_path / "bad.yml")) is None
 
 
 def test_persistence_mode_of_each_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,3 +90,10 @@ def test_gpus_that_came_after_the_executor_started_are_told(tmp_path: Path, monk
 
 def test_a_place_that_no_session_can_have_is_told(tmp_path: Path) -> None:
     assert [one.level for one in found(tmp_path, mount_paths=["/proc"]) if "/proc" in one.what] == ["error"]
+
+
+def test_only_a_mount_that_was_asked_for_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "MOUNTS", ["/none/net"])
+    for asked, level in ((["/none/net"], "ok"), (["/none/net", "/none/data"], "warning")):
+        levels = [one.level for one in found(tmp_path, mount_paths=asked) if one.what.startswith("/none/net is not")]
+        assert levels == [level]

@@ -105,6 +105,36 @@ def test_who_does_not_read_is_given_up_and_others_are_served(loop: Loop, monkeyp
             stuck.result(SECONDS)
 
 
+def test_signs_of_life_go_to_who_waits_and_reads(loop: Loop, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(caller, "BEAT", 0.01)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.settimeout(SECONDS)
+
+    async def made() -> Caller:
+        one = Caller(loop, ours, Workers("test", 1, 1), 1)
+        one.beat({"beat": True})
+        return one
+
+    async def act(what: Callable[..., object], *words: object) -> None:
+        what(*words)
+
+    with theirs:
+        one = wait(loop, made())
+        for _ in range(3):
+            assert theirs.recv(100) == b'{"alive":true}'
+        wait(loop, asyncio.sleep(0.2))  # of the many that were due by now, one waits to be read
+        wait(loop, act(one.waits, False))  # it has a terminal
+        assert theirs.recv(100) == b'{"alive":true}'
+        theirs.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            theirs.recv(100)
+        theirs.settimeout(SECONDS)
+        wait(loop, act(one.waits))
+        assert theirs.recv(100) == b'{"alive":true}'
+        wait(loop, act(one.close))
+        assert theirs.recv(100) == b""
+
+
 def test_an_agent_that_blocks_holds_up_its_own_session_alone(loop: Loop):
     """Whoever handed a connection over still holds it, and can have it block."""
 

@@ -27,7 +27,7 @@ from beaker_sessions.sandbox.oci import documents, fetching, registry
 from beaker_sessions.sandbox.oci.reference import parse
 from beaker_sessions.sandbox.oci.registry import Registry, public
 from beaker_sessions.sandbox.oci.room import Room
-from tests.dripping import CONFIG, LAYER, MANIFEST, Answer, Drip, Server, described, serving
+from tests.dripping import CONFIG, LAYER, MANIFEST, Answer, Drip, Server, described
 
 SECRET = "token-of-the-machine"
 
@@ -35,7 +35,7 @@ SECRET = "token-of-the-machine"
 @pytest.fixture
 def machine() -> Iterator[Server]:
     """A service of the machine that only root reaches."""
-    with serving(lambda *_: (200, {}, json.dumps({"token": SECRET}).encode())) as server:
+    with Server(lambda *_: (200, {}, json.dumps({"token": SECRET}).encode())) as server:
         yield server
 
 
@@ -50,7 +50,7 @@ def failing(server: Server, known: tuple[str, str] | None = None) -> Error:
 def test_a_realm_is_no_service_of_the_machine(machine: Server, realm: str) -> None:
     """Root fetched what it named, and sent the token in the answer to the registry."""
     challenge = {"WWW-Authenticate": f'Bearer realm="{realm.format(machine.address)}",service="x"'}
-    with serving(lambda *_: (401, challenge, b"")) as evil:
+    with Server(lambda *_: (401, challenge, b"")) as evil:
         failing(evil, ("ada", "correct horse"))
         assert machine.asked == []
         assert all(SECRET not in str(headers) for _, headers in evil.asked)
@@ -60,7 +60,7 @@ def test_a_realm_is_no_service_of_the_machine(machine: Server, realm: str) -> No
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 def test_a_redirect_leads_to_no_service_of_the_machine(machine: Server, status: int) -> None:
     for where in (f"http://{machine.address}/latest", "http://169.254.169.254/latest", "file:///etc/shadow", "gopher:"):
-        with serving(lambda *_, where=where: (status, {"Location": where}, b"")) as evil:
+        with Server(lambda *_, where=where: (status, {"Location": where}, b"")) as evil:
             assert failing(evil).code in ("unavailable", "invalid")
     assert machine.asked == []
 
@@ -71,7 +71,7 @@ def test_what_a_blob_redirects_to_is_checked_too(machine: Server, tmp_path: Path
             return 302, {"Location": f"http://{machine.address}/x"}, b""
         return 200, {}, MANIFEST
 
-    with serving(answer) as evil:
+    with Server(answer) as evil:
         source = Registry(parse(f"{evil.address}/a/b:1"))
         with pytest.raises(Error):
             source.fetch(source.manifest().blobs[1], tmp_path / "blob")
@@ -91,7 +91,7 @@ def test_a_token_service_on_the_registry_itself_gets_the_login(tmp_path: Path) -
         blobs = {described(content)["digest"]: content for content in (CONFIG, LAYER)}
         return 200, {}, MANIFEST if "/manifests/" in path else blobs[path.rpartition("/")[2]]
 
-    with serving(answer) as server:
+    with Server(answer) as server:
         wanted = parse(f"{server.address}/a/b:1")
         source = Registry(wanted, ("ada", "correct horse"))
         for blob in source.manifest().blobs:
@@ -188,7 +188,7 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_manifest_is_an_error(name: str) -> None:
     """An exception would have had the executor start the session again and again."""
-    with serving(lambda *_: (200, {}, HOSTILE[name])) as evil:
+    with Server(lambda *_: (200, {}, HOSTILE[name])) as evil:
         error = failing(evil)
         assert error.code in ("invalid", "not_found")
         assert f"{evil.address}/a/b:1" in error.message
@@ -303,7 +303,7 @@ def test_a_hostile_token_is_an_error(content: bytes) -> None:
             return 200, {}, content
         return 401, {"WWW-Authenticate": f'Bearer realm="http://{headers["Host"]}/token"'}, b""
 
-    with serving(answer) as evil:
+    with Server(answer) as evil:
         error = failing(evil)
         assert error.code in ("invalid", "unauthorized")
         assert f"{evil.address}/a/b:1" in error.message
@@ -314,7 +314,7 @@ def test_a_blob_is_what_its_digest_says(tmp_path: Path, content: bytes) -> None:
     def whole(path: str, _: dict[str, str]) -> Answer:
         return 200, {}, MANIFEST if "/manifests/" in path else content
 
-    with serving(whole) as evil:
+    with Server(whole) as evil:
         source = Registry(parse(f"{evil.address}/a/b:1"))
         with pytest.raises(Error) as error:
             source.fetch(source.manifest().blobs[1], tmp_path / "blob")
@@ -327,7 +327,7 @@ def test_a_blob_is_what_its_digest_says(tmp_path: Path, content: bytes) -> None:
     "challenge", ["Bearer", "Bearer realm=", 'Bearer realm="' + "x" * 9000, 'Basic realm="lab"', "Negotiate", '"' * 900]
 )
 def test_a_hostile_challenge_is_a_refusal(challenge: str) -> None:
-    with serving(lambda *_: (401, {"WWW-Authenticate": challenge}, b"")) as evil:
+    with Server(lambda *_: (401, {"WWW-Authenticate": challenge}, b"")) as evil:
         assert failing(evil).code in ("unauthorized", "unavailable")
 
 

@@ -23,7 +23,7 @@ HARMLESS = [
     b"\x1b[?1049h",
     b"\x1b[?2004h", b"\x1b]0;a title\x07", b"\x1b]8;;http://x/y\x1b\\link\x1b]8;;\x1b\\", b"\x1b(0qqq\x1b(B", b"\x1bM",
     b"\x1b7\x1b8",
-    b"\x1b[2 q", b"\x1b[22;0;0t", b"\x1b[>4;2m", b"\x1b[>1u", b"\x1bPq#0;2;0;0;0\x1b\\", b"\xff\xfe\x00", b"\x1b[3;20r",
+    b"\x1b[2 q", b"\x1b[22;0;0t", b"\x1b[>4;2m", b"\x1b[>1u", b"\x1bPq#0;2;0;0;0\x1b\\", b"\xff\xfe\x00", b"\x1b[r",
 ]  # fmt: skip
 
 
@@ -41,6 +41,7 @@ PIECES = st.sampled_from(
     [
         *QUESTIONS,
         *HARMLESS,
+        b"\x1b[3;20r",
         b"\x1b",
         b"\x1b[",
         b"\x1b]",
@@ -89,6 +90,15 @@ def test_modes_that_were_set_long_before() -> None:
 def test_modes_that_were_left_again_are_not_set() -> None:
     assert replay.shown(b"\x1b[?1049h\x1b[?25l ... \x1b[?25h\x1b[?1049l", b"$ ") == b"$ "
     assert replay.shown(b"\x1b[?1049h\x1b[31m\x1bc", b"$ ") == b"$ "
+
+
+def test_margins_hold_for_what_was_drawn_and_not_for_another_size() -> None:
+    """As a terminal forgets them when its size changes, which is what the program is told then."""
+    forget = b"\x1b7\x1b[r\x1b8"
+    assert replay.shown(b"", b"\x1b[1;24rtext") == b"\x1b[1;24rtext" + forget
+    assert replay.shown(b"\x1b[1;24r", b"text") == b"\x1b[1;24rtext" + forget
+    assert replay.shown(b"", b"\x1b[1;24rtext\x1b[38;5") == b"\x1b[1;24rtext" + forget + b"\x1b[38;5"
+    assert replay.shown(b"\x1b[1;24r", b"text\x1b[r") == b"\x1b[1;24rtext\x1b[r"
 
 
 def test_a_colour_that_was_on_is_on() -> None:

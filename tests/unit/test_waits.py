@@ -211,18 +211,31 @@ def test_an_executor_that_is_alive_and_never_answers_is_waited_for_longer(node: 
     assert node.jobs() == []
 
 
+def test_who_gives_a_size_to_what_has_just_ended_hears_its_exit_code(node: Node) -> None:
+    assert node.done(*CREATE, "--detach", "--image", "ending", "--name", "one")[0] == 0
+    it = node.shell("session", "attach", "one", patch="pass")
+    wait_for("the terminal", it.is_raw)
+    it.resize(30, 90)
+    it.process.send_signal(signal.SIGWINCH)
+    it.type(b"exit 3\r")
+    assert it.wait() == 3
+
+
 # -- Ctrl-C
 
 
-@pytest.mark.parametrize("where", ["queued", "pulling"])
+@pytest.mark.parametrize("where", ["queued", "pulling", "starting"])
 def test_control_c_ends_a_create_at_once_and_leaves_nothing(node: Node, where: str) -> None:
     if where == "queued":
         assert node.done("session", "create", "--bare", "--gpus", "1", "--detach", "-q", "--", "sleep")[0] == 0
         it = node.shell("session", "create", "--bare", "--gpus", "1", patch="pass")
         it.expect(b"Place in the queue: 1")
-    else:
+    elif where == "pulling":
         it = node.shell(*CREATE, "--image", "slow", patch="pass")
         it.expect(b"Pulling image")
+    else:
+        it = node.shell(*CREATE, "--image", "heavy", patch="pass")
+        wait_for("the start", lambda: node.jobs() and node.jobs()[0]["status"].get("scheduled"))
     before = len(node.jobs())
     it.type(b"\x03")
     assert it.wait() == 130

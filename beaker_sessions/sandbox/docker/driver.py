@@ -76,8 +76,7 @@ class DockerSandboxes:
         self, reference: str, pull: Pull, progress: Callable[[Progress], None], login: Login = lambda _: None,
         going: Callable[[], None] = lambda: None,
     ) -> Image:  # fmt: skip
-        del going  # the engine tells of progress from the beginning
-        return images.get(self.engine, reference, pull, progress, login, self.image_size)
+        return images.get(self.engine, reference, pull, progress, login, going, self.image_size)
 
     def create(self, spec: Spec) -> None:
         with self._storage(f"create the session {spec.id}"):
@@ -256,6 +255,9 @@ class DockerSandboxes:
     def guard(self) -> None:
         self.network.ensure()
 
+    def weigh(self, cpus: float) -> None:
+        pass
+
     def check(self) -> list[Finding]:
         return check(self.engine, cdi.load(self.cdi_paths, self.cdi_hooks))
 
@@ -280,8 +282,10 @@ class DockerSandboxes:
         try:
             yield
         except OSError as error:
-            code = "storage_full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "internal"
-            raise Error(code, f"cannot {what}: {error}", f"see df {self.files.state}") from error
+            hint = f"see df {self.files.state}"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise Error("storage_full", f"cannot {what}: the disk of {self.files.state} is full", hint) from error
+            raise Error("internal", f"cannot {what}: {error}", hint) from error
         except Error as error:
             if error.code == "internal" and (root := images.full(self.engine)):
                 raise Error(

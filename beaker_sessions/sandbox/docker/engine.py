@@ -102,40 +102,45 @@ class Engine:
         query: dict[str, Any] | None = None,
         timeout: float | None = TIMEOUT,
         headers: dict[str, str] | None = None,
-        wrong: Callable[[], str] | None = None,
+        look: Callable[[], None] | None = None,
     ) -> Iterator[Any]:
         """The JSON objects of an answer that comes line by line; the first item is None, once the engine has agreed.
 
-        timeout: the longest silence. wrong: asked every PAUSE; when it says why, the engine is left, which ends what
-        it does for us, and Error storage_full raised. Ends when the engine closes, or goes away.
+        timeout: the longest silence. look: called every PAUSE in another thread, from the beginning on. What it raises
+        is raised here, and the engine is left, which ends what it does for us. Ends when the engine closes, or goes
+        away.
         """
-        connection, response = self._open(method, self._base + _path(path, query), timeout=timeout, headers=headers)
-        over, why = threading.Event(), ""
+        target, over, why = self._base + _path(path, query), threading.Event(), list[BaseException]()
+        connection = self._connect(target, timeout)
 
-        def ask(wrong: Callable[[], str]) -> None:
-            nonlocal why
+        def watch(look: Callable[[], None]) -> None:
             while not why and not over.wait(PAUSE):
-                if why := wrong():
-                    connection.raw.shutdown(socket.SHUT_RDWR)
+                try:
+                    look()
+                except BaseException as error:
+                    why.append(error)
+                    with contextlib.suppress(OSError):  # it is over just now
+                        connection.raw.shutdown(socket.SHUT_RDWR)
 
-        if wrong:
-            threading.Thread(target=ask, args=[wrong], name="room", daemon=True).start()
+        if look:
+            threading.Thread(target=watch, args=[look], name="look", daemon=True).start()
         try:
+            response = self._ask(connection, method, target, headers=headers)
             _raise_for(response)
             yield None
             while line := response.readline():
                 yield json.loads(line)
-            if why:
-                raise Error("storage_full", why)
-        except TimeoutError as error:
-            raise self._silent(path, timeout) from error
-        except (OSError, http.client.HTTPException, ValueError):
-            if why:
-                raise Error("storage_full", why) from None
-            return  # torn off in the middle: the engine went away
+        except (Error, OSError, http.client.HTTPException, ValueError) as error:
+            if isinstance(error, Error) and not why:
+                raise
+            if isinstance(error, TimeoutError) and not why:
+                raise self._silent(path, timeout) from error
+            # else torn off in the middle: the engine went away
         finally:
             over.set()
             connection.close()
+        if why:
+            raise why[0]
 
     def hijack(self, path: str, query: dict[str, Any] | None = None, body: Any = None) -> socket.socket:
         """The connection itself after a POST that attaches to streams; not one byte of the stream has been read.
@@ -187,18 +192,39 @@ class Engine:
         timeout: float | None = TIMEOUT,
         headers: dict[str, str] | None = None,
     ) -> tuple[_Connection, http.client.HTTPResponse]:
+        connection = self._connect(target, timeout)
+        try:
+            return connection, self._ask(connection, method, target, body, headers)
+        except BaseException:
+            connection.close()
+            raise
+
+    def _connect(self, target: str, timeout: float | None) -> _Connection:
         connection = _Connection(self.path, timeout)
+        try:
+            connection.connect()
+        except OSError as error:
+            connection.close()
+            raise (self._silent(target, timeout) if isinstance(error, TimeoutError) else self._away(error)) from error
+        return connection
+
+    def _ask(
+        self,
+        connection: _Connection,
+        method: str,
+        target: str,
+        body: Any = None,
+        headers: dict[str, str] | None = None,
+    ) -> http.client.HTTPResponse:
         headers = headers or {}
         if body is not None and not isinstance(body, bytes):
             body, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
         try:
             connection.request(method, target, body, headers)
-            return connection, connection.getresponse()
+            return connection.getresponse()
         except TimeoutError as error:
-            connection.close()
-            raise self._silent(target, timeout) from error
+            raise self._silent(target, connection.timeout) from error
         except (OSError, http.client.HTTPException) as error:
-            connection.close()
             raise self._away(error) from error
 
     def _away(self, error: Exception) -> Error:

@@ -35,8 +35,9 @@ FINISHED = {"Already exists", "Pull complete"}
 
 
 def get(
-    engine: Engine, reference: str, pull: Pull, progress: Callable[[Progress], None], login: Login, limit: int
-) -> Image:
+    engine: Engine, reference: str, pull: Pull, progress: Callable[[Progress], None], login: Login,
+    going: Callable[[], None], limit: int,
+) -> Image:  # fmt: skip
     """As `Sandboxes.image`. limit: bytes that an image which is pulled may take, 0 for no limit.
 
     The engine unpacks where we do not see how much, so what stops it is a disk that is nearly full; how large an image
@@ -49,7 +50,7 @@ def get(
     if pull is Pull.NEVER:
         raise Error("not_found", f"the image {reference} is not on this machine, and --pull is never", "--pull missing")
     before = _local(engine, reference)
-    _pull(engine, reference, progress, login)
+    _pull(engine, reference, progress, login, going)
     if found := _local(engine, reference):
         if limit and found.size > limit and not (before and before.id == found.id):
             engine.call("DELETE", f"/images/{reference}")
@@ -154,7 +155,8 @@ def _local(engine: Engine, reference: str) -> Image | None:
         if error.code == "not_found":
             return None
         raise
-    return Image(found["Id"], reference, tuple(found["Config"].get("Env") or ()), found["Size"])
+    env = (found["Config"] or {}).get("Env") or ()  # an image may be without
+    return Image(found["Id"], reference, tuple(env), found["Size"])
 
 
 def _read(engine: Engine, container: str, path: str) -> str | None:
@@ -169,7 +171,9 @@ def _read(engine: Engine, container: str, path: str) -> str | None:
         return content.read().decode("utf-8", "surrogateescape") if content else None
 
 
-def _pull(engine: Engine, reference: str, progress: Callable[[Progress], None], login: Login) -> None:
+def _pull(
+    engine: Engine, reference: str, progress: Callable[[Progress], None], login: Login, going: Callable[[], None]
+) -> None:
     name, separator, tag = reference.partition("@")
     if not separator:
         name, _, tag = reference.rpartition(":")
@@ -184,14 +188,14 @@ def _pull(engine: Engine, reference: str, progress: Callable[[Progress], None], 
     query = {"fromImage": name, "tag": tag}
     try:
         root = engine.call("GET", "/info")["DockerRootDir"]
-        events = engine.stream(
-            "POST",
-            "/images/create",
-            query,
-            timeout=SILENCE,
-            headers=headers,
-            wrong=lambda: free.lacks(root) if os.path.isdir(root) else "",
-        )
+
+        def look() -> None:
+            going()
+            if os.path.isdir(root) and (why := free.lacks(root)):
+                raise Error("storage_full", why)
+
+        # Its first word comes after the registry's: until then there is no progress.
+        events = engine.stream("POST", "/images/create", query, timeout=SILENCE, headers=headers, look=look)
         for event in events:
             if event and "errorDetail" in event:
                 raise Error("unavailable", str(event["errorDetail"].get("message")))
@@ -199,6 +203,7 @@ def _pull(engine: Engine, reference: str, progress: Callable[[Progress], None], 
                 reported = time.monotonic()
                 progress(_progress(layers))
     except Error as error:
+        going()  # it ended because somebody stopped it
         raise _failure(engine, reference, error) from error
     if layers:
         progress(_progress(layers))

@@ -21,14 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import Error
-from .. import netns
+from .. import delegated, netns
+from ..busybox import BUSYBOX
 from . import mounts, programs
 from .processes import Process, readable
 
-LOG_SIZE = 1 << 30  # bytes of a log after which conmon forgets it, should no executor be there to trim it before
+LOG_SIZE = 8 << 20  # bytes after which conmon begins a new log, see `logs`
 PACKET = 32 << 10  # the longest packet that conmon takes
 BUSY = 0.3  # seconds that a line for a conmon which does not read waits for the one before
-ENTER = (programs.BUSYBOX, "nsenter")  # static, so that it costs half a millisecond
+ENTER = (BUSYBOX, "nsenter")  # static, so that it costs half a millisecond
 START = 30.0  # seconds in which a runtime must have made a container
 LOOK = 0.02  # seconds between looks at a container that is started for the second time
 
@@ -57,6 +58,7 @@ def create(
         pipes = {"_OCI_SYNCPIPE": writer}
         netns.inside(namespace, lambda: _run(runtime, id, directory, short, arguments, pipes, root))
         writer.close()
+        _hold(directory)
         init = _answer(reader, f"{Path(runtime.path).name} create")
     os.utime(_fifo(runtime, id), (0, 0))
     return int((directory / "conmon.pid").read_text()), init
@@ -97,6 +99,7 @@ def execute(
         connection = connect(directory)
         try:
             begin.write(b"\0")
+            _hold(directory)
             _answer(synced, f"{Path(runtime.path).name} exec")
         except BaseException:
             connection.close()
@@ -271,6 +274,12 @@ def _run(
         raise Error("unavailable", "conmon is not installed", "apt-get install conmon") from error
     if done.returncode != 0:
         raise Error("internal", f"conmon ended with {done.returncode}: {done.stderr.decode(errors='replace').strip()}")
+
+
+def _hold(directory: Path) -> None:
+    """Take conmon out of the executor's group, while the runtime works: moving a process may take milliseconds."""
+    if delegated.holders():
+        delegated.hold(int((directory / "conmon.pid").read_text()))
 
 
 @contextlib.contextmanager

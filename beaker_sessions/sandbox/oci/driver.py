@@ -25,6 +25,7 @@ import os
 import re
 import resource
 import secrets
+import shutil
 import signal as signals
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -48,9 +49,11 @@ from .. import (
     Status,
     Terminal,
     cdi,
+    delegated,
     resolvers,
     subordinate,
 )
+from ..busybox import BUSYBOX
 from . import apparmor, cgroups, config, conmon, keyring, layer, logs, mounts, programs, record, rootfs, userns
 from .check import check
 from .idmaps import IdMaps
@@ -66,6 +69,7 @@ RUN = Path("/run/beaker/oci")  # every id may pass through it, which the state n
 PARTS = ("sessions", "runtime", "inside", "trash")
 READY = 1.0  # seconds in which a sandbox's init must listen to signals
 FULL = (errno.ENOSPC, errno.EDQUOT)
+LEAST = 1 << 20  # bytes without which nothing starts
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +101,7 @@ class OciSandboxes:
         self.cdi_paths, self.cdi_hooks = list(cdi_paths), list(cdi_hooks)
         self.ids, self.maps = ids, IdMaps()
         self.cgroups = cgroups.detect()
-        self.cgroup = "/beaker-" + re.sub(r"[^a-z0-9]+", "-", owner.lower()).strip("-")
+        self.cgroup = delegated.base() + "/beaker-" + re.sub(r"[^a-z0-9]+", "-", owner.lower()).strip("-")
         self.roots = RUN / bridge / "roots"
         for path in (RUN.parent, RUN, RUN / bridge):
             path.mkdir(parents=True, exist_ok=True)
@@ -144,6 +148,8 @@ class OciSandboxes:
             directory.mkdir(mode=0o700)
         except FileExistsError as error:
             raise Error("conflict", f"the sandbox {spec.id} exists already") from error
+        except OSError as error:
+            raise self._full(error) or Error("internal", f"the sandbox {spec.id} could not be made: {error}") from error
         try:
             self.maps.take(spec.id, uids, gids)
             labels = {**spec.labels, LABEL: spec.id, LABEL_OWNER: self.owner}
@@ -174,17 +180,20 @@ class OciSandboxes:
                 holder, init = conmon.create(
                     self.runtime, spec.id, directory, root, network, tty=spec.tty, stdin=spec.stdin
                 )
+            logs.begin(directory)
             if not spec.tty:
                 user = spec.identity
                 conmon.give(holder, userns.outside(uids, user.uid), userns.outside(gids, user.gid))
             replace(sandbox, conmon=Process.of(holder), init=Process.of(init)).save(directory)
             self._tell(spec.id)
         except BaseException as error:
+            full = self._full(error)
             self.remains.remove(spec.id)
             self.maps.drop(spec.id)
+            if full:
+                raise full from error
             if isinstance(error, OSError):
-                code = "storage_full" if error.errno in FULL else "internal"
-                raise Error(code, f"the sandbox {spec.id} could not be made: {error}") from error
+                raise Error("internal", f"the sandbox {spec.id} could not be made: {error}") from error
             raise
 
     def attach(self, id: str, *, replay: bool, whole: bool = False) -> Terminal:
@@ -241,17 +250,20 @@ class OciSandboxes:
             gids=groups, files=files, size=size, apparmor=apparmor,
         )  # fmt: skip
         own = directory / "exec" / handle
-        own.mkdir(parents=True)
-        (own / "process.json").write_text(json.dumps(process))
         try:
+            own.mkdir(parents=True)
+            (own / "process.json").write_text(json.dumps(process))
             holder, connection = conmon.execute(
                 self._runtime(sandbox), id, own, self._network(sandbox), tty=size is not None, stdin=stdin,
                 owner=(userns.outside(uids, identity.uid), userns.outside(gids, identity.gid)),
             )  # fmt: skip
             (own / "started").write_text(json.dumps(Process.of(holder).__dict__))
-        except BaseException:
+        except BaseException as error:
             for started in mentioning(own):  # nobody would know of it
                 started.kill()
+            if full := self._full(error):
+                shutil.rmtree(own, ignore_errors=True)
+                raise full from error
             raise
         return handle, Terminal(connection.detach(), Framing.CONMON)
 
@@ -317,6 +329,19 @@ class OciSandboxes:
     def guard(self) -> None:
         self.network.guard()
 
+    def weigh(self, cpus: float) -> None:
+        if "cpu" not in self.cgroups.controllers():
+            return  # as doctor says
+        top = self.cgroup.split("/")[1]
+        machine = os.cpu_count() or 1
+        others = sum(weight for name, weight in self.cgroups.weights().items() if name != top)
+        if delegated.base():
+            weight = cgroups.guarantee(cpus, machine, others)
+            delegated.weigh(weight)
+            self.cgroups.weigh(self.cgroup, cgroups.MOST)  # beside what holds terminals
+        else:  # beside processes in no group, of which as many as there are CPUs are taken to be busy
+            self.cgroups.weigh(self.cgroup, cgroups.guarantee(cpus, machine, others + 100 * machine))
+
     def check(self) -> list[Finding]:
         init = programs.find(programs.INITS)
         if self.pids:
@@ -324,7 +349,7 @@ class OciSandboxes:
         else:
             pids = Finding("warning", "sessions together can take all ids of processes", "enable the pids controller")
         found = check(
-            self.state, self.state / "trash", self.runtime.path, self.cgroups, init, programs.BUSYBOX, self.images.root,
+            self.state, self.state / "trash", self.runtime.path, self.cgroups, init, BUSYBOX, self.images.root,
             self.ids,
         )  # fmt: skip
         return [*found, pids]
@@ -334,6 +359,16 @@ class OciSandboxes:
         self.remains.close()
         while self._namespaces:
             os.close(self._namespaces.popitem()[1])
+
+    def _full(self, error: BaseException) -> Error | None:
+        """What to say when it was the disk: what conmon and the runtime cannot write makes them end without a word."""
+        disk = os.statvfs(self.state)
+        if not (isinstance(error, OSError) and error.errno in FULL) and (
+            not isinstance(error, Error) or error.code != "internal" or disk.f_bfree * disk.f_frsize > LEAST
+        ):
+            return None
+        hint = "stop sessions that you do not need, or ask the administrator: beaker executor images prune"
+        return Error("storage_full", f"the disk of {self.state} is full", hint)
 
     def _directory(self, id: str) -> Path:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", id):
@@ -397,7 +432,7 @@ class OciSandboxes:
 
     def find(self, id: str) -> Found | None:
         directory = self._directory(id)
-        sandbox = record.load(directory)
+        sandbox = self.records.load(directory)
         return self._found(directory, sandbox) if sandbox and sandbox.made else None
 
     def list(self) -> list[Found]:  # last: its name hides the type from what follows

@@ -15,14 +15,13 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import stat
 import subprocess
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,12 +29,13 @@ from typing import Any
 from ...errors import Error
 from ...model import Pull
 from .. import Image, Limits, Login, Progress
+from ..commands import tied
 from ..docker.engine import Engine
 from . import archive, documents, fetching, mounts
 from .documents import Wrong
 from .reference import HUB, Reference, parse
 from .registry import Registry
-from .room import PAUSE, Failed, Full, Room
+from .room import Failed, Full, Room
 from .storage import Storage, size
 
 SHELLS = ("/bin/bash", "/usr/bin/bash", "/usr/local/bin/bash", "/bin/sh")
@@ -75,15 +75,6 @@ class Stored:
     used: datetime
 
 
-@dataclass
-class _Fetch:
-    """One image that is fetched. users: who fetch it or wait to. directory: what came so far from its registry."""
-
-    turn: threading.Lock = field(default_factory=threading.Lock)
-    users: int = 0
-    directory: Path | None = None
-
-
 class Images:
     """root: a directory of the executor's own, on a file system that overlays can be on. docker: the socket of the
     local Docker Engine, "" for none. realms: as of `Registry`. needed: the ids of images that must stay; None: nobody
@@ -104,7 +95,7 @@ class Images:
         (root / "images").mkdir(mode=0o700, exist_ok=True)
         self.storage = Storage(root / "storage")
         self.room = Room(root, limits or Limits(), self.storage.stored)
-        self._fetching: dict[str, _Fetch] = {}  # by the image's name
+        self._turns = fetching.Turns(root)
         self._choosing = threading.Lock()
         self._leases: dict[str, float] = {}  # by id, until when
         self._leaving: set[str] = set()  # being removed
@@ -132,36 +123,15 @@ class Images:
         wanted = parse(reference)
         id = self._take(wanted) if pull is not Pull.ALWAYS else ""
         while not id:
-            with self._turn(wanted, going) as fetch:
+            with self._turns.of(wanted.name, going) as turn:
                 # Who waited for another's fetch has what that fetched.
                 id = self._take(wanted) if pull is not Pull.ALWAYS else ""
                 if not id:
-                    self._fetch(wanted, pull, progress, login, going, fetch)
+                    self._fetch(wanted, pull, progress, login, going, turn)
                     id = self._lease(self._find(wanted))
         description = self.describe(id)
         os.utime(self._description(id))  # when it was last used
         return Image(description.id, reference, tuple(description.env), description.size)
-
-    @contextlib.contextmanager
-    def _turn(self, wanted: Reference, going: Callable[[], None]) -> Iterator[_Fetch]:
-        """While nobody else fetches this image. Who comes next goes on with what one who was stopped has fetched."""
-        with self._choosing:
-            fetch = self._fetching.setdefault(wanted.name, _Fetch())
-            fetch.users += 1
-        try:
-            while not fetch.turn.acquire(timeout=PAUSE):
-                going()
-            try:
-                yield fetch
-            finally:
-                fetch.turn.release()
-        finally:
-            with self._choosing:
-                fetch.users -= 1
-                if not fetch.users:
-                    del self._fetching[wanted.name]
-            if not fetch.users and fetch.directory:
-                shutil.rmtree(fetch.directory, ignore_errors=True)
 
     def load(self, file: Path, reference: str) -> None:
         """Take an image from an OCI or Docker archive file, under a name. Raises Error invalid for other files."""
@@ -216,7 +186,8 @@ class Images:
             self._leaving.add(id)
         try:
             target = f"containers-storage:[{self._store}]@{id.removeprefix('sha256:')}"
-            done = subprocess.run(["skopeo", "--insecure-policy", "delete", target], capture_output=True, check=False)
+            command = tied(["skopeo", "--insecure-policy", "delete", target])  # the next executor may hand it out
+            done = subprocess.run(command, capture_output=True, check=False)
             if done.returncode:
                 log.warning("skopeo: %s", " ".join(done.stderr.decode(errors="replace").split()))
                 raise Error("internal", f"the image {id} could not be removed; the executor's log says more")
@@ -322,7 +293,7 @@ class Images:
 
     def _fetch(
         self, wanted: Reference, pull: Pull, progress: Callable[[Progress], None], login: Login,
-        going: Callable[[], None], fetch: _Fetch,
+        going: Callable[[], None], turn: fetching.Turn,
     ) -> None:  # fmt: skip
         if pull is not Pull.ALWAYS and (docker := self._in_docker(wanted)):
             total = int(docker["Size"])
@@ -339,7 +310,7 @@ class Images:
             what = f"the image {wanted.name} is not on this machine, and --pull is never"
             raise Error("not_found", what, "--pull missing")
         else:
-            self._pull(wanted, progress, login, going, fetch)
+            self._pull(wanted, progress, login, going, turn)
             self._origin(wanted).unlink(missing_ok=True)
 
     def _in_docker(self, wanted: Reference) -> dict[str, Any]:
@@ -353,32 +324,25 @@ class Images:
 
     def _pull(
         self, wanted: Reference, progress: Callable[[Progress], None], login: Login, going: Callable[[], None],
-        fetch: _Fetch,
+        turn: fetching.Turn,
     ) -> None:  # fmt: skip
         """Fetch from the registry into a directory, as skopeo's `dir:` has it, and from there into the storage."""
         source = Registry(wanted, login(f"{wanted.host}/{wanted.path}"), self.realms)
         manifest = fetching.manifest(source, going)
-        blobs = {blob.file: blob for blob in manifest.blobs}
-        total = sum(blob.size for blob in blobs.values())
+        blobs = list(dict.fromkeys(manifest.blobs))  # each once
+        total = sum(blob.size for blob in blobs)
         if why := self.room.too_large(total):
             raise self._full(wanted, why)
         progress(Progress(0, total, (0, len(manifest.blobs) - 1)))  # who may not fetch it is told before it begins
-        directory = fetch.directory = fetch.directory or Path(tempfile.mkdtemp(dir=self.root, prefix="pull-"))
+        directory = turn.directory
         (directory / "version").write_text("Directory Transport Version: 1.1\n")
         (directory / "manifest.json").write_bytes(manifest.raw)
 
         def look() -> None:
-            files = [entry for entry in os.scandir(directory) if entry.name.partition(".")[0] in blobs]
-            done = 0
-            for entry in files:
-                with contextlib.suppress(FileNotFoundError):  # renamed just now
-                    done += entry.stat().st_size
-            layers = {blob.file for blob in manifest.blobs[1:]}
-            whole = sum(entry.name in layers for entry in files)
-            progress(Progress(min(done, total), total, (whole, len(layers))))
+            progress(fetching.progress(manifest, directory))
 
         def fill() -> None:
-            fetching.fetch(source, list(blobs.values()), directory, self.room, look)
+            fetching.fetch(source, blobs, directory, self.room, look)
 
         self._with_room(wanted, fill, look)
         look()
@@ -394,8 +358,7 @@ class Images:
             temporary.replace(self._chosen(wanted))
         refused = "invalid", f"{wanted.host} sends what cannot be unpacked"
         self._copy(f"dir:{directory}", wanted, [], refused, total, look)
-        fetch.directory = None
-        shutil.rmtree(directory, ignore_errors=True)
+        turn.clear()
 
     def _copy(
         self, source: str, wanted: Reference, options: list[str], refused: tuple[str, str], packed: int,

@@ -1,8 +1,16 @@
 """The output of a sandbox as conmon keeps it, in the format of Kubernetes: `TIME STREAM P|F TEXT`, P without newline.
 
-Owns: the log files of one sandbox: `log`, which conmon writes, and `log.old`, what was in it before conmon was last
-told to begin a new one. That happens when somebody comes back, because it marks the place in the output where their
-connection began, and when the log is long.
+Owns: the log files of one sandbox, which together never have more than LIMIT bytes. conmon writes `log`. When it is
+told to, or has written KEEP bytes, it makes `log.tmp`, writes there from then on, and renames it to `log`, unasked.
+So that the one before is kept, it has another name:
+
+    log         what conmon writes
+    log.closed  the same file, hence the one before as soon as conmon has begun a new one
+    log.tmp     made ahead, so that conmon takes it for the next one
+    log.next    the same file: by it is known whether `log` is the next one after `log.closed`, or one still later
+    log.old     what was before `log.closed`
+
+That somebody comes back marks a place in the output where their connection begins, so a new one is begun then.
 """
 
 from __future__ import annotations
@@ -16,6 +24,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 from .. import framed as frame
@@ -23,8 +32,11 @@ from . import conmon
 from .processes import Process
 
 KEEP = 8 << 20  # bytes of a log file
+LIMIT = 5 * KEEP  # of all files of a sandbox: `log`, `.closed`, `.next`, `.old`, and what becomes `.old`
 REPLAY = 64 << 10  # bytes of recent output that an attach shows,
 LINE = 4 << 10  # and at most so many more, to begin with a line
+DISPATCH = 512 << 10  # bytes of a log, or fewer, that conmon writes between two looks at who wants something of it
+LOST = "output may be missing here"
 BLOCK = 256 << 10  # bytes of a log that are read at once
 PATIENCE = 5.0  # seconds for conmon to begin a new file
 PAUSE = 0.0005
@@ -43,16 +55,20 @@ def payload(text: bytes, *, framed: bool = False) -> bytes:
     return bytes(output)
 
 
-def tail(directory: Path, limit: int, *, framed: bool = False, names: Iterable[str] = NAMES) -> bytes:
-    """The last `limit` bytes of output in these files. framed: as of `Sandboxes.logs`."""
-    result, inodes = b"", set()
-    for name in names:
-        with contextlib.suppress(FileNotFoundError), open(directory / name, "rb") as file:
-            inode = os.fstat(file.fileno()).st_ino  # until conmon has begun a new log, the closed one is this one
-            if inode not in inodes and len(result) < limit:
-                result = _tail(file.fileno(), limit - len(result), framed) + result
-            inodes.add(inode)
-    return result
+def begin(directory: Path) -> None:
+    """Be ready for conmon to begin a new log, from now on."""
+    with _locked(directory):
+        _prepare(directory)
+
+
+def tail(directory: Path, limit: int, *, framed: bool = False) -> bytes:
+    """The last `limit` bytes of output. framed: as of `Sandboxes.logs`."""
+    try:
+        with _locked(directory):
+            _put_away(directory)
+            return _joined(directory, NAMES, limit, framed)
+    except FileNotFoundError:  # removed just now
+        return b""
 
 
 def join(directory: Path, holder: Process, *, whole: bool = False, framed: bool = False) -> tuple[socket.socket, bytes]:
@@ -64,80 +80,113 @@ def join(directory: Path, holder: Process, *, whole: bool = False, framed: bool 
     """
     with _locked(directory):
         conmon.settle(directory)
+        _put_away(directory)  # so that there is little to do while it is stopped
         with _paused(holder):
+            _put_away(directory)
+            mark = _inode(directory / "log")
             connection = conmon.connect(directory)
             try:
-                mark = _close(directory)
+                conmon.command(directory, "2 0 0\n")
             except BaseException:
                 connection.close()
                 raise
-        before = ("log.old",) if _fold(directory, mark) else NAMES
-        return connection, recent(directory, whole=whole, framed=framed, names=before)
+        begun = _begun(directory, mark)
+        names = ["log.closed", "log.old"]
+        if not begun:
+            names.insert(0, "log")
+        elif not _follows(directory) and (directory / "log.next").stat().st_size <= DISPATCH:
+            # It was at some output when it was stopped, with which it had written KEEP bytes.
+            names.insert(0, "log.next")
+        text = _joined(directory, names, sys.maxsize if whole else REPLAY + LINE, framed)
+        _put_away(directory)
+        return connection, text if whole else _whole_lines(text)
 
 
 def trim(directory: Path) -> None:
-    """Begin a new log when this one is long, and put away one that was closed late."""
+    """Put away a log that was closed, and begin a new one when this is long: an earlier version's conmon does not."""
     with contextlib.suppress(FileNotFoundError):
-        if (directory / "log").stat().st_size > KEEP:
+        log = (directory / "log").stat()
+        if log.st_size > KEEP:
             with _locked(directory):
-                _fold(directory, _close(directory))
-        elif (directory / "log.closed").exists():
+                _put_away(directory)
+                mark = _inode(directory / "log")
+                conmon.command(directory, "2 0 0\n")
+                if _begun(directory, mark):
+                    _put_away(directory)
+        elif log.st_ino != _inode(directory / "log.closed"):
             with _locked(directory):
                 _put_away(directory)
 
 
-def _close(directory: Path) -> int:
-    """Tell conmon to begin a new log; the inode of the one that it closes."""
-    _put_away(directory)
-    with contextlib.suppress(FileExistsError):
-        os.link(directory / "log", directory / "log.closed")
-    conmon.command(directory, "2 0 0\n")
-    return (directory / "log").stat().st_ino
-
-
-def _fold(directory: Path, closed: int) -> bool:
-    """Wait for the new log, and put the closed one behind `log.old`.
+def _begun(directory: Path, closed: int) -> bool:
+    """Wait for a new log, after conmon was told to begin one.
 
     False when there is none yet: output waits for a reader who does not read, so that nothing else happens either, or
     the machine is very busy. It is then put away later.
     """
     deadline = time.monotonic() + PATIENCE
-    while (directory / "log").stat().st_ino == closed:
+    while _inode(directory / "log") == closed:
         if time.monotonic() > deadline:
             return False
         time.sleep(PAUSE)
-    _put_away(directory)
+    conmon.settle(directory)
+    time.sleep(PAUSE)  # it may have begun one by itself before, and the other just after it read the command
     return True
+
+
+def _follows(directory: Path) -> bool:
+    """Whether `log` is the next one after `log.closed`."""
+    return _inode(directory / "log") == _inode(directory / "log.next")
 
 
 def _put_away(directory: Path) -> None:
     """Put a closed log behind `log.old`, of which the last KEEP bytes stay, unless conmon still writes to it."""
-    closed, old = directory / "log.closed", directory / "log.old"
-    try:
-        if closed.stat().st_ino == (directory / "log").stat().st_ino:
-            return
-    except FileNotFoundError:
-        return
-    text = _end(closed, KEEP)
-    whole = closed.stat().st_size <= KEEP
-    if whole:
-        before = _end(old, KEEP - len(text))
-        whole = not old.exists() or old.stat().st_size == len(before)
-        text = before + text
-    temporary = directory / "log.new"
+    closed, old, following = directory / "log.closed", directory / "log.old", directory / "log.next"
+    log = _inode(directory / "log")
+    if _inode(closed) not in (log, 0):
+        follows = _follows(directory) or not following.exists()  # an earlier version made none
+        if follows and closed.stat().st_size > KEEP // 2:
+            closed.replace(old)
+        else:
+            used = [closed] if follows or _inode(following) == _inode(directory / "log.tmp") else [closed, following]
+            _append(old, used, lost=not follows)
+            closed.unlink()
+    _prepare(directory)
+
+
+def _prepare(directory: Path) -> None:
+    """Give names to the log that is and to the one that comes, while conmon may begin others."""
+    closed, following, temporary = directory / "log.closed", directory / "log.next", directory / "log.tmp"
+    if not temporary.exists():
+        following.unlink(missing_ok=True)
+        following.touch(mode=0o600)
+        with contextlib.suppress(FileExistsError):  # conmon begins one at this moment
+            os.link(following, temporary)
+    if not closed.exists():
+        os.link(directory / "log", closed)
+
+
+def _append(old: Path, files: list[Path], *, lost: bool) -> None:
+    text = b"".join(_end(file, KEEP) for file in files)
+    if lost:
+        now = datetime.now(UTC).isoformat(timespec="microseconds")
+        text += f"{now} stdout F \r\n{now} stdout F [{LOST}]\r\n".encode()
+    before = _end(old, KEEP)
+    whole = len(before) + len(text) <= KEEP and sum(_size(file) for file in (old, *files)) <= KEEP
+    text = (before + text)[-KEEP:]
+    temporary = old.with_name("log.new")
     temporary.write_bytes(text if whole else text.partition(b"\n")[2])
     temporary.replace(old)
-    closed.unlink()
 
 
-def recent(directory: Path, *, whole: bool = False, framed: bool = False, names: Iterable[str] = NAMES) -> bytes:
+def recent(directory: Path, *, whole: bool = False, framed: bool = False) -> bytes:
     """The last REPLAY bytes of output, from the beginning of a line if there is one in LINE more bytes.
 
     whole: all that is kept. framed: as of `Sandboxes.logs`.
     """
     if whole:
-        return tail(directory, sys.maxsize, framed=framed, names=names)
-    return _whole_lines(tail(directory, REPLAY + LINE, names=names))
+        return tail(directory, sys.maxsize, framed=framed)
+    return _whole_lines(tail(directory, REPLAY + LINE))
 
 
 def _whole_lines(text: bytes) -> bytes:
@@ -145,6 +194,33 @@ def _whole_lines(text: bytes) -> bytes:
         return text
     start = text.find(b"\n", 0, len(text) - REPLAY) + 1
     return text[start or -REPLAY :]
+
+
+def _joined(directory: Path, names: Iterable[str], limit: int, framed: bool) -> bytes:
+    """The last bytes of output in files, the latest first, of which several may be one."""
+    result, inodes = b"", set()
+    for name in names:
+        with contextlib.suppress(FileNotFoundError), open(directory / name, "rb") as file:
+            inode = os.fstat(file.fileno()).st_ino
+            if inode not in inodes and len(result) < limit:
+                result = _tail(file.fileno(), limit - len(result), framed) + result
+            inodes.add(inode)
+    return result
+
+
+def _inode(path: Path) -> int:
+    """0 for a file that is not there."""
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return 0
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _end(path: Path, limit: int) -> bytes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import logging
 import os
 import shutil
 import subprocess
@@ -15,12 +16,15 @@ from importlib import resources
 from pathlib import Path
 
 from ...errors import Error
+from ..busybox import BUSYBOX
 
-BUSYBOX = "/bin/busybox"
 INITS = ("/usr/bin/tini-static", "/usr/bin/docker-init", "/usr/bin/catatonit", "/usr/libexec/podman/catatonit")
 RUNTIMES = ("runc", "crun")
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 MFD_EXEC = 0x10  # of Linux 6.3
+
+
+log = logging.getLogger(__name__)
 
 
 def find(names: Iterable[str]) -> str:
@@ -74,6 +78,11 @@ def install(directory: Path) -> None:
         path = directory / name
         if not path.exists() or path.read_bytes() != data:
             temporary = path.with_suffix(".new")
-            temporary.write_bytes(data)
+            try:
+                temporary.write_bytes(data)
+            except OSError as error:  # of a full disk: what is there will do, and what runs needs it
+                temporary.unlink(missing_ok=True)
+                log.error("%s is not brought up to date: %s", path, error)
+                continue
             temporary.chmod(mode)
             temporary.replace(path)

@@ -22,6 +22,7 @@ from .images import Description
 from .mounts import IdMap
 from .userns import outside
 
+NAMES = ("hosts", "hostname", "resolv.conf")  # get their usual mode, whatever the image's is
 SUDOERS = "/etc/sudoers.d"  # there is no password to ask for, and root inside is nobody outside
 NOTHING = mounts.ATTR_NOSUID | mounts.ATTR_NODEV
 READ = mounts.ATTR_RDONLY | mounts.ATTR_NOEXEC
@@ -117,7 +118,10 @@ def _files(spec: Spec, image: Description, resolvers: str) -> Mapping[str, tuple
 
 
 def _write(directory: int, name: str, text: str, mode: int, owner: tuple[int, int]) -> None:
-    """A regular file with this text; one that the image has keeps its owner and mode, anything else makes way."""
+    """A regular file with this text; one that the image has keeps its owner, and the mode of accounts' files.
+
+    Anything else makes way.
+    """
     flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
         kept = stat.S_ISREG(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
@@ -130,6 +134,8 @@ def _write(directory: int, name: str, text: str, mode: int, owner: tuple[int, in
     ) as f:
         if not kept:
             os.fchown(f.fileno(), *owner)
+        elif name in NAMES:
+            os.fchmod(f.fileno(), mode)
         f.write(text.encode("utf-8", "surrogateescape"))
 
 

@@ -5,15 +5,16 @@ Owns: the pidfds of what runs. Also trims the logs of what runs, which nobody el
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from . import logs
+from . import inotify, logs
 from .record import Record
 
-TRIM = 5.0  # seconds between two looks at the lengths of the logs
+TRIM = 5.0  # seconds between two looks at all logs; at once where conmon has begun a new one
 
 
 class Watch:
@@ -22,6 +23,7 @@ class Watch:
     def __init__(self, sandboxes: Callable[[], Iterator[tuple[Path, Record]]]) -> None:
         self.sandboxes = sandboxes
         self._reader, self._writer = os.pipe()
+        self._logs = inotify.Renames()
         self._open: dict[str, int] = {}
 
     def tell(self, id: str) -> None:
@@ -44,13 +46,18 @@ class Watch:
                         yield sandbox.id
                     else:
                         self._open[sandbox.id] = fd
+                        with contextlib.suppress(OSError):  # no watch is left, or it is removed
+                            self._logs.add(directory)
             ended &= known
             by_fd = {fd: id for id, fd in self._open.items()}
             poll = select.poll()  # select(2) takes no descriptors above 1023
-            for fd in (self._reader, *by_fd):
+            for fd in (self._reader, self._logs.fd, *by_fd):
                 poll.register(fd, select.POLLIN)
             for fd, _ in poll.poll(TRIM * 1000):
-                if fd == self._reader:
+                if fd == self._logs.fd:
+                    for directory in self._logs.into("log"):
+                        logs.trim(directory)
+                elif fd == self._reader:
                     yield from os.read(fd, 65536).decode().split()
                 else:
                     ended.add(by_fd[fd])
@@ -58,5 +65,5 @@ class Watch:
                     yield by_fd[fd]
 
     def close(self) -> None:
-        for fd in (self._reader, self._writer, *self._open.values()):
+        for fd in (self._reader, self._writer, self._logs.fd, *self._open.values()):
             os.close(fd)

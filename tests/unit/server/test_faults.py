@@ -282,7 +282,7 @@ def test_client_has_the_methods_of_service_and_routes(server: SimpleNamespace) -
     inside |= {"sign_in", "sign_out", "linked", "redeem", "visitor", "fallen_silent", "usage"}  # for the console
     inside |= {"exposition", "logs_due", "admit"}  # at /metrics, while an answer waits, and for the console
     methods = public(Service) - inside
-    assert public(Client) - {"close", "forward", "jobs"} == methods
+    assert public(Client) - {"close", "epoch", "forward", "jobs"} == methods
     document = api(server.service).openapi()
     named = {route["operationId"] for path in document["paths"].values() for route in path.values()}
     assert named == methods | {"healthy"}

@@ -184,7 +184,8 @@ def test_reports_only_of_own_sessions(node: SimpleNamespace) -> None:
     assert code(report, ids.ulid(), wire.job(session)) == "invalid"
     assert code(report, session.id, wire.job(replace(session, node=ids.ulid()))) == "forbidden"
     assert code(report, session.id, wire.job(replace(session, account="nobody"))) == "not_found"
-    assert code(report, session.id, wire.job(session) | {"instance": ids.ulid()}) == "conflict"
+    assert code(report, session.id, wire.job(session) | {"instance": "0" * 26}) == "conflict"
+    assert code(report, session.id, wire.job(session) | {"instance": ids.ulid()}) == "not_found"
     report(session.id, wire.job(session) | {"instance": node.instance})
     stolen = report(session.id, wire.job(replace(session, account="bob", revision=2)))
     assert stolen["author"]["name"] == "ann"
