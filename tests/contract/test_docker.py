@@ -24,7 +24,7 @@ from tests import network
 from tests.conftest import inside_network
 from tests.dripping import Drip
 
-from .conftest import SECONDS, DockerLab, Maker
+from .conftest import SECONDS, DockerLab, Maker, pinned
 
 
 @pytest.fixture
@@ -270,6 +270,25 @@ def test_start_that_was_interrupted_runs_nothing_until_it_is_completed(docker_la
     docker_lab.again().start(spec.id, (43, 143))
     assert stream.read() == b"43 143\r\n"
     assert maker.exit_code(spec.id) == 0
+    maker.close()
+
+
+def test_a_start_whose_executor_was_killed_while_the_engine_was_at_it_goes_on(
+    docker_lab: DockerLab, tmp_path: Path
+) -> None:
+    maker = Maker(docker_lab)
+    with pinned(tmp_path, "/home/ada") as mount:
+        spec = maker.spec("sh", "-c", "echo ran; cat", mounts=(mount,), tty=True)
+        docker_lab.sandboxes.create(spec)
+        with socket.socket(socket.AF_UNIX) as killed:
+            killed.connect(docker_lab.socket)
+            path = f"/containers/{config.name(spec.id)}/start"
+            killed.sendall(f"POST {path} HTTP/1.1\r\nHost: docker\r\nContent-Length: 0\r\n\r\n".encode())
+    again = docker_lab.again()
+    assert {found.status for found in again.list() if found.id == spec.id} <= {Status.CREATED, Status.RUNNING}
+    stream = maker.stream(again.attach(spec.id, replay=False))
+    again.start(spec.id, (24, 80))
+    assert stream.read(b"ran\r\n") == b"ran\r\n"
     maker.close()
 
 
