@@ -115,11 +115,13 @@ class ServerSettings:
 
     @property
     def file(self) -> Path | None:
-        """The SQLite database; None when it is another one's."""
-        if not self.database:
-            return Path(self.storage_path, "server.db")
+        """The SQLite database, where links to it lead; None when it is of another kind."""
         kind, _, path = self.database.partition("?")[0].partition(":///")
-        return Path(path) if kind.partition("+")[0] == "sqlite" and path not in ("", ":memory:") else None
+        if not self.database:
+            path = os.path.join(self.storage_path, "server.db")
+        elif kind.partition("+")[0] != "sqlite" or path in ("", ":memory:"):
+            return None
+        return Path(os.path.realpath(path))
 
     @property
     def key_file(self) -> Path:

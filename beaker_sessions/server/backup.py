@@ -28,7 +28,7 @@ from .store import Store, sqlite_url
 
 JOURNALS = ("-wal", "-shm", "-journal")  # SQLite's files beside a database, https://www.sqlite.org/tempfiles.html
 log = logging.getLogger(__name__)
-EXAMPLE = "name a file in a directory of root's, such as /var/backups/beaker.db"
+WHERE = "run it as whose directory that is, or name a file in one of root's, such as /var/backups/beaker.db"
 
 
 def check_marker(marker: Path, database: Path) -> None:
@@ -236,7 +236,7 @@ def _workplace(beside: Path) -> Iterator[Path]:
         if others := others or next(trust.of([], [str(place)]), ""):
             if made:
                 place.rmdir()
-            raise Error("forbidden", f"others can change {place.parent}: {others}", EXAMPLE)
+            raise Error("forbidden", f"others can change {place.parent}: {others}", WHERE)
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
