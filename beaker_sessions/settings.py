@@ -35,7 +35,7 @@ class ExecutorSettings:
     blobs, where that has no public address.
     limit_…: what one account may have here at once, 0 for no limit; see `admission.Limits`. subordinate_ids: where new
     accounts get their range of subordinate ids. trust_without_server: how long after the server last knew a token it
-    starts new sessions while the server is away.
+    starts new sessions while the server is away. stop_grace: seconds between asking a session to end and killing it.
     """
 
     storage_path: str = field(default="/var/lib/beaker", metadata={"key": "storagePath"})
@@ -71,6 +71,7 @@ class ExecutorSettings:
     limit_execs: int = field(default=64, metadata={"key": "limits.execs"})
     subordinate_ids: str = field(default="2000224256-2147352575", metadata={"key": "subordinateIds"})
     trust_without_server: str = field(default="15m", metadata={"key": "trustWithoutServer"})
+    stop_grace: int = field(default=10, metadata={"key": "stopGrace"})
 
     metrics: str = field(default="", metadata={"key": "metrics"})  # HOST:PORT, "" for no listener
 

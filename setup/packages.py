@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 from . import host
@@ -37,21 +39,25 @@ TESTS = {
     "tmux": ("tmux",),
 }
 _BUSYBOX = Path("/bin/busybox")
+_OURS = Path("/opt/beaker-sessions/busybox")  # as in `beaker_sessions.sandbox.busybox`
 _APPARMOR = Path("/sys/module/apparmor/parameters/enabled")
 
 
 def step(name: str, wanted: dict[str, tuple[str, ...]]) -> Step:
-    return Step(name, lambda: bool(_missing(wanted)), lambda report: install(wanted, report))
+    return Step(name, lambda: bool(_missing(wanted) or not _busybox()), lambda report: install(wanted, report))
 
 
 def install(wanted: dict[str, tuple[str, ...]], report: Report) -> str:
-    """Install what is missing."""
+    """Install what is missing. No package that is there is replaced."""
     done = names = _missing(wanted)
     while names:
         _install(names, report)
         names = [one for one in _missing(wanted) if one not in done]  # what shows only now
         done = done + names
-    return f"installed {' '.join(done)}"
+    if not _busybox():
+        _fetch_busybox(report)
+        done = [*done, f"BusyBox in {_OURS}"]
+    return f"installed {', '.join(done)}"
 
 
 def _missing(wanted: dict[str, tuple[str, ...]]) -> list[str]:
@@ -60,8 +66,6 @@ def _missing(wanted: dict[str, tuple[str, ...]]) -> list[str]:
         names.append("docker-cli")  # a package of its own since Debian 13
     if "chromium" in names and "ID=debian" not in Path("/etc/os-release").read_text().splitlines():
         names.remove("chromium")  # Ubuntu has it as a snap only; the console's tests then skip
-    if not _static(_BUSYBOX):
-        names.append("busybox-static")
     if not importlib.util.find_spec("ensurepip"):
         names.append("python3-venv")
     if not Path("/etc/ssl/certs/ca-certificates.crt").exists():
@@ -77,6 +81,32 @@ def _missing(wanted: dict[str, tuple[str, ...]]) -> list[str]:
     return names
 
 
+def _busybox() -> bool:
+    return _static(_OURS) or _static(_BUSYBOX)
+
+
+def _fetch_busybox(report: Report) -> None:
+    """The distribution's static one, in a place of our own: its package takes the place of `busybox`, of which the
+    initramfs is, and has that made anew.
+    """
+    apt = _apt()
+    with tempfile.TemporaryDirectory() as name:
+        command([*apt, "update"], report)
+        command([*apt, "-o", "APT::Sandbox::User=root", "download", "busybox-static"], report, cwd=name)
+        (package,) = Path(name).glob("*.deb")
+        command(["dpkg-deb", "--extract", str(package), f"{name}/root"], report)
+        found = next(path for place in ("bin", "usr/bin") if (path := Path(name, "root", place, "busybox")).exists())
+        _OURS.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        part = _OURS.with_name(f".busybox.{os.getpid()}")
+        shutil.copyfile(found, part)
+        part.chmod(0o755)
+        part.replace(_OURS)
+
+
+def _apt() -> list[str]:
+    return ["apt-get", "-q", "-o", "DPkg::Lock::Timeout=300"]
+
+
 def _static(program: Path) -> bool:
     """Whether it is there and names no dynamic loader, whose path is in an ELF file's first page."""
     try:
@@ -90,6 +120,6 @@ def _install(names: list[str], report: Report) -> None:
     if not host.which("apt-get"):
         raise Failed(f"these packages are missing, and there is no apt-get to install them: {' '.join(names)}")
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    apt = ["apt-get", "-q", "-o", "DPkg::Lock::Timeout=300"]
+    apt = _apt()
     command([*apt, "update"], report, env=environment)
     command([*apt, "install", "-y", "--no-install-recommends", *names], report, env=environment)

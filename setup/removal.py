@@ -36,7 +36,9 @@ def clean() -> None:
     _stop_engine()
     if services.SETTINGS.exists() and services.SETTINGS.read_bytes() == services.EXAMPLE.read_bytes():
         _remove(services.SETTINGS)
-    for file in (*host.ETC.glob("*.token"), *(service.unit for service in (services.SERVER, services.EXECUTOR))):
+    for service in (services.EXECUTOR, services.SERVER):
+        service.remove_units()
+    for file in host.ETC.glob("*.token"):
         _remove(file)
     for directory in (host.RUN / "sessions").glob("*/"):  # file systems in memory: their sessions are gone
         subprocess.run(["umount", "--lazy", directory], stderr=subprocess.DEVNULL)

@@ -11,6 +11,7 @@ import re
 import shutil
 import socket
 import struct
+import subprocess
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -33,10 +34,17 @@ class Service:
     arguments: tuple[str, ...]
     answers: Callable[[], bool]
     writes: Callable[[], list[Path]] = list  # directories that its unit lets it write to, by the settings
+    before: str = ""  # a unit that is there first, and still when this one has been stopped
+    after: str = ""  # a unit that is started when this one runs
 
     @property
     def unit(self) -> Path:
         return UNITS / f"{self.name}.service"
+
+    @property
+    def units(self) -> list[Path]:
+        """Its own and those around it, in the order in which they are started."""
+        return [UNITS / f"{name}.service" for name in (self.before, self.name, self.after) if name]
 
     def step(self) -> Step:
         return Step(self.description, lambda: not self.answers() or self.stale(), self.start)
@@ -49,7 +57,7 @@ class Service:
                 return True
             if SETTINGS.exists() and SETTINGS.stat().st_mtime > started:
                 return True
-            return host.SYSTEMD and self.unit.read_text() != self.unit_text()
+            return host.SYSTEMD and any(unit.read_text() != self.unit_text(name=unit.name) for unit in self.units)
         except FileNotFoundError:
             return True
 
@@ -60,10 +68,12 @@ class Service:
             report("starting")
             for directory in self.writes():
                 directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-            host.write(self.unit, self.unit_text())
+            for unit in self.units:
+                host.write(unit, self.unit_text(name=unit.name))
             command(["systemctl", "daemon-reload"], report)
-            command(["systemctl", "enable", "--quiet", self.unit.name], report)
-            command(["systemctl", "restart", self.unit.name], report)
+            for unit in self.units:
+                command(["systemctl", "enable", "--quiet", unit.name], report)
+                command(["systemctl", "restart" if unit == self.unit else "start", unit.name], report)
             wait(f"{self.unit.name} (see journalctl -u {self.name})", self.answers, lambda: True)
             installed.clean_up()
             return f"started {self.unit.name}"
@@ -76,9 +86,11 @@ class Service:
         installed.clean_up()
         return f"{'restarted' if again else 'started'}, log {daemon.log(self.name)}"
 
-    def unit_text(self, programs: Path = installed.CURRENT / "bin") -> str:
-        """Its unit file (systemd.service(5)). Double quotes keep any path one word; `$` means nothing there."""
-        text = (host.ROOT / "setup/units" / self.unit.name).read_text()
+    def unit_text(self, programs: Path = installed.CURRENT / "bin", name: str = "") -> str:
+        """Its unit file, or one of `units` (systemd.service(5)). Double quotes keep any path one word; `$` means
+        nothing there.
+        """
+        text = (host.ROOT / "setup/units" / (name or self.unit.name)).read_text()
         text = text.replace("@BIN@", str(programs).replace("%", "%%"))
         return text.replace("\n[Install]", "".join(map(_may_write, self.writes())) + "\n[Install]")
 
@@ -86,9 +98,17 @@ class Service:
         """Stop it, and let it not start with the machine: whether it ran."""
         self._stamp.unlink(missing_ok=True)
         if host.SYSTEMD and self.unit.exists():
-            command(["systemctl", "disable", "--quiet", "--now", self.unit.name], report)
+            command(["systemctl", "disable", "--quiet", *(unit.name for unit in self.units if unit.exists())], report)
+            command(["systemctl", "stop", self.unit.name], report)
             return True
         return daemon.stop(self.name)
+
+    def remove_units(self) -> None:
+        """To stop those around it ends the sessions, so only when there is none any more."""
+        if host.SYSTEMD and (names := [unit.name for unit in self.units if unit.exists()]):
+            subprocess.run(["systemctl", "--quiet", "stop", *names], stderr=subprocess.DEVNULL, check=False)
+        for unit in self.units:
+            unit.unlink(missing_ok=True)
 
     @property
     def _stamp(self) -> Path:
@@ -192,7 +212,9 @@ def _executor_answers() -> bool:
 
 
 SERVER = Service("beaker-server", "server", ("serve",), _server_answers, _server_writes)
-EXECUTOR = Service("beaker-executor", "executor", (), _executor_answers)
+EXECUTOR = Service(
+    "beaker-executor", "executor", (), _executor_answers, before="beaker-cgroup", after="beaker-sessions"
+)
 
 
 def _configure(_report: Report) -> str:

@@ -22,12 +22,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from beaker_sessions.sandbox import busybox
 from setup import host
 from setup.sources import sources
 from setup.steps import Failed
 from tests import network
 
-BUSYBOX = Path("/bin/busybox")
+BUSYBOX = Path(busybox.BUSYBOX)
 BUILD = Path(__file__).resolve().parents[1] / "build/images"
 PACKAGES = "bash,procps,python3,sudo"
 APPLETS = "cat date echo env false grep head id ls printf pwd seq sh sleep stty test touch true usleep wc whoami yes"

@@ -39,6 +39,7 @@ QUIET = 8.0  # seconds without an answer after which the user is told,
 SILENT = 30.0  # and without a sign of life after which a question ends
 ANSWER = 120.0  # seconds that an answer may take while the executor is alive
 DEAD = "The executor of this machine does not answer; still waiting for it. (Press Ctrl+C to leave)"
+RESTART, START = 10.0, 1.0  # seconds to wait for an executor that was there, and for one that perhaps never is
 BUSY = "Still waiting for the executor of this machine. (Press Ctrl+C to leave)"
 
 
@@ -222,6 +223,33 @@ def _agent() -> socket | None:
         agent.close()
         return None
     return agent
+
+
+def come(waits: bool = True) -> Door:
+    """A connection, waited for while the executor is being restarted. waits, and what is raised: as of Door."""
+    try:
+        return Door(waits)
+    except Error as error:
+        if error.code != "unavailable" or not os.path.isdir(os.path.dirname(path())):
+            raise
+    return _come_later(waits)
+
+
+def _come_later(waits: bool) -> Door:
+    from time import sleep
+
+    began, told = monotonic(), False
+    while True:
+        sleep(0.05)
+        try:
+            return Door(waits)
+        except Error as error:
+            waited, was_there = monotonic() - began, os.path.exists(path())
+            if error.code != "unavailable" or waited > (RESTART if was_there else START):
+                raise
+        if waited > 1 and was_there and not told:
+            told = True
+            output.say("The executor is not there; waiting for it to come back. (Press Ctrl+C to leave)")
 
 
 def request(op: str, token: str, **fields: Any) -> dict[str, Any]:

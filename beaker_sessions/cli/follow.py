@@ -15,7 +15,7 @@ from select import POLLIN, POLLOUT
 from ..errors import Error
 from . import output
 from .backlog import PROMPT, STUCK, Backlog
-from .door import BUSY, DEAD, QUIET, Away, Door, Silence
+from .door import BUSY, DEAD, QUIET, Away, Door, Silence, come
 from .loop import READABLE, Loop
 from .stream import CHUNK, STDOUT, Stream, past
 from .terminal import DetachKey, Output, Signals, Terminal, may_read, size
@@ -23,6 +23,7 @@ from .terminal import DetachKey, Output, Signals, Terminal, may_read, size
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import signal
+    from collections.abc import Callable
     from typing import Any
 
     from .progress import Progress
@@ -76,7 +77,7 @@ class Follow:
             self._loop.after(QUIET + SAID, "busy", self._busy)
             if not self._tty:
                 self._loop.after(ANSWER, "answer", self._give_up)
-            self._connect()
+            self._connect(come)
             while self._result is None:
                 self._turn()
             return self._result
@@ -179,10 +180,10 @@ class Follow:
         else:
             self._progress.say(text)
 
-    def _connect(self) -> None:
+    def _connect(self, to: Callable[..., Door]) -> None:
         """To the executor, and say what is wanted. Raises Error unavailable when none is there."""
         try:
-            self._door = Door(waits=False)
+            self._door = to(waits=False)
         except Silence:  # others are before us
             self._loop.after(LATER, "again", self._again)
             return
@@ -210,7 +211,7 @@ class Follow:
 
     def _again(self) -> None:
         try:
-            self._connect()
+            self._connect(Door)
         except Error:
             self._lost()
             return

@@ -63,6 +63,7 @@ COMMANDS = {
     "config unset": ("configure", "unset_value", "Remove a value from the configuration file"),
     "config test": ("configure", "test", "Check that the configuration works"),
     "executor images": ("images", "images", "List, load or prune this machine's images (administrators)"),
+    "executor end-sessions": ("ending", "end_sessions", "End all sessions of this machine, as its shutdown does"),
     "executor doctor": ("doctor", "doctor", "Check this machine and say how to mend what is wrong"),
 }
 NOUNS = {

@@ -40,7 +40,9 @@ RIGHTS = {
     "stop": Right.OWNER_OR_ADMIN,
     "doctor": Right.ADMIN,
     "images": Right.ADMIN,
+    "end_sessions": Right.ADMIN,
 }
+ROOTS = ("doctor", "images", "end_sessions")  # what root may do without an account
 SCOPES = (Scope.USER, Scope.ADMIN)  # of tokens that people have; a session's and an executor's are for the server
 ROOT = {"name": "root", "role": "admin", "scope": Scope.ADMIN.value}  # the machine's own, where it needs no account
 

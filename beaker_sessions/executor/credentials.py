@@ -48,7 +48,7 @@ def _read(path: str, identity: Identity) -> dict[str, tuple[str, str]]:
             if user:
                 result[_plain(name)] = (user, password)
         return result
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 

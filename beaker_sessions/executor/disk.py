@@ -73,7 +73,8 @@ class Disk:
             try:
                 used = self.driver.disk(id)
             except Error as error:
-                log.info("what session %s holds is not known: %s", id, error)
+                if error.code != "not_found":  # it has ended, as reconcile will find
+                    log.info("what session %s holds is not known: %s", id, error)
                 used = None
             if used is None:
                 self._used.pop(id, None)

@@ -27,6 +27,7 @@ from ..settings import CONFIG, ExecutorSettings, ServerSettings, load
 from . import inventory, ledgerfile, plan
 
 CHECK = 20.0  # seconds for the database of a server on this machine
+MOUNTS = ExecutorSettings().mount_paths  # which nobody asked for
 NVIDIA = Path("/dev/nvidiactl")  # there when NVIDIA's driver is loaded
 
 
@@ -161,9 +162,8 @@ def _machine(settings: ExecutorSettings, offered: inventory.Inventory | None) ->
         if os.path.exists(path) and not os.path.isdir(path):
             yield Finding("error", f"{path} is no directory, so no session starts", "take it out of mountPaths")
         elif not os.path.isdir(path):
-            yield Finding(
-                "warning", f"{path} is not there, so sessions do not see it", "mount it, or take it out of mountPaths"
-            )
+            what, asked = f"{path} is not there, so sessions do not see it", settings.mount_paths != MOUNTS
+            yield Finding("warning", what, "mount it, or take it out of mountPaths") if asked else Finding("ok", what)
     free = shutil.disk_usage(settings.storage_path).free
     what = f"{free / 2**30:.1f} GiB are free in {settings.storage_path}"
     yield Finding("ok", what) if free > LOW_DISK else Finding("warning", what, "beaker executor images prune")

@@ -158,7 +158,7 @@ class Door:
             raise Error(
                 "invalid", f"the executor does not know {operation!r} of version {request.get('v')!r}", "update beaker"
             )
-        if operation in ("doctor", "images") and who.uid == 0:
+        if operation in admission.ROOTS and who.uid == 0:
             account: dict = admission.ROOT
             identity = None
         else:
@@ -319,6 +319,11 @@ class Door:
     def _images(self, caller: Caller, request: dict, _account: dict, _identity: Identity | None) -> Answer:
         return images.answer(caller, request, self.lifecycle)
 
+    def _end_sessions(self, *_: Any) -> Iterator[Frame]:
+        for id in self.lifecycle.end_all("the shutdown of this machine"):
+            yield {"left": id}
+        yield {"end": True}
+
     def _admit(self, id: str, caller: Caller) -> None:
         """What a session may have of its author who is here: their token, to get its own, and their SSH agent."""
         self.lifecycle.inside.introduce(id, caller.token)
@@ -357,8 +362,9 @@ class Door:
         )
 
 
-WAITING = ("create", "doctor", "images", "logs")  # operations that may wait for what is slow
+WAITING = ("create", "doctor", "end_sessions", "images", "logs")  # operations that may wait for what is slow
 HANDLERS: dict[str, Callable[..., Answer]] = {
     "create": Door._create, "attach": Door._attach, "exec": Door._exec, "exec_exit": Door._exec_exit,
     "stop": Door._stop, "list": Door._list, "get": Door._get, "logs": Door._logs, "node": Door._node, "doctor":
-    Door._doctor, "images": Door._images, }  # fmt: skip
+    Door._doctor, "images": Door._images,
+    "end_sessions": Door._end_sessions, }  # fmt: skip

@@ -22,6 +22,8 @@ def hold(path: Path) -> int:
     """A descriptor to be kept open. Raises Error conflict while another living process has the lock."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     path.parent.chmod(0o700)  # earlier versions let everybody in, where the ledger says what was run
+    if path.is_dir():  # whoever did that
+        path.rename(path.with_name(f"{path.name}.damaged-{os.getpid()}"))
     deadline = time.monotonic() + PATIENCE
     while True:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -7,6 +7,7 @@ little else, because one runs for each session that publishes; must keep no priv
 
     python3 -I -S forwarder.py SESSION PIDFD SOCKET:PORT...
 
+CGROUPS in the environment: files of the cgroups that it moves to, out of the executor's, with colons between.
 PIDFD: of the session's first process. SOCKET: a descriptor, PORT: to connect to inside. It answers by its exit status
 once all is served: the rest goes on in the background.
 """
@@ -300,6 +301,9 @@ def enter(session: int) -> int:
         raise OSError(ctypes.get_errno(), "setns")
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("0")  # the executor's own is better
+    for group in filter(None, os.environ.get("CGROUPS", "").split(os.pathsep)):
+        with contextlib.suppress(OSError), open(group, "w") as file:
+            file.write("0")  # this process
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     files = min(hard, CONNECTIONS * DESCRIPTORS + 64)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))

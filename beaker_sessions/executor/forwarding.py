@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 
 from ..errors import Error
-from ..sandbox import commands
+from ..sandbox import commands, delegated
 from . import forwarder
 
 NAME = b"/forwarder.py"  # wherever an earlier version was installed
@@ -33,11 +33,12 @@ def start(id: str, init: int, sockets: Sequence[tuple[socket.socket, int]]) -> N
     """
     command = [sys.executable, "-I", "-S", forwarder.__file__, id, str(init)]
     command += [f"{sock.fileno()}:{port}" for sock, port in sockets]
+    environment = {"CGROUPS": os.pathsep.join(map(str, delegated.holders()))}
     fds = [init, *(sock.fileno() for sock, _ in sockets)]
     try:
         done = subprocess.run(
-            command, pass_fds=fds, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            cwd="/", timeout=START, check=False,
+            command, env=environment, pass_fds=fds, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, cwd="/", timeout=START, check=False,
         )  # fmt: skip
         said = done.stderr.decode(errors="replace").strip()
     except subprocess.TimeoutExpired:

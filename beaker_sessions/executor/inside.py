@@ -54,6 +54,7 @@ class Inside:
         self._listeners: dict[str, list[Listener]] = {}
         self._gone: set[str] = set()  # that did not live when last looked
         self._lock = threading.Lock()
+        self._keeping = threading.Lock()  # a token comes whenever the server answers, and must not outlive its session
         self._workers = Workers("inside", THREADS, EACH)
 
     # -- a session's life
@@ -116,7 +117,8 @@ class Inside:
             parts = [*self._listeners.pop(id, ()), *([self._agents.pop(id)] if id in self._agents else [])]
         for part in parts:
             part.close()
-        self.directories.remove(id)
+        with self._keeping:
+            self.directories.remove(id)
 
     def _get_token(self, id: str) -> None:
         try:
@@ -142,7 +144,10 @@ class Inside:
                 body = {"name": f"session {id}", "scope": "session", "session": id}
                 # Not the same key for another author's token: one that was revoked was answered already.
                 token = client.create_token(body, key=f"session-{id}-{ids.hash_token(author)[:12]}")["token"]
-            self.directories.keep_token(id, token)
+            with self._keeping:
+                if not self.directories.path(id).exists():
+                    raise Error("not_found", f"the session {id} has ended")
+                self.directories.keep_token(id, token)
         self.forget(id)
         return token
 

@@ -2,7 +2,7 @@
 
 Acts on `Sessions` through its methods and on the machine through the driver. Owns the threads of both. The order is
 always: intent in the ledger, then the act, then the outcome in the ledger; so whatever is interrupted is found half-
-done by `reconcile` and finished or undone.
+done by `reconcile` and finished or undone. Longer than 400 lines, as one table says who acts on a session: `_busy`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 RESTARTED = "the machine was restarted"
 REMOVED = "somebody else removed its container"
 SIGNALLED = 128  # an exit code above it says that a signal ended the process: which one is what is above
-GRACE = 10.0  # seconds between asking a session to end and killing it
+GONE = 20.0  # seconds after the grace of a stop in which nothing is left of a session, when all end at once
 OUTPUT_KEPT = 1 << 20  # bytes of its output that are kept for `session logs` after the end
 WHOLE = 64 << 20  # bytes: more than any driver keeps
 UNSEEN = 300.0  # seconds after the end in which whoever follows a session from its start must have come back
@@ -67,6 +67,8 @@ class Lifecycle:
         self._reconciling = threading.Lock()
         self._boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         restarted = (sessions.ledger.fact("boot") or self._boot) != self._boot
+        self._alive = Path(settings.storage_path, "executor", "alive")  # as new as the last look at the sessions
+        self._last_look = _modified(self._alive)
         self._publisher = Publisher(sessions, sandboxes)
         self._cut_off = (
             {session.id for session in sessions.live()} if restarted else set()
@@ -251,11 +253,30 @@ class Lifecycle:
         live = self.sessions.entry(id)
         if live and live.session.state == State.STARTED:
             try:
-                self.sandboxes.stop(id, GRACE)
+                self.sandboxes.stop(id, self.settings.stop_grace)
             except Error as error:
                 if error.code != "not_found":  # it ended just now
                     log.warning("session %s does not end: %s", id, error)
                     self.sessions.cordon(id, f"session {id} does not end: {error.message}")
+
+    def end_all(self, actor: str) -> list[str]:
+        """End all sessions, tell their terminals before, and start none any more: those that are left when it is over.
+
+        The queue stays, for when the machine is back.
+        """
+        self.sessions.cordon("shutdown", "all sessions end, as the machine does, or its administrator wants")
+        deadline = time.monotonic() + self.settings.stop_grace + GONE
+        what = f"this machine ends all its sessions: save your work, {self.settings.stop_grace:g} s are left"
+        told: set[str] = set()
+        while True:
+            live = [session.id for session in self.sessions.live() if session.state != State.CREATED]
+            for id in set(live) - told:
+                told.add(id)
+                self.sessions.notice(id, "shutdown", what)
+                self.stop(id, actor)
+            if not live or time.monotonic() > deadline:
+                return live
+            time.sleep(0.1)
 
     def logs(self, session: Session, limit: int = OUTPUT_KEPT) -> bytes:
         """The latest output of a session, live or ended."""
@@ -289,7 +310,8 @@ class Lifecycle:
         if live and live.session.state == State.STARTED:
             found = self.sandboxes.find(id)
             if found and found.status == Status.EXITED:
-                self.sessions.ended(id, found.exit_code, self._farewell(found, live.session))
+                end = self._end_of(live.session, found)
+                self.sessions.ended(id, found.exit_code, self._farewell(found, live.session), at=end)
 
     def _farewell(self, found: Found, session: Session) -> str:
         """Why a session ended, as far as its exit code does not say it."""
@@ -298,6 +320,14 @@ class Lifecycle:
         if session.id in self._cut_off and (found.exit_code or 0) > SIGNALLED:
             return RESTARTED
         return session.canceled_for or found.why
+
+    def _end_of(self, session: Session, found: Found | None) -> datetime:
+        """When a session ended. What the machine took with it was last seen to run before."""
+        now = datetime.now(UTC)
+        end = (found.finished if found else None) or now
+        if session.id in self._cut_off and self._last_look:
+            end = min(end, self._last_look)
+        return max(session.started or session.created or now, min(end, now))
 
     def _clean_up(self, id: str) -> None:
         live = self.sessions.entry(id)
@@ -376,11 +406,15 @@ class Lifecycle:
             time.sleep(0.5)
 
     def _tick(self) -> None:
-        last = time.monotonic()
+        last, weighed = time.monotonic(), -1.0
         while True:
             time.sleep(1)
             try:
                 self._end_overdue()
+                claimed = self.sessions.capacity.cpus - self.sessions.free().cpus
+                if claimed != weighed:  # within a second of the claim, and not on the way to a prompt
+                    weighed = claimed
+                    self.sandboxes.weigh(claimed)
                 if time.monotonic() - last > RECONCILE_EVERY:
                     last = time.monotonic()
                     self.reconcile()
@@ -425,6 +459,9 @@ class Lifecycle:
         self.sessions.schedule()  # what a session waits for may be another program's, which tells nobody of its end
         for id in exists:
             self._adopt(id)
+        for id in self.sessions.cordoning - {*exists, *(session.id for session in self.sessions.live())}:
+            self.sessions.cordon(id, "")  # somebody removed it by hand
+        self._alive.touch()
         self.inside.resume(lambda: [session.id for session in self.sessions.live()])
         if not self.ready.is_set():
             self.sessions.ledger.note("boot", self._boot)
@@ -446,7 +483,8 @@ class Lifecycle:
         elif session.state == State.STARTED:
             if listed is None:
                 if self.sandboxes.find(id) is None:
-                    self.sessions.ended(id, None, RESTARTED if id in self._cut_off else REMOVED)
+                    why = RESTARTED if id in self._cut_off else REMOVED
+                    self.sessions.ended(id, None, why, at=self._end_of(session, None))
             elif listed.status == Status.EXITED:
                 self._examine(id)
             elif session.canceled:
@@ -480,9 +518,14 @@ class Lifecycle:
             session = wire.session(json.loads(found.labels[plan.LABEL_JOB]))
             identity = inventory.unix_user(int(found.labels[plan.LABEL_UID]), self.settings.session_home)
         except (KeyError, ValueError, Error) as error:
+            if found.status == Status.EXITED:
+                log.error("what is left of session %s has unreadable labels (%s), and is removed", id, error)
+                self.sandboxes.remove(id)
+                self.sessions.cordon(id, "")
+                return
             # Whose GPUs it holds is not known, so no GPU is free for sure.
-            why = f"the container of session {id} has unreadable labels ({error}); remove it by hand"
-            self.sessions.cordon(id, why)
+            how = f"; to end it: kill -9 {found.pid}" if found.pid else ""
+            self.sessions.cordon(id, f"session {id} runs and has unreadable labels ({error}){how}")
             return
         state = State.STARTED if found.status == Status.RUNNING else State.SCHEDULED
         try:
@@ -494,6 +537,13 @@ class Lifecycle:
         log.warning("session %s was found by its container; the ledger did not know it", id)
         self.sessions.cordon(id, "")
         self._spawn("start", id, partial(self._resume, number=self._places.number()))
+
+
+def _modified(path: Path) -> datetime | None:
+    """None for a file that is not there."""
+    with suppress(OSError):
+        return datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    return None
 
 
 def _started(pid: int) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .. import __version__, trust
 from ..errors import Error
-from ..sandbox import IMAGES, Sandboxes, firewall
+from ..sandbox import IMAGES, Sandboxes, delegated, firewall
 from ..settings import ExecutorSettings, load
 from . import admission, doctor, exposition, fence, images, inventory, plan, ports
 from .access import Access, trusted
@@ -30,6 +30,7 @@ from .sessions import Sessions
 
 DRIVERS = ("oci", "docker")
 TRIAL = 16 << 20  # bytes that a trial of the driver may need
+STOP_GRACE = 30  # seconds: a shutdown waits no longer, and neither does whoever stops a session
 
 log = logging.getLogger(__name__)
 
@@ -133,6 +134,9 @@ def main() -> int:
 def serve(settings: ExecutorSettings, database: Path | None) -> None:
     """Run until SIGTERM or SIGINT. database: this machine's server's, for doctor. Raises Error when it cannot begin."""
     plan.check_places(settings.mount_paths)
+    if not 0 <= settings.stop_grace <= STOP_GRACE:
+        what = f"stopGrace: {settings.stop_grace} is not a number of seconds from 0 to {STOP_GRACE}"
+        raise Error("invalid", what, "correct the settings")
     server = settings.endpoint
     limits, creates = admission.Limits.of(settings), trusted(settings)
     firewall.rules(settings.bridge, "", (), settings.session_access)  # says what is wrong with them
@@ -141,6 +145,7 @@ def serve(settings: ExecutorSettings, database: Path | None) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     fence.hold(Path(settings.storage_path, "executor", "lock"))
+    delegated.take_over()
     ledger = Ledger(Path(settings.storage_path, "executor", "ledger.db"))
     ledger.on_damage = lambda _: os.kill(os.getpid(), signal.SIGTERM)  # the next start mends it
     driver, why = sandboxes(settings, *_known(settings, ledger))
@@ -172,6 +177,7 @@ def serve(settings: ExecutorSettings, database: Path | None) -> None:
         raise Error("internal", ledger.damage, "start the executor again, which mends it; sessions go on")
     # Neither lock nor ledger is closed: threads go on until the process ends, all that is in the ledger is on the disk,
     # and SQLite, when it closes one, gives back the room of its log.
+    loop.passing.kill()
 
 
 if __name__ == "__main__":

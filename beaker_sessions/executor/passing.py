@@ -67,6 +67,12 @@ class Passing:
         self._control.close()
         self._process.wait()
 
+    def kill(self) -> None:
+        """End the process before this one ends, lest whoever started both find it left over."""
+        self._process.kill()
+        with suppress(subprocess.TimeoutExpired):  # a file that it has does not let it
+            self._process.wait(1)
+
     async def take(self, connection: socket.socket, key: Hashable) -> tuple[bytes, bool, int]:
         """As `read`, with the first descriptor, -1 for one that we do not take.
 

@@ -332,13 +332,20 @@ class Sessions:
                 if live.session.scheduled and (now - live.session.scheduled).total_seconds() > LONG:
                     self.move(id)
 
-    def ended(self, id: str, exit_code: int | None, message: str = "", error: str = "") -> None:
-        """The main process is gone, or never came to be (then with an error's code): say so, and have it cleaned up."""
+    def ended(
+        self, id: str, exit_code: int | None, message: str = "", error: str = "", at: datetime | None = None
+    ) -> None:
+        """The main process is gone, or never came to be (then with an error's code): say so, and have it cleaned up.
+
+        at: when, by default now.
+        """
         with self._lock:
             live = self._live.get(id)
             if live is None or live.session.state not in (State.SCHEDULED, State.STARTED):
                 return
-            self.move(id, State.EXITED, exited=datetime.now(UTC), exit_code=exit_code, message=message, error=error)
+            self.move(
+                id, State.EXITED, exited=at or datetime.now(UTC), exit_code=exit_code, message=message, error=error
+            )
             self.on_exit(id)
 
     def release(self, id: str) -> None:
@@ -373,13 +380,20 @@ class Sessions:
         """That part of it which the machine has found out itself: sessions that do not end."""
         return "; ".join(reason for source, reason in self._cordons.items() if ids.is_ulid(source))
 
+    @property
+    def cordoning(self) -> set[str]:
+        """The sessions that keep this node from starting anything new."""
+        with self._lock:
+            return {source for source in self._cordons if ids.is_ulid(source)}
+
     def cordon(self, source: str, reason: str) -> None:
         """Start nothing new while any source has a reason; the queue keeps its order. "" takes a source's back."""
         with self._lock:
             if self._cordons.get(source, "") == reason:
                 return
             if reason:
-                log.warning("cordoned: %s", reason)
+                if source != "start":  # every start does
+                    log.warning("cordoned: %s", reason)
                 self._cordons[source] = reason
             else:
                 del self._cordons[source]

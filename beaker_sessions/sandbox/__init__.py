@@ -248,6 +248,11 @@ class Sandboxes(Protocol):
     def guard(self) -> None:
         """Have the firewall around sandboxes there, should somebody have flushed it. Raises Error unavailable."""
 
+    def weigh(self, cpus: float) -> None:
+        """Keep so many of the machine's CPUs for all sandboxes together, whatever else is busy on it, where the driver
+        can. Raises Error unavailable.
+        """
+
     def check(self) -> list[Finding]:
         """What `executor doctor` should say about the engine and the kernel."""
 

@@ -187,6 +187,9 @@ class FakeSandboxes:
     def guard(self) -> None:
         pass
 
+    def weigh(self, cpus: float) -> None:
+        pass
+
     def check(self) -> list[Finding]:
         return [Finding("warning", "the fake driver runs nothing", "set driver: docker")]
 

@@ -107,6 +107,11 @@ class Table:
         self.bridge = bridge
         self._text, self._listed = "", ""
 
+    @property
+    def known(self) -> bool:
+        """Whether it was ever set up by this process."""
+        return bool(self._text)
+
     def ensure(self, text: str, prefix: Iterable[str] = ()) -> bool:
         """Have the rules in force; whether somebody else had changed or removed them. Raises Error unavailable."""
         known = text == self._text

@@ -131,13 +131,22 @@ def judge(name: str, version: Version, what: str, package: Package | None) -> Fi
         mends = "; ".join(f"{flaw.ids[0]} in {' and '.join(flaw.fixed) or 'no version known here'}" for flaw in left)
         return Finding("warning", f"{what} has {listed}; mended: {mends}", f"install a newer {name}")
     named = [flaw for flaw in left if package.distribution in dict(flaw.packages)]
-    mend = f"apt-get install --only-upgrade {package.name}"
+    mend = f"apt-get update; apt-get install --only-upgrade {package.name}"
     if named:
         first = dict(named[-1].packages)[package.distribution]
         return Finding("warning", f"{what} has {listed}; its package mends it in {first}", mend)
-    return Finding(
-        "warning", f"{what}: its package does not say that it has mended {listed}; it may have, or not", mend
-    )
+    silent = f"its package does not say that it has mended {listed}; it may have, or not"
+    if newest(package):
+        return Finding("ok", f"{what} is the newest that apt knows; {silent}")
+    return Finding("warning", f"{what}: {silent}", mend)
+
+
+def newest(package: Package) -> bool:
+    """Whether apt knows no newer version of a package that is installed."""
+    if not shutil.which("apt-cache"):
+        return False
+    found = re.search(r"Candidate: (\S+)", _output(["apt-cache", "policy", package.name]))
+    return found is not None and found[1] == package.version
 
 
 def parse(text: str) -> Version:

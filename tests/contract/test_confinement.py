@@ -226,3 +226,14 @@ def test_network_of_its_own_or_the_host_s(make: Maker) -> None:
     (own, interfaces), (host, _), (again, _) = (network(shared) for shared in (False, True, True))
     assert interfaces - {b"tunl0", b"sit0"} == {b"eth0", b"lo"}
     assert host == again != own
+
+
+def test_what_sessions_claimed_is_theirs_against_the_rest_of_the_machine(oci_lab: OciLab) -> None:
+    """How much that is: `unit/test_oci.py`; on a machine with systemd, by the clock: `tests/units.sh`."""
+    driver, groups = oci_lab.sandboxes, oci_lab.sandboxes.cgroups
+    driver.weigh(os.cpu_count() or 1)
+    try:
+        assert groups.weights()[driver.cgroup.strip("/")] > 1000
+    finally:
+        driver.weigh(0)
+    assert groups.weights()[driver.cgroup.strip("/")] == 100

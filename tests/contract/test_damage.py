@@ -1,4 +1,4 @@
-"""The oci driver on damaged files: it starts, and what runs goes on, with its labels."""
+"""The oci driver on damaged files: it starts, and what runs goes on, with its labels. The ledger on a full disk."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import json
 import os
 import random
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from beaker_sessions.errors import Error
+from beaker_sessions.executor.ledger import Ledger
 from beaker_sessions.sandbox import Found, Sandboxes, Status
 from beaker_sessions.sandbox.oci.driver import OciSandboxes
 
@@ -165,3 +168,34 @@ def test_damaged_images_take_nothing_from_what_runs(
     finally:
         shutil.rmtree(path, ignore_errors=True)
         path.write_bytes(whole)
+
+
+def filled(path: Path) -> None:
+    with path.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+
+
+@pytest.mark.usefixtures("oci_lab")
+def test_the_ledger_has_room_of_its_own_on_a_full_disk(tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", tmp_path], check=True)
+    try:
+        path = tmp_path / "executor/ledger.db"
+        ledger, filler = Ledger(path), tmp_path / "filler"
+        filled(filler)
+        for number in range(200):
+            ledger.fact("node", f"N{number}")
+        filler.unlink()
+        ledger.close()  # SQLite gives the room back with the log
+        filled(filler)
+        again = Ledger(path)
+        assert again.fact("node") == "N199"
+        again.note("boot", "new")  # silent
+        with pytest.raises(Error, match=str(path)) as refused:
+            again.fact("node", "N200")
+        assert refused.value.code == "storage_full"
+        filler.unlink()
+        again.fact("node", "N200")
+        again.close()
+    finally:
+        subprocess.run(["umount", "--lazy", tmp_path], check=True)

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from beaker_sessions.sandbox import firewall
+from beaker_sessions.sandbox import firewall, packet
 from tests.conftest import inside_network
 from tests.stack import wait_for
 
@@ -72,6 +72,15 @@ def test_machine_and_sessions_are_closed_to_each_other(make: Maker, docker_lab: 
             assert calling(make, first.id, gateway, 8000) == "open", "the test tests nothing"
             docker_lab.sandboxes.guard()
             assert calling(make, first.id, gateway, 8000) == "ECONNREFUSED"
+            with network.followed():  # by the kernel's word
+                subprocess.run([*there, "nft", "flush", "table", "inet", network.name], check=True)
+                wait_for("the firewall", lambda: calling(make, first.id, gateway, 8000) == "ECONNREFUSED")
+            if os.path.exists(packet.DEVICE):
+                assert [finding.level for finding in network.check()] == ["ok"] * 3
+                firewall.apply("flush table ip nat", there)  # somebody's `flush ruleset`: the engine notices nothing
+                (found,) = [finding for finding in network.check() if finding.level != "ok"]
+                assert "leave with the address" in found.what
+                assert "systemctl restart docker" in found.mend
         finally:
             service.kill()
 

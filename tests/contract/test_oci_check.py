@@ -12,9 +12,9 @@ import pytest
 from beaker_sessions.errors import Error
 from beaker_sessions.executor import main
 from beaker_sessions.executor.main import sandboxes
+from beaker_sessions.sandbox.busybox import BUSYBOX
 from beaker_sessions.sandbox.oci import cgroups, command, trial
 from beaker_sessions.sandbox.oci.driver import RUN
-from beaker_sessions.sandbox.oci.programs import BUSYBOX
 from beaker_sessions.settings import ExecutorSettings
 
 from .conftest import OciLab

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -214,3 +215,15 @@ def test_a_command_runs_once_wherever_its_start_was_killed(oci_lab: OciLab, tmp_
             break
     assert step > 10
     maker.close()
+
+
+def test_a_disk_without_room_for_the_first_directory_is_named(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    spec = make.spec("true")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", full)
+        with pytest.raises(Error) as error:
+            make.lab.sandboxes.create(spec)
+    assert error.value.code == "storage_full"

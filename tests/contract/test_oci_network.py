@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from beaker_sessions.errors import Error
-from beaker_sessions.sandbox import netns
+from beaker_sessions.sandbox import firewall, netns, packet
 from beaker_sessions.sandbox.oci import mounts, network
 from beaker_sessions.sandbox.oci.network import FORWARD, Network
 from tests.stack import bridge, wait_for
@@ -203,6 +203,30 @@ def test_forwarding_that_was_switched_off_is_on_again(make: Make) -> None:
     FORWARD.write_text("0")
     net.guard()
     assert FORWARD.read_text().strip() == "1"
+
+
+CHAIN = "table ip t {{ chain c {{ type {} priority 0; {} }}; }}"
+WRONG = {
+    "packets dropped": CHAIN.format("filter hook forward", "policy drop;"),
+    "another's translation": CHAIN.format("nat hook postrouting", "ip daddr 198.19.213.2 snat to 203.0.113.9;"),
+    "answers dropped": CHAIN.format("filter hook prerouting", "ip saddr 198.19.213.2 drop;"),
+}
+
+
+def test_doctor_sends_a_packet(make: Make) -> None:
+    net = make()
+    if not os.path.exists(packet.DEVICE):
+        pytest.skip("needs /dev/net/tun")
+    assert [finding.level for finding in net.check()] == ["ok"] * 3
+    for how, rules in WRONG.items():
+        firewall.apply(rules)
+        try:
+            (found,) = [finding for finding in net.check() if finding.level != "ok"]
+            assert found.level == "error", how
+        finally:
+            words("nft delete table ip t")
+    shown = network._shown(["ip", "-json", "link", "show"])
+    assert not [link for link in shown if link["ifname"] == f"{net.bridge}-t"]
 
 
 def test_namespaces_of_an_executor_that_was_killed_are_given_back(make: Make) -> None:

@@ -226,3 +226,28 @@ def test_memory_is_limited_and_said_so(ada: User):
     done = ada.beaker("session", "create", "--gpus", "0", "--memory", "64MiB", "--", "python3", "-c", hog)
     assert done.returncode == 137
     assert b"out of memory" in done.stderr
+
+
+def test_the_end_of_all_sessions_leaves_them_time_and_no_new_one_starts(
+    stack: Stack, ada: User, bob: User, tty: type[Tty]
+):
+    """What a shutdown does first. With systemd, and while mounts are there: `tests/units.sh`."""
+    terminal = tty(ada, "session", "create", "--gpus", "0")
+    terminal.run("true")
+    saving = "trap 'echo saved > ~/saved; exit 4' TERM; echo > ~/waits; while :; do sleep 0.1; done"
+    saves = detached(bob, "--gpus", "0", "--", "sh", "-c", saving)
+    wait_for("its trap", (bob.home / "waits").exists)
+    environment = {"BEAKER_SOCKET": str(stack.socket), "PATH": os.environ["PATH"]}
+    done = subprocess.run([BIN / "beaker", "executor", "end-sessions"], env=environment, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (bob.home / "saved").read_text() == "saved\n"
+    terminal.expect("stopped by the shutdown of this machine")
+    assert terminal.end() != 0
+    assert bob.json("session", "get", saves)[0]["status"]["exitCode"] == 4
+    refused = bob.beaker("session", "create", "--gpus", "0", "--", "true")
+    assert b"takes no new sessions: all sessions end" in refused.stderr
+    stack.executor.kill(signal.SIGTERM)
+    stack.start_executor()
+    assert bob.beaker("session", "create", "--gpus", "0", "--", "true").returncode == 0
+    for name in ("waits", "saved"):
+        (bob.home / name).unlink()

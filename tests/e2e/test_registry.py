@@ -78,7 +78,7 @@ def test_an_image_comes_with_ones_own_login(stack: Stack, ada: User, bob: User, 
     login = ada.home / path
     ada.run("mkdir", "-p", str(login.parent))
     try:
-        for content in ("", "{", '{"auths": []}', logged_in(registry, "wrong")):
+        for content in ("", "{", "[" * 100_000, '{"auths": []}', logged_in(registry, "wrong")):
             login.write_text(content)
             done = ada.beaker(*words)
             assert done.returncode != 0
@@ -155,7 +155,7 @@ def test_a_stop_ends_a_pull_from_a_registry_that_drips(stack: Stack, ada: User, 
 
 
 def test_a_pull_that_stands_still_outlives_neither_its_session_nor_the_executor(stack: Stack, ada: User, bob: User):
-    """Ctrl-C ends it; so does a stop, also after the executor was killed meanwhile; and then the image can be had."""
+    """Ctrl-C ends it; so does a stop, also when the executor was ended meanwhile; and then the image can be had."""
     stands, asked = threading.Event(), queue.SimpleQueue[str]()
     layer = images.alpine()
     config = {"os": "linux", "rootfs": {"type": "layers", "diff_ids": [described(layer)["digest"]]}}
@@ -182,9 +182,10 @@ def test_a_pull_that_stands_still_outlives_neither_its_session_nor_the_executor(
         assert client.wait(60) == 128 + signal.SIGINT
         wait_for("its end", lambda: not stack.live())
         create()
-        stack.executor.kill()
-        stack.start_executor()
-        asked.get(timeout=60)  # the next executor begins again
+        for how in (signal.SIGTERM, signal.SIGKILL):
+            stack.executor.kill(how)
+            stack.start_executor()
+            asked.get(timeout=60)  # the next executor begins again
         assert ada.beaker("session", "stop", "stands").returncode == 0
         assert not stack.live()
         stands.set()

@@ -76,8 +76,8 @@ def test_a_stop_goes_on_when_the_executor_was_killed_meanwhile(stack: Stack, ada
     )
     wait_for("the stop", lambda: ada.json("session", "get", stubborn)[0]["status"].get("canceled"))
     stack.executor.kill(signal.SIGKILL)
-    ending.communicate()
     stack.start_executor()
+    ending.communicate()
     wait_for("the end", lambda: stubborn not in stack.live(), 40)
     status = ada.json("session", "get", stubborn)[0]["status"]
     assert (status["exitCode"], status["message"]) == (137, f"stopped by {ada.name}")

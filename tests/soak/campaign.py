@@ -26,6 +26,7 @@ from typing import Any
 
 import yaml
 
+from beaker_sessions.sandbox.oci.processes import mentioning
 from tests import images, network
 from tests.recorder import Recorder
 from tests.stack import REPOSITORY, Process, Stack, wait_for
@@ -138,6 +139,8 @@ class Ground:
             self.stack.executor.kill()
         if hasattr(self.stack, "admin"):
             self.stack.close()
+        for shim in mentioning(self.root / "exec/containerd"):
+            shim.kill()  # an engine that was killed while it made a container does not know of its shim
         self.silent.close()
         subprocess.run(["umount", "--lazy", "/etc/resolv.conf"], check=False)
         subprocess.run(["umount", self.root / "state"], check=False)
@@ -201,7 +204,7 @@ class Campaign:
             people.begin(PEOPLE)
             end = time.monotonic() + min(ROUND, self.minutes * 60)
             while time.monotonic() < end:
-                time.sleep(chance.uniform(0.2, 4))
+                time.sleep(chance.uniform(0.2, 3))
                 fate.act()
             self.tell("fate rests")
             people.end()

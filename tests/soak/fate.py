@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from beaker_sessions.sandbox import firewall
 from tests.stack import REPOSITORY, Stack, wait_for
 
 from .people import People
@@ -63,7 +62,7 @@ class Fate:
         self.excuses: list[Excuse] = []
         self.failures: list[str] = []
         acts: dict[Callable[[], None], float] = {
-            self.kill_executor: 12, self.stop_executor: 2, self.kill_server: 2, self.stop_server: 1,
+            self.kill_executor: 20, self.stop_executor: 2, self.kill_server: 2, self.stop_server: 1,
             self.kill_registry: 1, self.stop_registry: 1, self.fill_disk: 1, self.freeze_disk: 1, self.read_only: 1,
             self.flip_bits: 1, self.burst: 2, self.jump_clock: 0.5, self.cut_server: 0.5,
         }  # fmt: skip
@@ -306,7 +305,11 @@ class Fate:
 
     def flush_firewall(self) -> None:
         subprocess.run(["nft", "flush", "ruleset"], check=True)
-        self._mended("the firewall", lambda: firewall.exists(self.stack.bridge))
+        self._mended("the firewall", self._protected)
+
+    def _protected(self) -> bool:
+        command = ["nft", "list", "table", "inet", self.stack.bridge]
+        return subprocess.run(command, capture_output=True).returncode == 0
 
     def _mended(self, what: str, check: Callable[[], bool]) -> None:
         """It is looked after while there are sessions, and people go on making them."""

@@ -93,8 +93,9 @@ class Swept:
         over = 0.0
         while self.node.executor.popen.poll() is None:
             operation.go_on()
-            if not over and (self.node.answers() if command is None else command.popen.poll() is not None):
-                over = time.monotonic()
+            with contextlib.suppress(OSError, ValueError):  # it dies while it answers
+                if not over and (self.node.answers() if command is None else command.popen.poll() is not None):
+                    over = time.monotonic()
             if over and time.monotonic() - over > QUIET:
                 return False
             time.sleep(0.01)
@@ -126,7 +127,8 @@ class Swept:
             return
         query = "SELECT count(*) FROM sessions WHERE reported < revision"
         wait_for("the reports", lambda: self.node.ledger(query) == [(0,)], PATIENCE)
-        wait_for("the outputs", lambda: not any((self.node.state / "executor/output").iterdir()), PATIENCE)
+        outputs = self.node.state / "executor/output"  # those for who comes back stay for five minutes
+        wait_for("the outputs", lambda: all(path.suffix for path in outputs.iterdir()), PATIENCE)
 
     def nothing_left(self, live: int = 0) -> None:
         try:

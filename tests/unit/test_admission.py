@@ -177,7 +177,7 @@ def test_scopes_and_owners(operation: str) -> None:
     for scope in ("session", "executor", None, "", "new"):
         assert not may(scope, "admin", None)
         assert not may(scope, "admin", "ada")
-    admins = operation in ("doctor", "images")
+    admins = operation in admission.ROOTS
     assert may("user", "user", "ada") == may("user", "admin", "ada") == (not admins)
     assert may("admin", "admin", "ada")
     assert may("admin", "admin", "ben") == (operation not in ("attach", "exec", "exec_exit", "logs")), (

@@ -589,6 +589,23 @@ def test_a_create_that_was_not_acknowledged_is_sent_again_with_its_key(
     assert it.wait(PATIENCE) == 0
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_create_while_the_executor_is_restarted_waits_for_it(
+    door: FakeDoor, shell: Callable[..., Shell], there: bool
+) -> None:
+    door.die()
+    if not there:  # the moment before it binds
+        Path(door.path).unlink()
+    create = shell("session", "create")
+    if there:
+        create.expect(b"The executor is not there; waiting for it to come back.")
+    door.listen()
+    call, _ = door.call()
+    call.send(event="created", job=JOB)
+    call.end(3)
+    assert create.wait() == 3
+
+
 def test_a_queued_session_keeps_waiting_for_a_restarted_executor(door: FakeDoor, shell: Callable[..., Shell]) -> None:
     it = shell("session", "create")
     call, _ = door.call()

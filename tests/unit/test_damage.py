@@ -9,11 +9,14 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
+from beaker_sessions import ids
+from beaker_sessions.errors import Error
 from beaker_sessions.executor import inventory, ledgerfile, plan
 from beaker_sessions.executor.inside import Inside
 from beaker_sessions.executor.inventory import Inventory
@@ -23,7 +26,7 @@ from beaker_sessions.executor.loop import Loop
 from beaker_sessions.executor.sessions import Sessions
 from beaker_sessions.model import Gpu, Request, State
 from beaker_sessions.sandbox import LABEL_OWNER, Found, Status
-from beaker_sessions.sandbox.fake import FakeSandboxes
+from beaker_sessions.sandbox.fake import FakeSandboxes, _Process
 from beaker_sessions.settings import ExecutorSettings
 from tests.stack import wait_for
 
@@ -218,6 +221,30 @@ def test_something_else_in_the_place_of_a_file(left: Left, tmp_path: Path, name:
             path.symlink_to("nowhere")
 
     left.restarted(tmp_path / "node", name, damage)
+
+
+@pytest.mark.parametrize("labels", [{}, {plan.LABEL_JOB: "{", plan.LABEL_UID: "1"}, {plan.LABEL_JOB: "{}"}])
+def test_of_what_runs_unknown_no_gpu_is_given_until_it_ends(tmp_path: Path, labels: dict[str, str]) -> None:
+    """Neither the ledger nor its labels say what it holds."""
+    id = ids.ulid()
+    one = Found(id, {**labels, LABEL_OWNER: "test"}, Status.RUNNING, 4711)
+    driver = Frozen([one])
+    node = Node(tmp_path, driver)
+    with closing(node.ledger):
+        node.lifecycle.reconcile()
+        assert f"kill -9 {one.pid}" in node.sessions.cordoned
+        with pytest.raises(Error, match=id):
+            node.sessions.create("daemon", WHO, wanted(1), None)
+        del driver._found[id]  # by hand
+        node.lifecycle.reconcile()
+        assert not node.sessions.cordoned
+        driver._found[id] = one
+        node.lifecycle.reconcile()
+        assert node.sessions.cordoned
+        driver._found[id] = replace(one, status=Status.EXITED, exit_code=137)
+        driver._processes[id] = _Process((), lambda: None, False)
+        node.lifecycle.reconcile()
+        assert (node.sessions.cordoned, driver.list()) == ("", [])
 
 
 def test_one_bad_row_costs_one_session(left: Left, tmp_path: Path) -> None:

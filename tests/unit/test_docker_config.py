@@ -12,11 +12,11 @@ import pytest
 from beaker_sessions.errors import Error
 from beaker_sessions.model import Identity
 from beaker_sessions.sandbox import Image, Spec
+from beaker_sessions.sandbox.busybox import BUSYBOX
 from beaker_sessions.sandbox.cdi import CdiMount, DeviceNode, Edits, Hook
 from beaker_sessions.sandbox.docker import config, images
 from beaker_sessions.sandbox.docker.check import is_static
 from beaker_sessions.sandbox.docker.driver import DockerSandboxes
-from beaker_sessions.sandbox.docker.files import BUSYBOX
 
 ADA = Identity("ada", 1500, 1500, "/home/ada", {1500: "ada"})
 EDITS = Edits(

@@ -90,3 +90,10 @@ def test_gpus_that_came_after_the_executor_started_are_told(tmp_path: Path, monk
 
 def test_a_place_that_no_session_can_have_is_told(tmp_path: Path) -> None:
     assert [one.level for one in found(tmp_path, mount_paths=["/proc"]) if "/proc" in one.what] == ["error"]
+
+
+def test_only_a_mount_that_was_asked_for_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "MOUNTS", ["/none/net"])
+    for asked, level in ((["/none/net"], "ok"), (["/none/net", "/none/data"], "warning")):
+        levels = [one.level for one in found(tmp_path, mount_paths=asked) if one.what.startswith("/none/net is not")]
+        assert levels == [level]

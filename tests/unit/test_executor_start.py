@@ -65,6 +65,24 @@ def test_the_lock_of_a_process_that_is_dead_is_taken_over(tmp_path: Path, monkey
     os.close(kept)
 
 
+def test_a_lock_of_which_nobody_knows_the_holder_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The disk was full when it was taken."""
+    path = tmp_path / "lock"
+    monkeypatch.setattr(fence, "PATIENCE", 0.2)
+    kept = fence.hold(path)
+    os.ftruncate(kept, 0)
+    with pytest.raises(Error, match="another executor"):
+        fence.hold(path)
+    os.close(kept)
+
+
+def test_a_directory_in_the_place_of_the_lock(tmp_path: Path):
+    path = tmp_path / "lock"
+    path.mkdir()
+    os.close(fence.hold(path))
+    assert path.is_file()
+
+
 def test_the_socket_of_one_that_does_not_answer_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(door, "PROBE", 0.2)
     loop, path = Loop(), str(tmp_path / "socket")

@@ -9,10 +9,12 @@ import re
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from beaker_sessions.errors import Error
 from beaker_sessions.executor.inside import Inside
 from beaker_sessions.executor.inventory import Inventory
 from beaker_sessions.executor.ledger import Ledger
@@ -260,3 +262,66 @@ def test_what_waits_for_an_image_or_a_home_holds_nobody_up(
     assert not any(lifecycle.sessions.view(id).session.started for id in (*late, mine))
     on.set()
     wait_for("the others'", lambda: all(lifecycle.sessions.view(id).session.started for id in (*late, mine)))
+
+
+def test_the_end_of_all_tells_them_before_and_leaves_the_queue(lifecycle: Lifecycle) -> None:
+    sessions = lifecycle.sessions
+    first = sessions.create("ann", ANN, replace(WANTED, command=()), None).id
+    waits = sessions.create("ann", ANN, replace(WANTED, command=()), None).id
+    wait_for("its start", lambda: sessions.view(first).session.state == State.STARTED)
+    lifecycle.reconcile()
+    said: list[str] = []
+    stop = lifecycle.sandboxes.stop
+
+    def stopped(id: str, grace: float) -> None:
+        said.append(f"{grace:g} {sessions.view(id).notice}")
+        stop(id, grace)
+        lifecycle.reconcile()  # which sees the end, as the watch does elsewhere
+
+    lifecycle.sandboxes.stop = stopped  # type: ignore[method-assign]
+    assert lifecycle.end_all("the shutdown") == []
+    assert said == ["10 this machine ends all its sessions: save your work, 10 s are left"]
+    ended = sessions.view(first).session
+    assert (ended.state, ended.message) == (State.FINALIZED, "stopped by the shutdown")
+    assert sessions.view(waits).session.state == State.CREATED
+    with pytest.raises(Error, match="takes no new sessions: all sessions end"):
+        sessions.create("ann", ANN, WANTED, None)
+
+
+def test_a_session_ends_with_its_machine_and_not_when_that_is_back(lifecycle: Lifecycle) -> None:
+    now = datetime.now(UTC).replace(microsecond=0)
+    began, last = now - timedelta(hours=3), now - timedelta(hours=2)
+    sessions = lifecycle.sessions
+    sessions.on_start = lambda _: None
+    id = sessions.create("ann", ANN, WANTED, None).id
+    sessions.move(id, State.STARTED, started=began)
+    sessions.ledger.fact("boot", "another")
+    os.utime(Path(lifecycle.settings.storage_path, "executor/alive"), (last.timestamp(), last.timestamp()))
+    again = Lifecycle(sessions, lifecycle.sandboxes, lifecycle.settings, lifecycle.inside, "test")
+    again.reconcile()
+    wait_for("its end", lambda: sessions.view(id).session.state == State.FINALIZED)
+    ended = sessions.view(id).session
+    assert (ended.exited, ended.message) == (last, "the machine was restarted")
+
+
+def test_a_token_that_comes_after_the_end_is_not_kept(lifecycle: Lifecycle, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, id = lifecycle.inside, "01HW8DZJFR6QEAFAABCTCR2BY2"
+
+    class Server:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def create_token(self, _body: object, key: str) -> dict[str, str]:
+            del key
+            inside.close(id)
+            return {"token": "late"}
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr("beaker_sessions.executor.inside.Client", Server)
+    inside.directories.make(id)
+    inside.introduce(id, "its author's")
+    with pytest.raises(Error, match="has ended"):
+        inside._token(id)
+    assert inside.directories.ids() == []

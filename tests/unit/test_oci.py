@@ -14,7 +14,7 @@ from beaker_sessions.errors import Error
 from beaker_sessions.model import Identity
 from beaker_sessions.sandbox import Image, Spec
 from beaker_sessions.sandbox.cdi import CdiMount, Edits, Hook
-from beaker_sessions.sandbox.oci import config, logs, reference, userns
+from beaker_sessions.sandbox.oci import cgroups, config, logs, reference, userns
 
 START = userns.FIRST
 ADA = Identity("ada", 1500, 1500, "/home/ada", {1500: "ada", 27: "sudo"})
@@ -253,3 +253,12 @@ def test_nobody_holds_capabilities_but_root_inside() -> None:
             config.CAPABILITIES,
         )
         assert "CAP_SYS_ADMIN" not in config.CAPABILITIES
+
+
+@pytest.mark.parametrize(
+    ("cpus", "weight"), [(0, 100), (1, 100), (16, 300), (24, 900), (30, 4500), (30.4, 5700), (32, 6000), (50, 9375)]
+)
+def test_the_weight_of_all_sessions_gives_them_what_they_claimed(cpus: float, weight: int) -> None:
+    """Beside three busy groups of the usual weight: weight / (weight + 300) of 32 CPUs is what is claimed, or 95 %."""
+    assert cgroups.guarantee(cpus, 32, 300) == weight
+    assert 32 * weight / (weight + 300) >= min(cpus, 0.95 * 32)

@@ -19,6 +19,7 @@ from setup import (
     daemon,
     environment,
     host,
+    packages,
     recipe,
     removal,
     services,
@@ -27,6 +28,7 @@ from setup import (
 )
 from setup.sources import sources
 
+DYNAMIC, STATIC = b"\x7fELF /lib64/ld-linux-x86-64.so.2", b"\x7fELF"
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
 
@@ -177,6 +179,32 @@ def test_setup_imports_nothing_that_it_sets_up() -> None:
     assert done.stdout == "[]\n", done.stderr
 
 
+def test_a_dynamic_busybox_is_not_replaced_but_one_fetched_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its package would go, and the initramfs, which is made of it, be made anew."""
+    theirs, ours, ran = tmp_path / "bin/busybox", tmp_path / "opt/busybox", []
+
+    def command(argv: list[str], _report: steps.Report, cwd: Path = tmp_path, **_: object) -> None:
+        ran.append(argv)
+        if "download" in argv:
+            Path(cwd, "busybox-static_1_amd64.deb").touch()
+        if argv[0] == "dpkg-deb":
+            host.write(Path(argv[-1], "bin/busybox"), STATIC.decode())
+
+    monkeypatch.setattr(packages, "_BUSYBOX", theirs)
+    monkeypatch.setattr(packages, "_OURS", ours)
+    monkeypatch.setattr(packages, "command", command)
+    theirs.parent.mkdir()
+    theirs.write_bytes(DYNAMIC)
+    step = packages.step("packages", {"coreutils": ("true",)})
+    assert step.missing()
+    assert str(ours) in step.do(lambda _: None)
+    assert not [argv for argv in ran if "install" in argv]
+    assert (ours.read_bytes(), ours.stat().st_mode & 0o777, theirs.read_bytes()) == (STATIC, 0o755, DYNAMIC)
+    assert not step.missing()
+
+
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pid files and logs in a directory of the test's own."""
@@ -217,16 +245,20 @@ def test_secrets_have_their_mode_before_their_content(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze (package systemd)")
-@pytest.mark.parametrize("service", [services.SERVER, services.EXECUTOR], ids=lambda service: service.name)
-def test_units_are_valid(service: services.Service, tmp_path: Path) -> None:
-    program = tmp_path / "100% of $HOME" / service.name
-    program.parent.mkdir()
-    program.write_text("#!/bin/sh\n")
-    program.chmod(0o755)
-    unit = tmp_path / f"{service.name}.service"
-    unit.write_text(service.unit_text(program.parent))
-    done = subprocess.run(["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True)
-    assert unit.name not in done.stderr, done.stderr
+def test_units_are_valid(tmp_path: Path) -> None:
+    programs = tmp_path / "100% of $HOME"
+    programs.mkdir()
+    for name in ("beaker", "beaker-server", "beaker-executor"):
+        (programs / name).write_text("#!/bin/sh\n")
+        (programs / name).chmod(0o755)
+    units = []
+    for service in (services.SERVER, services.EXECUTOR):
+        for unit in service.units:
+            units.append(tmp_path / unit.name)
+            units[-1].write_text(service.unit_text(programs, unit.name))
+    assert [unit.stem for unit in units] == ["beaker-server", "beaker-cgroup", "beaker-executor", "beaker-sessions"]
+    done = subprocess.run(["systemd-analyze", "verify", "--man=no", *units], capture_output=True, text=True)
+    assert "beaker" not in done.stderr, done.stderr
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
 from datetime import date, timedelta
 from pathlib import Path
 
@@ -66,6 +67,17 @@ def test_a_package_is_judged_by_its_own_version_and_by_its_changelog() -> None:
 def test_a_package_without_its_changelog_is_not_called_vulnerable() -> None:
     found = judge("runc", parse("1.1.5"), "runc 1.1.5", debian("1.1.5", "", "other-1"))
     assert (found.level, "it may have, or not" in found.what) == ("warning", True)
+
+
+@pytest.mark.skipif(not shutil.which("apt-cache"), reason="needs apt")
+def test_a_silent_package_without_a_newer_one_is_no_warning_that_nobody_can_mend() -> None:
+    policy = subprocess.run(["apt-cache", "policy", "runc"], capture_output=True, text=True, check=True).stdout
+    newest = next(line.split()[1] for line in policy.splitlines() if "Candidate:" in line)
+    found = judge("runc", parse("1.1.5"), "runc 1.1.5", debian(newest, "", "other-1"))
+    assert (found.level, found.mend) == ("ok", "")
+    assert found.what.startswith("runc 1.1.5 is the newest that apt knows; its package does not say")
+    found = judge("runc", parse("1.1.5"), "runc 1.1.5", debian("0.1", "", "other-1"))
+    assert (found.level, found.mend) == ("warning", "apt-get update; apt-get install --only-upgrade runc")
 
 
 @pytest.mark.skipif(not shutil.which("dpkg"), reason="needs dpkg")

@@ -12,9 +12,9 @@ from typing import Any
 
 from ...errors import Error
 from .. import LOW_DISK, PIDS, Finding, vulnerabilities
+from ..busybox import BUSYBOX
 from ..cdi import Registry
 from .engine import Engine
-from .files import BUSYBOX
 
 PT_INTERP = 3  # elf(5)
 DAEMON_JSON = "/etc/docker/daemon.json"
@@ -103,7 +103,7 @@ def _disk(info: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _busybox() -> Finding:
-    mend = "apt-get install busybox-static"
+    mend = "make session"
     try:
         static = is_static(Path(BUSYBOX).read_bytes())
     except OSError as error:

@@ -238,8 +238,9 @@ class DockerSandboxes:
 
     def watch(self) -> Iterator[str]:
         filters = {"type": ["container"], "event": EVENTS, "label": [LABEL, f"{LABEL_OWNER}={self.owner}"]}
-        for event in self.engine.stream("GET", "/events", {"filters": filters}, timeout=None):
-            yield event["Actor"]["Attributes"].get(LABEL, "") if event else ""
+        with self.network.followed():
+            for event in self.engine.stream("GET", "/events", {"filters": filters}, timeout=None):
+                yield event["Actor"]["Attributes"].get(LABEL, "") if event else ""
 
     def logs(self, id: str, limit: int, *, framed: bool = False) -> bytes:
         tty = self._inspect(id)["Config"]["Tty"]
@@ -255,8 +256,11 @@ class DockerSandboxes:
     def guard(self) -> None:
         self.network.ensure()
 
+    def weigh(self, cpus: float) -> None:
+        pass
+
     def check(self) -> list[Finding]:
-        return check(self.engine, cdi.load(self.cdi_paths, self.cdi_hooks))
+        return [*check(self.engine, cdi.load(self.cdi_paths, self.cdi_hooks)), *self.network.check()]
 
     def close(self) -> None:
         """Give back what is there for all sandboxes: for tests, and when the executor is uninstalled."""

@@ -19,8 +19,8 @@ from typing import Any
 
 from ...errors import Error
 from .. import Mount
+from ..busybox import BUSYBOX
 
-BUSYBOX = "/bin/busybox"
 INSIDE = "inside"
 PINNED = re.compile(r"/proc/\d+/fd/\d+")
 MS_BIND, MS_REC, MS_SLAVE, MNT_DETACH = 4096, 16384, 1 << 19, 2  # mount(2), umount(2)
@@ -44,7 +44,7 @@ class Files:
         could not finish, it removes.
         """
         if not os.access(BUSYBOX, os.X_OK):
-            raise Error("unavailable", f"{BUSYBOX} is missing", "apt-get install busybox-static")
+            raise Error("unavailable", f"{BUSYBOX} is missing", "make session")
         directory = self.directory(id)
         self.state.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory.mkdir(mode=0o700)

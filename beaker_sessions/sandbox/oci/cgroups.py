@@ -8,10 +8,15 @@ all sandboxes together. Each one's limits are set by the runtime (`config.py`). 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+MOST = 10000  # the greatest weight
+SPARED = 0.05  # of the machine's CPUs, for everybody else when sessions have claimed all
+SHARES = 1024  # of version 1: what the weight 100 is of version 2
 
 
 @dataclass(frozen=True)
@@ -64,13 +69,38 @@ class Cgroups:
         try:
             root = self._controller("pids")
             directory = root / cgroup.lstrip("/")
+            directory.mkdir(parents=True, exist_ok=True)
             if self.unified:
-                (root / "cgroup.subtree_control").write_text("+pids")
-            directory.mkdir(exist_ok=True)
+                for above in reversed(directory.relative_to(root).parents):
+                    (root / above / "cgroup.subtree_control").write_text("+pids")
             (directory / "pids.max").write_text(str(most))
         except (OSError, StopIteration):
             return False
         return True
+
+    def weigh(self, cgroup: str, weight: int) -> bool:
+        """Give a group this weight for the CPU, of 1 to 10000 where 100 is the usual one: whether that can be."""
+        try:
+            directory = self._controller("cpu") / cgroup.lstrip("/")
+            directory.mkdir(parents=True, exist_ok=True)  # the runtime makes it with the first sandbox
+            if self.unified:
+                (directory.parent / "cgroup.subtree_control").write_text("+cpu")
+                (directory / "cpu.weight").write_text(str(weight))
+            else:
+                (directory / "cpu.shares").write_text(str(weight * SHARES // 100))
+        except (OSError, StopIteration):
+            return False
+        return True
+
+    def weights(self) -> dict[str, int]:
+        """Of the groups right below the root, by name."""
+        root, file = self._controller("cpu"), "cpu.weight" if self.unified else "cpu.shares"
+        found = {}
+        for path in root.glob(f"*/{file}"):
+            with contextlib.suppress(OSError, ValueError):  # removed just now
+                number = int(path.read_text())
+                found[path.parent.name] = number if self.unified else number * 100 // SHARES
+        return found
 
     def remove(self, cgroup: str) -> bool:
         """Remove the group everywhere; False while something runs in it."""
@@ -111,6 +141,16 @@ def room() -> int:
     """
     most = min(int(Path("/proc/sys/kernel", name).read_text()) for name in ("pid_max", "threads-max"))
     return most - most // 8
+
+
+def guarantee(cpus: float, machine: float, others: int) -> int:
+    """The weight of all sessions that have claimed so many CPUs of the machine's, whoever else is busy.
+
+    others: the weights of everybody else beside them, together. Never less than the usual weight, and never all of the
+    machine, or nobody could log in to it.
+    """
+    rest = max(machine - cpus, machine * SPARED)
+    return max(100, min(MOST, math.ceil(others * cpus / rest)))
 
 
 def detect() -> Cgroups:

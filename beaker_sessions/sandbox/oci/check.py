@@ -73,7 +73,7 @@ def _conmon() -> Finding:
 def _static(program: str) -> Finding:
     if is_static(Path(program).read_bytes()):
         return Finding("ok", f"{program} is static")
-    mend = "apt-get install busybox-static tini"
+    mend = "make session"
     return Finding("error", f"{program} is not static, so that it cannot start in any image", mend)
 
 

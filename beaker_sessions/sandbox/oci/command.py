@@ -11,11 +11,12 @@ from pathlib import Path
 
 from ...errors import Error
 from .. import Finding
+from ..busybox import BUSYBOX
 from . import cgroups, record
 from .check import check
 from .driver import OciSandboxes
 from .processes import mentioning
-from .programs import BUSYBOX, INITS, RUNTIMES, find
+from .programs import INITS, RUNTIMES, find
 
 
 def problem(directory: Path) -> Finding | None:

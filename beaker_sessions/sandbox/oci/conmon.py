@@ -21,14 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import Error
-from .. import netns
+from .. import delegated, netns
+from ..busybox import BUSYBOX
 from . import mounts, programs
 from .processes import Process, readable
 
 LOG_SIZE = 8 << 20  # bytes after which conmon begins a new log, see `logs`
 PACKET = 32 << 10  # the longest packet that conmon takes
 BUSY = 0.3  # seconds that a line for a conmon which does not read waits for the one before
-ENTER = (programs.BUSYBOX, "nsenter")  # static, so that it costs half a millisecond
+ENTER = (BUSYBOX, "nsenter")  # static, so that it costs half a millisecond
+REOPEN, NOTHING = "2 0 0\n", "0 0 0\n"  # lines for `ctl`: begin a new log; what conmon does not know
 START = 30.0  # seconds in which a runtime must have made a container
 LOOK = 0.02  # seconds between looks at a container that is started for the second time
 
@@ -57,6 +59,7 @@ def create(
         pipes = {"_OCI_SYNCPIPE": writer}
         netns.inside(namespace, lambda: _run(runtime, id, directory, short, arguments, pipes, root))
         writer.close()
+        _hold(directory)
         init = _answer(reader, f"{Path(runtime.path).name} create")
     os.utime(_fifo(runtime, id), (0, 0))
     return int((directory / "conmon.pid").read_text()), init
@@ -97,6 +100,7 @@ def execute(
         connection = connect(directory)
         try:
             begin.write(b"\0")
+            _hold(directory)
             _answer(synced, f"{Path(runtime.path).name} exec")
         except BaseException:
             connection.close()
@@ -167,40 +171,42 @@ def connect(directory: Path) -> socket.socket:
     return connection
 
 
-def command(directory: Path, text: str) -> None:
+def command(directory: Path, text: str, seconds: float = BUSY) -> bool:
     """Write a line to `ctl`. Silent when conmon has ended.
 
     Of several lines that conmon finds there at once it does the first, as often as there are lines, so each waits until
-    the one before has been read.
+    the one before has been read, for no longer than so many seconds: whether it was.
     """
     try:
         fd = os.open(directory / "ctl", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:  # FileNotFoundError, or ENXIO: nobody reads
-        return
+        return True
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
-        _read(fd)
+        read = _read(fd, seconds)
         os.write(fd, text.encode())
+        return read
     except BrokenPipeError:
-        pass
+        return True
     finally:
         os.close(fd)
 
 
-def settle(directory: Path) -> None:
-    """Wait until conmon has read what was written to `ctl`."""
-    command(directory, "")
+def settle(directory: Path, seconds: float = BUSY) -> bool:
+    """Wait until conmon has read what was written to `ctl`, and has done it but for the last line: whether it has."""
+    return command(directory, "", seconds)
 
 
-def _read(fd: int) -> None:
-    """Wait until nothing in a FIFO is unread, for no longer than BUSY seconds."""
-    deadline = time.monotonic() + BUSY
+def _read(fd: int, seconds: float) -> bool:
+    """Wait until nothing in a FIFO is unread, for no longer than so many seconds."""
+    deadline = time.monotonic() + seconds
     unread = bytearray(4)
     while time.monotonic() < deadline:
         fcntl.ioctl(fd, termios.FIONREAD, unread)
         if not any(unread):
-            return
+            return True
         time.sleep(0.0005)
+    return False
 
 
 def give(holder: int, uid: int, gid: int) -> None:
@@ -271,6 +277,12 @@ def _run(
         raise Error("unavailable", "conmon is not installed", "apt-get install conmon") from error
     if done.returncode != 0:
         raise Error("internal", f"conmon ended with {done.returncode}: {done.stderr.decode(errors='replace').strip()}")
+
+
+def _hold(directory: Path) -> None:
+    """Take conmon out of the executor's group, while the runtime works: moving a process may take milliseconds."""
+    if delegated.holders():
+        delegated.hold(int((directory / "conmon.pid").read_text()))
 
 
 @contextlib.contextmanager

@@ -49,9 +49,11 @@ from .. import (
     Status,
     Terminal,
     cdi,
+    delegated,
     resolvers,
     subordinate,
 )
+from ..busybox import BUSYBOX
 from . import apparmor, cgroups, config, conmon, keyring, layer, logs, mounts, programs, record, rootfs, userns
 from .check import check
 from .idmaps import IdMaps
@@ -99,7 +101,7 @@ class OciSandboxes:
         self.cdi_paths, self.cdi_hooks = list(cdi_paths), list(cdi_hooks)
         self.ids, self.maps = ids, IdMaps()
         self.cgroups = cgroups.detect()
-        self.cgroup = "/beaker-" + re.sub(r"[^a-z0-9]+", "-", owner.lower()).strip("-")
+        self.cgroup = delegated.base() + "/beaker-" + re.sub(r"[^a-z0-9]+", "-", owner.lower()).strip("-")
         self.roots = RUN / bridge / "roots"
         for path in (RUN.parent, RUN, RUN / bridge):
             path.mkdir(parents=True, exist_ok=True)
@@ -146,6 +148,8 @@ class OciSandboxes:
             directory.mkdir(mode=0o700)
         except FileExistsError as error:
             raise Error("conflict", f"the sandbox {spec.id} exists already") from error
+        except OSError as error:
+            raise self._full(error) or Error("internal", f"the sandbox {spec.id} could not be made: {error}") from error
         try:
             self.maps.take(spec.id, uids, gids)
             labels = {**spec.labels, LABEL: spec.id, LABEL_OWNER: self.owner}
@@ -325,6 +329,19 @@ class OciSandboxes:
     def guard(self) -> None:
         self.network.guard()
 
+    def weigh(self, cpus: float) -> None:
+        if "cpu" not in self.cgroups.controllers():
+            return  # as doctor says
+        top = self.cgroup.split("/")[1]
+        machine = os.cpu_count() or 1
+        others = sum(weight for name, weight in self.cgroups.weights().items() if name != top)
+        if delegated.base():
+            weight = cgroups.guarantee(cpus, machine, others)
+            delegated.weigh(weight)
+            self.cgroups.weigh(self.cgroup, cgroups.MOST)  # beside what holds terminals
+        else:  # beside processes in no group, of which as many as there are CPUs are taken to be busy
+            self.cgroups.weigh(self.cgroup, cgroups.guarantee(cpus, machine, others + 100 * machine))
+
     def check(self) -> list[Finding]:
         init = programs.find(programs.INITS)
         if self.pids:
@@ -332,10 +349,10 @@ class OciSandboxes:
         else:
             pids = Finding("warning", "sessions together can take all ids of processes", "enable the pids controller")
         found = check(
-            self.state, self.state / "trash", self.runtime.path, self.cgroups, init, programs.BUSYBOX, self.images.root,
+            self.state, self.state / "trash", self.runtime.path, self.cgroups, init, BUSYBOX, self.images.root,
             self.ids,
         )  # fmt: skip
-        return [*found, pids]
+        return [*found, *self.network.check(), pids]
 
     def close(self) -> None:
         """Give back what is kept ready for the next sandboxes: for tests, and when the executor is uninstalled."""

@@ -29,13 +29,12 @@ from pathlib import Path
 
 from .. import framed as frame
 from . import conmon
-from .processes import Process
+from .processes import Process, readable
 
 KEEP = 8 << 20  # bytes of a log file
 LIMIT = 5 * KEEP  # of all files of a sandbox: `log`, `.closed`, `.next`, `.old`, and what becomes `.old`
 REPLAY = 64 << 10  # bytes of recent output that an attach shows,
 LINE = 4 << 10  # and at most so many more, to begin with a line
-DISPATCH = 512 << 10  # bytes of a log, or fewer, that conmon writes between two looks at who wants something of it
 LOST = "output may be missing here"
 BLOCK = 256 << 10  # bytes of a log that are read at once
 PATIENCE = 5.0  # seconds for conmon to begin a new file
@@ -86,20 +85,18 @@ def join(directory: Path, holder: Process, *, whole: bool = False, framed: bool 
             mark = _inode(directory / "log")
             connection = conmon.connect(directory)
             try:
-                conmon.command(directory, "2 0 0\n")
+                conmon.command(directory, conmon.REOPEN)
             except BaseException:
                 connection.close()
                 raise
-        begun = _begun(directory, mark)
-        names = ["log.closed", "log.old"]
-        if not begun:
-            names.insert(0, "log")
-        elif not _follows(directory) and (directory / "log.next").stat().st_size <= DISPATCH:
-            # It was at some output when it was stopped, with which it had written KEEP bytes.
+        begun = _begun(directory, mark, connection)
+        names = list(NAMES[1:] if begun else NAMES)
+        if begun and not _follows(directory) and not _came(connection, directory / "log.next"):
+            # When it was stopped it was at some output, with which it had written KEEP bytes.
             names.insert(0, "log.next")
-        text = _joined(directory, names, sys.maxsize if whole else REPLAY + LINE, framed)
+        text = _recent(directory, names, whole=whole, framed=framed)
         _put_away(directory)
-        return connection, text if whole else _whole_lines(text)
+        return connection, text
 
 
 def trim(directory: Path) -> None:
@@ -110,7 +107,7 @@ def trim(directory: Path) -> None:
             with _locked(directory):
                 _put_away(directory)
                 mark = _inode(directory / "log")
-                conmon.command(directory, "2 0 0\n")
+                conmon.command(directory, conmon.REOPEN)
                 if _begun(directory, mark):
                     _put_away(directory)
         elif log.st_ino != _inode(directory / "log.closed"):
@@ -118,20 +115,31 @@ def trim(directory: Path) -> None:
                 _put_away(directory)
 
 
-def _begun(directory: Path, closed: int) -> bool:
-    """Wait for a new log, after conmon was told to begin one.
+def _begun(directory: Path, closed: int, connection: socket.socket | None = None) -> bool:
+    """Wait for the new log that conmon was told to begin: only after that it reads a next line, or serves a connection.
 
     False when there is none yet: output waits for a reader who does not read, so that nothing else happens either, or
     the machine is very busy. It is then put away later.
     """
     deadline = time.monotonic() + PATIENCE
-    while _inode(directory / "log") == closed:
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(PAUSE)
-    conmon.settle(directory)
-    time.sleep(PAUSE)  # it may have begun one by itself before, and the other just after it read the command
-    return True
+    if not conmon.settle(directory, PATIENCE):
+        return False
+    conmon.command(directory, conmon.NOTHING)
+    while not conmon.settle(directory, PAUSE) and time.monotonic() < deadline:
+        if connection and readable(connection.fileno(), 0):
+            break
+    return _inode(directory / "log") != closed
+
+
+def _came(connection: socket.socket, log: Path) -> bool:
+    """Whether a log begins with what came first by a connection, hence was begun after it."""
+    try:
+        first = connection.recv(conmon.PACKET + 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)[1:]
+    except BlockingIOError:
+        return False
+    with open(log, "rb") as file:
+        text = payload(file.read(BLOCK).rpartition(b"\n")[0] + b"\n")
+    return text[: len(first)] == first[: len(text)]
 
 
 def _follows(directory: Path) -> bool:
@@ -184,9 +192,18 @@ def recent(directory: Path, *, whole: bool = False, framed: bool = False) -> byt
 
     whole: all that is kept. framed: as of `Sandboxes.logs`.
     """
+    try:
+        with _locked(directory):
+            _put_away(directory)
+            return _recent(directory, NAMES, whole=whole, framed=framed)
+    except FileNotFoundError:  # removed just now
+        return b""
+
+
+def _recent(directory: Path, names: Iterable[str], *, whole: bool, framed: bool) -> bytes:
     if whole:
-        return tail(directory, sys.maxsize, framed=framed)
-    return _whole_lines(tail(directory, REPLAY + LINE))
+        return _joined(directory, names, sys.maxsize, framed)
+    return _whole_lines(_joined(directory, names, REPLAY + LINE, framed=False))
 
 
 def _whole_lines(text: bytes) -> bytes:

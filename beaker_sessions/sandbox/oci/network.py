@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import Error
-from .. import firewall, netns, resolvers, uplinks
+from .. import Finding, firewall, netns, packet, resolvers, uplinks
 from ..changes import followed
 from . import mounts, retired
 
@@ -99,6 +99,20 @@ class Network:
         """Have bridge and firewall as they should be, for those who are on it too. Raises Error unavailable."""
         if self._network and not self._closed:
             self._ensure(again=True)
+
+    def check(self) -> Iterator[Finding]:
+        """What `executor doctor` should say: whether bridge and rules are there, and what becomes of a packet."""
+        try:
+            network = self._ensure(again=True)
+            path = self._make()
+        except Error as error:
+            yield Finding("error", error.message, error.hint)
+            return
+        try:
+            yield Finding("ok", f"the firewall of sessions is table inet {self.bridge}, as it should be")
+            yield from packet.findings(f"{self.bridge}-t", path, str(network[1]))
+        finally:
+            self.drop(path.name)
 
     def warm(self, after: float = 0.0) -> None:
         """Make namespaces in the background until enough are ready, beginning after so many seconds."""

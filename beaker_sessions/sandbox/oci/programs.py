@@ -16,8 +16,8 @@ from importlib import resources
 from pathlib import Path
 
 from ...errors import Error
+from ..busybox import BUSYBOX
 
-BUSYBOX = "/bin/busybox"
 INITS = ("/usr/bin/tini-static", "/usr/bin/docker-init", "/usr/bin/catatonit", "/usr/libexec/podman/catatonit")
 RUNTIMES = ("runc", "crun")
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE

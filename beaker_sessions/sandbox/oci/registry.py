@@ -131,7 +131,10 @@ class _Answer:
     def _watch(self, seconds: float, least: int) -> None:
         self._timer = threading.Timer(seconds, self._judge, (seconds, self._came + least))
         self._timer.daemon = True
-        self._timer.start()
+        try:
+            self._timer.start()
+        except RuntimeError:  # the machine has no thread left, and nobody would watch it
+            self.hang_up()
 
     def _judge(self, seconds: float, least: int) -> None:
         if self._came < least:

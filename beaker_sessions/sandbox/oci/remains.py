@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from ...errors import Error
+from .. import delegated
 from . import layer, mounts
 from .cgroups import Cgroups
 from .network import Network
@@ -84,6 +85,8 @@ class Remains:
         for name in self.cgroups.children(self.cgroup) - known:
             self.kill(Record(name, {}, False, f"{self.cgroup}/{name}"), self.state / "sessions" / name)
             self.cgroups.remove(f"{self.cgroup}/{name}")
+        if delegated.base():  # where an earlier version had them
+            self.cgroups.remove("/" + self.cgroup.rpartition("/")[2])
         for path in (self.state / "runtime").iterdir():
             if path.name not in known:
                 mounts.remove_tree(path)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ...errors import Error
 from ...model import Identity
-from .. import Image, Spec, cdi
+from .. import Image, Spec, cdi, delegated
 from . import apparmor, config, conmon, mounts, rootfs, userns
 from .cgroups import Cgroups
 from .images import Description
@@ -36,6 +36,7 @@ def run(runtime: str, busybox: str, cgroups: Cgroups, state: Path) -> None:
     identity = Identity("root", 0, 0, "/", {})
     uids = gids = userns.id_map(userns.FIRST, [])
     spec = Spec(id, {}, Image(id, id), identity, memory=64 << 20, pids=64, tty=False, host_network=True)
+    cgroup = f"{delegated.base()}/beaker-{id}"
     base, top = Path(tempfile.mkdtemp(dir=state)), Path(tempfile.mkdtemp(dir="/run"))
     try:
         for part in ("layer", "inside", "runtime", *PARTS):
@@ -43,7 +44,7 @@ def run(runtime: str, busybox: str, cgroups: Cgroups, state: Path) -> None:
         shutil.copy(busybox, base / "inside/busybox")
         image = Description(id, [str(base / "layer")], [], 0, "", None, None, None)
         host = config.Host(
-            top, f"/beaker-{id}", uids, gids, cgroups.unified, cgroups.swap,
+            top, cgroup, uids, gids, cgroups.unified, cgroups.swap,
             resource.getrlimit(resource.RLIMIT_NOFILE)[1], apparmor.profile(),
         )  # fmt: skip
         bundle = config.config(spec, host, cdi.Edits(), ())
@@ -60,7 +61,7 @@ def run(runtime: str, busybox: str, cgroups: Cgroups, state: Path) -> None:
     finally:
         mounts.remove_tree(top)
         mounts.remove_tree(base)
-        cgroups.remove(f"/beaker-{id}")
+        cgroups.remove(cgroup)
 
 
 def _run(runtime: list[str], bundle: Path, id: str) -> None:
