@@ -181,11 +181,11 @@ listening.bind(sys.argv[1])
 listening.listen(8)
 Listener(loop, listening, serve, loop.fail)
 loop.start()
-print("ready", flush=True)
 if sys.argv[2] == "broken":
     listening.shutdown(socket.SHUT_RDWR)
 else:
     taken = [os.open("/dev/null", os.O_RDONLY) for _ in range(int(sys.argv[2]) - len(os.listdir("/proc/self/fd")) + 1)]
+    print("ready", flush=True)  # only now: who connects before is served
     sys.stdin.readline()
     for descriptor in taken:
         os.close(descriptor)
@@ -252,6 +252,7 @@ def test_a_start_for_which_there_is_no_thread_is_made_up_for(
     assert sessions.view(id).session.state == State.SCHEDULED
     lifecycle.reconcile()
     wait_for("its end, as there is no such image", lambda: sessions.view(id).session.state == State.FINALIZED)
+    wait_for("the end of what cleans up, which still asks the ledger for the queue", lambda: not lifecycle._busy)
     ledger.close()
 
 
