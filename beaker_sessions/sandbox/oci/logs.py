@@ -39,6 +39,7 @@ LOST = "output may be missing here"
 BLOCK = 256 << 10  # bytes of a log that are read at once
 PATIENCE = 5.0  # seconds for conmon to begin a new file
 PAUSE = 0.0005
+PASSED_ON = 0.1  # seconds in which conmon has passed on what it has written to a log
 STREAMS = (b"stdout", b"stderr")
 NAMES = ("log", "log.closed", "log.old")  # newest first
 
@@ -133,10 +134,9 @@ def _begun(directory: Path, closed: int, connection: socket.socket | None = None
 
 def _came(connection: socket.socket, log: Path) -> bool:
     """Whether a log begins with what came first by a connection, hence was begun after it."""
-    try:
-        first = connection.recv(conmon.PACKET + 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)[1:]
-    except BlockingIOError:
+    if not readable(connection.fileno(), PASSED_ON):
         return False
+    first = connection.recv(conmon.PACKET + 1, socket.MSG_PEEK)[1:]
     with open(log, "rb") as file:
         text = payload(file.read(BLOCK).rpartition(b"\n")[0] + b"\n")
     return text[: len(first)] == first[: len(text)]
