@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import socket
 import sqlite3
@@ -156,6 +157,7 @@ class Campaign:
         self.last: deque[str] = deque(maxlen=LAST)
         self.counts: Counter[str] = Counter()
         self.acts: Counter[str] = Counter()
+        self.refusals: Counter[str] = Counter()  # why, as it was said
         self.failures: list[str] = []
 
     def run(self) -> int:
@@ -218,6 +220,9 @@ class Campaign:
         for errand in people.errands:
             verdict, why = judge(errand, records(stack, errand.name), fate.excuses)
             self.counts[verdict] += 1
+            if verdict == REFUSED:
+                said = errand.said.strip().rpartition("\n")[2].removeprefix("beaker: ")
+                self.refusals[re.sub(r"\w{26}|[\w-]*\d[\w-]*", "…", said)[:100]] += 1
             if verdict in (LOST, DOUBLED, STUCK):
                 wrong.append(
                     f"{verdict}: {errand.kind} {errand.name} {errand.id}: {why}; it was told {errand.said[-300:]!r}"
@@ -253,6 +258,8 @@ class Campaign:
         self.say(f"{self.counts.total()} sessions asked for, {kills} executors killed")
         for what in (RIGHT, REFUSED, EXCUSED, LOST, DOUBLED, STUCK):
             self.say(f"{self.counts[what]:6} {what}")
+        for said, times in self.refusals.most_common(6):
+            self.say(f"{times:12} {said or 'nothing was said'}")
         self.say("acts: " + ", ".join(f"{name} {n}" for name, n in sorted(self.acts.items())))
         self.say(f"{len(self.failures)} failures")
 
