@@ -24,6 +24,7 @@ from beaker_sessions.errors import Error
 from beaker_sessions.sandbox import Status
 from beaker_sessions.sandbox.oci import mounts
 from beaker_sessions.sandbox.oci.processes import Process, mentioning
+from tests.stack import wait_for
 
 from .conftest import ADA, SECONDS, Maker, OciLab, pinned
 
@@ -122,7 +123,7 @@ def test_a_runtime_that_was_removed_is_named(make: Maker, oci_lab: OciLab, monke
         oci_lab.sandboxes.create(make.spec("true"))
     assert (error.value.code, error.value.message) == ("unavailable", f"{gone} is not there any more")
     assert any(f.level == "error" and gone in f.what for f in oci_lab.sandboxes.check())
-    assert not any(left_behind(oci_lab).values())
+    wait_for("the clean-up", lambda: not any(left_behind(oci_lab).values()))  # an interface goes in the background
 
 
 def test_conmon_left_stopped_is_woken(make: Maker) -> None:
