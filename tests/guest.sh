@@ -68,3 +68,4 @@ qemu-system-x86_64 -accel "${ACCEL:-kvm}" -cpu max -smp 2 -m 4096 -nodefaults -d
     -drive "file=$work/$runtime.img,if=virtio,format=raw,snapshot=on" -device virtio-rng-pci \
     -virtfs "local,path=$root,mount_tag=checkout,security_model=none,readonly=on" < /dev/null | tee "$work/log"
 grep -q 'it ended with 0' "$work/log"
+[ "$what" != units ] || grep -q 'when mounts go: saved .*save your work.* stopped by the shutdown' "$work/log"

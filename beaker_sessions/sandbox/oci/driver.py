@@ -334,7 +334,9 @@ class OciSandboxes:
             return  # as doctor says
         top = self.cgroup.split("/")[1]
         machine = os.cpu_count() or 1
-        others = sum(weight for name, weight in self.cgroups.weights().items() if name != top)
+        found = self.cgroups.weights().items()
+        kind = ".slice" if delegated.base() else ""  # systemd's mounts are groups too, where nothing runs
+        others = sum(weight for name, weight in found if name != top and name.endswith(kind))
         if delegated.base():
             weight = cgroups.guarantee(cpus, machine, others)
             delegated.weigh(weight)
