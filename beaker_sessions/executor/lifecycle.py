@@ -200,8 +200,11 @@ class Lifecycle:
                 self._let_go(id, live.session.request, sockets)
 
     def _let_go(self, id: str, request: Request, sockets: Sockets) -> None:
-        size = self.sessions.offer(id, lambda: self.sandboxes.attach(id, replay=False))
-        self.sandboxes.start(id, size if request.tty else None)
+        self.sessions.offer(
+            id,
+            lambda: self.sandboxes.attach(id, replay=False),
+            lambda size: self.sandboxes.start(id, size if request.tty else None),
+        )
         if sockets:
             self._publisher.forward(id, sockets)
 

@@ -435,22 +435,31 @@ class Sessions:
                     live.notices[about] = text
                 self._notify(live)
 
-    def offer(self, id: str, attach: Callable[[], Terminal]) -> tuple[int, int]:
-        """Give the first follower who wants it the terminal of a sandbox about to start; the size to start with."""
+    def offer(self, id: str, attach: Callable[[], Terminal], start: Callable[[tuple[int, int]], None]) -> None:
+        """Start a sandbox, with the size of the first follower who wants its terminal, and give them that.
+
+        Connected before, so that no output is lost; given after, since a start whose executor is killed may be begun
+        again, with other streams.
+        """
         with self._lock:
             live = self._live[id]
             taker = next((s for s in live.subscribers if s.wants_terminal and s.terminal is None), None)
             size = live.session.request.size
         if taker is None:
-            return size
+            start(size)
+            return
         terminal = attach()
-        with self._lock:
-            if taker in live.subscribers:
-                taker.terminal, live.offered = terminal, True
-                taker.notify()
-                return taker.size or size
+        try:
+            start(taker.size or size)
+            with self._lock:
+                if taker in live.subscribers:
+                    taker.terminal, live.offered = terminal, True
+                    taker.notify()
+                    return
+        except BaseException:
+            os.close(terminal.fd)
+            raise
         os.close(terminal.fd)  # it left meanwhile
-        return size
 
     def _notify(self, live: Live) -> None:
         for subscription in live.subscribers:
