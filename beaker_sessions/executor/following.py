@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import replace
@@ -33,6 +34,7 @@ FROZEN = 10.0  # seconds in which a command line must answer, lest what it does 
 SILENT = 2.0  # and when somebody attaches
 AWAIT = 0.2  # seconds between looks at a process of which no terminal says that it has ended
 REDRAW = 0.1  # seconds in which a program notices another size
+WHOLE = 8  # times that all output of a session is handed over: its receiver may keep that memory
 NEEDLE = 1024  # bytes by which the beginning of the recent output is found in the older
 
 ROOT = Identity("root", 0, 0, "/root", {0: "root"})
@@ -51,6 +53,7 @@ class Following:
         self.lifecycle, self.access, self.nodes, self.job = lifecycle, access, nodes, job
         self.sessions, self.sandboxes = lifecycle.sessions, lifecycle.sandboxes
         self.execs = Execs(self.sessions, self.sandboxes)
+        self._wholes: Counter[str] = Counter()  # how often all output was handed over, by session
         self._held: set[tuple[str, Held]] = set()  # the terminals of main processes that callers use, by session
 
     async def session(
@@ -96,23 +99,34 @@ class Following:
                             if said.get(event["event"]) != event:
                                 said[event["event"]] = event
                                 await caller.send(event)
-                        if news.wants_terminal and (given := await self._given(caller, view, news, replay, whole)):
+                        if news.wants_terminal and (found := await self._given(caller, view, news, replay, whole)):
                             news.wants_terminal = False
-                            if whole:
-                                await self._earlier(caller, view.session, given.replay)
+                            given, has_all = found
+                            if has_all:
+                                with _closed_on_failure(given):
+                                    await self._earlier(caller, view.session, given.replay)
                                 given = replace(given, replay=b"")
                             await held.hand_over(given)
                         if brief and (view.session.started or view.position):  # started: it may have ended since
+                            if caller.readable and (frame := await caller.receive()):
+                                await caller.work(self._heard, id, frame)  # perhaps gave up just before
                             await caller.send({"event": "detached"})
                             return
                         if view.session.state in (State.EXITED, State.FINALIZED):
-                            if news.wants_terminal and whole:
+                            if news.wants_terminal and whole and await caller.work(self._may_have_all, id):
                                 output = await caller.work(self.lifecycle.unseen, view.session)
                                 await self._earlier(caller, view.session, output)
                             await self._farewell(caller, view)
                             return
                 finally:
                     self._held.discard((id, held))
+
+    def _may_have_all(self, id: str) -> bool:
+        """Once for each time that the executor or the connection was lost, which is seldom."""
+        live = {id, *(session.id for session in self.sessions.live())}
+        self._wholes = Counter({one: times for one, times in self._wholes.items() if one in live})
+        self._wholes[id] += 1
+        return self._wholes[id] <= WHOLE
 
     async def _last_words(self, caller: Caller, id: str) -> None:
         """Heed what a caller said before it left, which we may learn while we tell it something: perhaps it gave up."""
@@ -248,8 +262,7 @@ class Following:
     async def _earlier(self, caller: Caller, session: Session, output: bytes) -> None:
         """Tell `caller` of all output before the stream that comes next, or the end. It may be longer than a frame."""
         if output:
-            shows = shown(b"", output) if session.request.tty else output
-            descriptor = await caller.work(sealed, shows)
+            descriptor = await caller.work(_sealed, output, session.request.tty)
             try:
                 framing = Framing.RAW if session.request.tty else Framing.MULTIPLEXED
                 await caller.send({"event": "earlier", "framing": framing}, descriptor)
@@ -258,21 +271,26 @@ class Following:
 
     async def _given(
         self, caller: Caller, view: View, news: Subscription, replay: bool, whole: bool
-    ) -> Terminal | None:
-        """The terminal that this follower should have now: the one it was offered at the start, or a new one."""
+    ) -> tuple[Terminal, bool] | None:
+        """The terminal that this follower should have now, and whether its replay is all that came before.
+
+        It is the one that it was offered at the start, or a new one.
+        """
         if news.terminal:
             offered, news.terminal = news.terminal, None
-            return offered
+            return offered, False
         if view.session.state != State.STARTED:
             return None
         await self._release(view.session)
+        whole = whole and await caller.work(self._may_have_all, view.session.id)
         attached, full_screen = await caller.work(self._attach, view.session, replay, whole)
         if attached and news.size:  # a full-screen program draws anew when the size changes
-            await caller.work(self._resize, view.session.id, (news.size[0], news.size[1] + 1))
-            if full_screen:  # and some compare it with what it was when they last looked
-                await asyncio.sleep(REDRAW)
-            await caller.work(self._resize, view.session.id, news.size)
-        return attached
+            with _closed_on_failure(attached):
+                await caller.work(self._resize, view.session.id, (news.size[0], news.size[1] + 1))
+                if full_screen:  # and some compare it with what it was when they last looked
+                    await asyncio.sleep(REDRAW)
+                await caller.work(self._resize, view.session.id, news.size)
+        return (attached, whole) if attached else None
 
     def _resize(self, id: str, size: tuple[int, int], process: str = "") -> None:
         with _ended_is_fine():
@@ -332,6 +350,21 @@ class Following:
                 self.sandboxes.signal(id, number)
         elif frame.get("cancel"):
             self.lifecycle.stop(id, session.account)
+
+
+def _sealed(output: bytes, tty: bool) -> int:
+    """A descriptor of output as it is to be shown: of a terminal's the end, as long as one may be on a screen."""
+    return sealed(shown(output[:-SCANNED], output[-SCANNED:]) if tty else output)
+
+
+@contextmanager
+def _closed_on_failure(given: Terminal) -> Iterator[None]:
+    """Nobody else has this terminal, and what nobody reads stops the session."""
+    try:
+        yield
+    except BaseException:
+        os.close(given.fd)
+        raise
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from .. import wire
 from ..errors import Error
@@ -63,6 +64,8 @@ class Lifecycle:
         self.output.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.ready = threading.Event()  # the first reconcile is done: what runs here is known
         self._busy: set[tuple[str, str]] = set()  # what a thread of ours does right now, or will, and to which session
+        self._unbegun: set[str] = set()  # sessions whose start waits for a worker
+        self._found = {session.id for session in sessions.live()}  # of an executor before
         self._lock = threading.Lock()
         self._reconciling = threading.Lock()
         self._boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -96,6 +99,10 @@ class Lifecycle:
 
         def guarded() -> None:
             try:
+                with self._lock:
+                    if what == "start" and id not in self._unbegun:
+                        return  # it was stopped meanwhile
+                    self._unbegun.discard(id)
                 act(id)
             except Error as error:  # the next reconcile takes it up again
                 log.warning("session %s: %s failed: %s", id, what, error)
@@ -109,6 +116,8 @@ class Lifecycle:
             if key in self._busy:
                 return
             self._busy.add(key)
+            if what == "start":
+                self._unbegun.add(id)
         try:
             if what in self._workers:
                 self._workers[what].submit(live.session.account if live else "", guarded)
@@ -248,7 +257,14 @@ class Lifecycle:
 
     def stop(self, id: str, actor: str) -> None:
         """End a session, wherever it is in its life, without waiting for it. What fails `reconcile` takes up again."""
-        if not self.sessions.cancel(id, actor):
+        if self.sessions.cancel(id, actor):
+            return
+        with self._lock:
+            waits = id in self._unbegun
+            self._unbegun.discard(id)
+        if waits:
+            self.sessions.ended(id, None, f"stopped by {actor} before it was started")
+        else:
             self._spawn("end", id, self._end)
 
     def _end(self, id: str) -> None:
@@ -275,8 +291,11 @@ class Lifecycle:
             live = [session.id for session in self.sessions.live() if session.state != State.CREATED]
             for id in set(live) - told:
                 told.add(id)
-                self.sessions.notice(id, "shutdown", what)
-                self.stop(id, actor)
+                try:
+                    self.sessions.notice(id, "shutdown", what)
+                    self.stop(id, actor)
+                except Error as error:  # the disk is full: the others are told all the same
+                    log.warning("session %s: %s", id, error)
             if not live or time.monotonic() > deadline:
                 return live
             time.sleep(0.1)
@@ -293,10 +312,12 @@ class Lifecycle:
 
     def unseen(self, session: Session) -> bytes:
         """All output of a session that has ended, for who was given nothing of it: framed, unless it has a terminal."""
-        with suppress(Error):
-            return self.sandboxes.logs(session.id, WHOLE, framed=not session.request.tty)
-        with suppress(FileNotFoundError):
-            return self._unseen(session.id).read_bytes()
+        for _ in range(2):  # the file is written before the sandbox goes
+            with suppress(FileNotFoundError):
+                return self._unseen(session.id).read_bytes()
+            with suppress(Error):
+                if output := self.sandboxes.logs(session.id, WHOLE, framed=not session.request.tty):
+                    return output
         return b""
 
     def _unseen(self, id: str) -> Path:
@@ -339,7 +360,7 @@ class Lifecycle:
         output = unseen = b""
         try:
             output = self.sandboxes.logs(id, OUTPUT_KEPT)
-            if output and not live.offered:
+            if output and not live.offered and id in self._found:  # whoever follows it may come back
                 unseen = self.unseen(live.session)
         except Exception as error:
             if not isinstance(error, Error) or error.code != "not_found":  # it never came to be
@@ -456,23 +477,40 @@ class Lifecycle:
         known = self.sessions.live()  # before the list: what ran then must be in it
         exists = {found.id: found for found in self.sandboxes.list()}
         for id, found in exists.items():  # what runs holds what it claims, before anything is begun anew
-            if (live := self.sessions.entry(id)) is None:
-                self._adopt(id)
-            elif live.session.state == State.CREATED:
-                self._recall(found)
+            self._one(id, self._known, found)
         for session in known:
-            self._compare(session.id, exists.get(session.id))
+            self._one(session.id, self._compare, exists.get(session.id))
         published = [s for s in self.sessions.live() if s.state == State.STARTED and s.claim and s.claim.ports]
         self._publisher.forward_again(published)
         self.sessions.schedule()  # what a session waits for may be another program's, which tells nobody of its end
         for id in self.sessions.cordoning - {*exists, *(session.id for session in self.sessions.live())}:
             self.sessions.cordon(id, "")  # somebody removed it by hand
-        self._alive.touch()
+        with suppress(OSError):
+            self._alive.touch()
         self.inside.resume(lambda: [session.id for session in self.sessions.live()])
         if not self.ready.is_set():
             self.sessions.ledger.note("boot", self._boot)
             self.ready.set()
             self.sessions.cordon("start", "")
+
+    def _one(self, id: str, act: Callable[[str, Any], None], found: Found | None) -> None:
+        """Look after one session. What nobody expected keeps the others from nothing but the GPUs that it may hold."""
+        source = f"looking after {id}"
+        try:
+            act(id, found)
+            self.sessions.cordon(source, "")
+        except Error:  # of the engine, or the disk
+            raise
+        except Exception:
+            log.exception("session %s cannot be looked after", id)
+            self.sessions.cordon(source, f"session {id} cannot be looked after: see the executor's log")
+
+    def _known(self, id: str, found: Found) -> None:
+        """Have the ledger know a sandbox that exists."""
+        if (live := self.sessions.entry(id)) is None:
+            self._adopt(id)
+        elif live.session.state == State.CREATED:
+            self._recall(found)
 
     def _compare(self, id: str, listed: Found | None) -> None:
         """Mend what differs between a session and its sandbox as it was listed."""
@@ -537,7 +575,8 @@ class Lifecycle:
             return
         state = State.STARTED if found.status == Status.RUNNING else State.SCHEDULED
         try:
-            self.sessions.adopt(replace(session, state=state, started=found.started), identity)
+            started = found.started if state == State.STARTED else None
+            self.sessions.adopt(replace(session, state=state, started=started), identity)
         except Error as error:
             self._refused(id, session.claim, error)
             return

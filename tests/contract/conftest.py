@@ -82,12 +82,14 @@ class OciLab:
             directory.mkdir()
         self.bridge = bridge(secrets.token_hex(3)[:5])
         self.known: dict[str, Image] = {}
+        self.made: list[OciSandboxes] = []
         self.sandboxes = self.again()
 
     def again(self) -> OciSandboxes:
         # An executor that was there before would make no more namespaces ready.
         with self.sandboxes.network._filling if hasattr(self, "sandboxes") else contextlib.nullcontext():
-            return OciSandboxes(self.state, self.owner, [self.cdi], bridge=self.bridge, etc=self.etc)
+            self.made.append(OciSandboxes(self.state, self.owner, [self.cdi], bridge=self.bridge, etc=self.etc))
+            return self.made[-1]
 
     def image(self, name: str) -> Image:
         if name not in self.known:
@@ -107,6 +109,11 @@ class OciLab:
     def close(self) -> None:
         for found in self.sandboxes.list():
             self.sandboxes.remove(found.id)
+        for made in self.made:  # none may look after the bridge that another removes
+            with made.network._lock:
+                made.network._closed = True
+            made.network._filling.acquire()
+            made.network._filling.release()
         self.sandboxes.close()
 
 

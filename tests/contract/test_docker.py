@@ -162,11 +162,11 @@ def test_watch_ends_with_the_engine(tmp_path: Path) -> None:
         watch = DockerSandboxes(path, tmp_path, "nobody").watch()
 
         def serve() -> None:
-            for answer in answers:
+            while answers:
                 connection, _ = server.accept()
-                connection.recv(65536)
-                connection.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + answer)
-                connection.close()
+                with connection:
+                    if connection.recv(65536):  # else it was looked up whose socket this is
+                        connection.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + answers.pop(0))
 
         thread = threading.Thread(target=serve)
         thread.start()

@@ -201,7 +201,7 @@ def test_no_file_of_a_session_can_be_opened_outside(make: Maker, tmp_path: Path)
             capture_output=True, check=True,
         )  # fmt: skip
         opened = {path for path in done.stdout.split("\n") if path}
-        assert {path for path in opened if Path(path).name not in ("docker.sock", "log", "pid")} == set()
+        assert {path for path in opened if Path(path).name not in ("docker.sock", "log", "network", "pid")} == set()
 
 
 def test_nothing_of_a_session_is_mounted_on_the_machine(make: Maker, tmp_path: Path) -> None:

@@ -300,7 +300,6 @@ def test_a_firewall_that_was_flushed_is_there_again(inside: Inside, oci_lab: Oci
     with oci_lab.sandboxes.network._filling:  # which looks at the firewall as well
         firewall.remove(oci_lab.bridge)
     with socket.create_server(("", 0)) as service:
-        assert calling(inside, gateway(oci_lab), service.getsockname()[1]) == "open", "the test tests nothing"
         oci_lab.again()
         assert calling(inside, gateway(oci_lab), service.getsockname()[1]) == "ECONNREFUSED"
 

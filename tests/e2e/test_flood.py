@@ -137,7 +137,7 @@ def test_a_flood_of_connections_holds_nobody_else_up(stack: Stack, ada: User, bo
 def test_output_that_nobody_reads_costs_the_executor_nothing(stack: Stack, ada: User):
     id = started(ada, "--", "sh", "-c", "head -c 1100000 /dev/zero | tr '\\0' x | fold -w 1000; sleep 1000")
     wait_for("the output", lambda: len(ada.beaker("session", "logs", id).stdout) == 1 << 20)
-    before, running = memory(stack), threads(stack)
+    before, running = memory(stack), threads(stack) + 10  # what starts and ends sessions has threads that come and go
     request = json.dumps({"v": 1, "op": "logs", "token": ada.token, "id": id})
     for ended in (False, True):
         if ended:

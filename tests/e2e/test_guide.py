@@ -44,6 +44,9 @@ ELSEWHERE = {
     "beaker session exec": "e2e/test_session.py::test_detach_attach_exec_stop",
     "beaker session stop": "e2e/test_inside.py::test_a_session_stops_itself",
     "beaker session describe": "e2e/test_inside.py::test_a_session_knows_whose_it_is",
+    "beaker executor end-sessions": (
+        "e2e/test_faults.py::test_the_end_of_all_sessions_leaves_them_time_and_no_new_one_starts"
+    ),
     "beaker session exec --root": "e2e/test_root.py::test_exec_as_root",
     "sudo apt-get install jq": "e2e/test_kept.py::test_what_is_kept",
     # sudo's, which a test plays
@@ -73,7 +76,16 @@ ELSEWHERE = {
 # What acts on the machine as a whole, which a test must leave alone, or needs what is not there.
 BY_HAND = {
     *("make session", 'make session ARGS="--gpus 0 -- python3 --version"', "make down", "make clean", "git pull"),
-    *("make test", "make check", "make bench", "make lock", "journalctl -u beaker-executor", "ssh gpu-1.lab"),
+    *(
+        "make test",
+        "make check",
+        "make bench",
+        "make lock",
+        "make soak",
+        "make soak SWEEP=1",
+        "journalctl -u beaker-executor",
+        "ssh gpu-1.lab",
+    ),
     "make image BASE=nvidia/cuda:12.4.1-runtime-ubuntu22.04 NAME=lab/cuda",
     "nvidia-ctk cdi generate",
     "nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml",

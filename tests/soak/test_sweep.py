@@ -36,4 +36,4 @@ def test_killed_at_each_place(swept: Swept, seen: set[tuple[str, ...]], name: st
     finally:
         operation.close()
     assert result.wrong == []
-    assert result.killed > len(result.missed)
+    assert result.killed, "the test tests nothing"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import random
@@ -85,8 +86,9 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     directory = tmp_path_factory.mktemp("inside")
     Node.inside = Inside(Node.loop, directory, ExecutorSettings().endpoint, lambda _: None)
     yield
-    for id in Node.inside.directories.ids():
+    for id in {*Node.inside.directories.ids(), *Node.inside._listeners}:
         Node.inside.close(id)
+    asyncio.run_coroutine_threadsafe(asyncio.sleep(0), Node.loop.asyncio).result()
     Node.loop.soon(Node.loop.asyncio.stop)
     thread.join()
     Node.loop.passing.stop()
@@ -263,6 +265,19 @@ def test_a_start_that_the_ledger_still_has_to_do_takes_nothing_of_what_runs(left
         assert not driver.given
         assert {one.id: list(one.claim.gpus) for one in node.sessions.live() if one.claim} == left.gpus
         assert {node.sessions.view(id).session.error for id in stale} == {"conflict"}
+        assert not node.sessions.cordoned
+
+
+def test_what_ended_unknown_to_the_ledger_is_told_and_keeps_no_node_from_starting(left: Left, tmp_path: Path) -> None:
+    ended = replace(left.found[0], status=Status.EXITED, exit_code=3, pid=0)
+    driver = Frozen([ended, *left.found[1:]])
+    node = Node(tmp_path, driver)
+    with closing(node.ledger):
+        node.lifecycle.reconcile()
+        assert node.lifecycle.ready.is_set()
+        wait_for("its end", lambda: node.state(ended.id) == State.FINALIZED)
+        assert node.sessions.view(ended.id).session.exit_code == 3
+        assert [node.state(one.id) for one in left.found[1:]] == [State.STARTED] * (len(left.found) - 1)
         assert not node.sessions.cordoned
 
 

@@ -45,7 +45,7 @@ def lifecycle(tmp_path: Path) -> Iterator[Lifecycle]:
     wait_for("nothing to be done", lambda: not lifecycle._busy)
     for found in lifecycle.sandboxes.list():
         lifecycle.sandboxes.remove(found.id)
-    for id in inside.directories.ids():
+    for id in {*inside.directories.ids(), *inside._listeners}:
         inside.close(id)
     asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop.asyncio).result()
     wait_for("what was dropped to be closed", lambda: not loop.passing._dropping)
@@ -53,7 +53,6 @@ def lifecycle(tmp_path: Path) -> Iterator[Lifecycle]:
     thread.join()
     loop.passing.stop()
     loop.asyncio.close()
-    loop.passing.stop()
     ledger.close()
 
 
@@ -326,3 +325,24 @@ def test_a_token_that_comes_after_the_end_is_not_kept(lifecycle: Lifecycle, monk
     with pytest.raises(Error, match="has ended"):
         inside._token(id)
     assert inside.directories.ids() == []
+
+
+def test_a_stop_ends_what_waits_behind_starts_that_hang(lifecycle: Lifecycle, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, on = lifecycle.sandboxes.image, threading.Event()
+
+    def slow(*args: object) -> Image:
+        assert on.wait(20)
+        return image("base", *args[1:])  # type: ignore[arg-type]
+
+    monkeypatch.setattr(lifecycle.sandboxes, "image", slow)
+    wanted = replace(WANTED, gpus=0, cpus=0.0)
+    ids = [lifecycle.sessions.create("ann", ANN, wanted, None).id for _ in range(EACH + 1)]
+    view = lifecycle.sessions.view
+    wait_for("the first to begin", lambda: lifecycle._unbegun == {ids[-1]})
+    lifecycle.stop(ids[-1], "ann")
+    wait_for("its end", lambda: view(ids[-1]).session.state == State.FINALIZED)
+    assert view(ids[-1]).session.message == "stopped by ann before it was started"
+    on.set()
+    wait_for("the others", lambda: all(view(id).session.started for id in ids[:-1]))
+    assert view(ids[-1]).session.started is None
+    wait_for("nothing to be done", lambda: not lifecycle._busy)

@@ -268,3 +268,33 @@ def test_who_left_before_their_turn_gets_no_session(node: Node) -> None:
         caller.send(json.dumps(request).encode())
     node.signal(signal.SIGCONT)
     assert node.jobs() == []
+
+
+# -- attached
+
+
+def test_who_attaches_and_leaves_at_once_keeps_no_terminal(node: Node) -> None:
+    """Nobody would read it, and the session would stand still once it is full."""
+    code, out, errors = node.done(*CREATE, "--detach", "-q", "--", "cat")
+    assert code == 0, errors
+    files = Path(f"/proc/{node.executor.pid}/fd")
+    attach = {"v": 1, "op": "attach", "token": "t", "id": out.decode().strip(), "size": [24, 80], "whole": True}
+
+    def call() -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        connection.connect(str(node.socket))
+        connection.send(json.dumps(attach).encode())
+        return connection
+
+    with call() as first:
+        first.recv(1 << 17)
+        terminal = socket.recv_fds(first, 1 << 17, 1)[1][0]
+    with socket.socket(fileno=terminal) as speaks:  # to whose end the session ends
+        speaks.sendall(b"some output\n")
+        speaks.recv(100)
+        before = len(list(files.iterdir()))
+        for _ in range(20):
+            with call() as connection:
+                connection.recv(1 << 17)  # it is at it
+        assert node.jobs()
+        wait_for("every terminal to be closed", lambda: len(list(files.iterdir())) <= before)

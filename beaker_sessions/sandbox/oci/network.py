@@ -120,7 +120,8 @@ class Network:
 
     def close(self) -> None:
         """Remove everything: for tests, and when the executor is uninstalled."""
-        self._closed = True
+        with self._lock:  # what looks after it just now is the last that does
+            self._closed = True
         with self._filling:
             for path in self.directory.iterdir():
                 mounts.unmount(path)
@@ -164,6 +165,8 @@ class Network:
     def _ensure(self, *, again: bool = False) -> ipaddress.IPv4Network:
         """The bridge's network, with all that it needs, looked at once or again."""
         with self._lock:
+            if self._closed:
+                raise Error("unavailable", f"the network {self.bridge} has been removed")
             if self._network is None or again:
                 link = self._link()
                 self._network = self._network or self._choose(link)
@@ -269,13 +272,17 @@ class Network:
         if not any(address["local"] == str(network[1]) for address in link.get("addr_info", ())):
             commands += f"address add {network[1]}/{network.prefixlen} dev {self.bridge}\n"
         if commands:
-            self._chosen.write_text(str(network))
+            self._note(network)
             _output(["ip", "-batch", "-"], commands)
         elif not self._chosen.exists():  # an earlier version made it
-            self._chosen.write_text(str(network))
+            self._note(network)
             _run(["ip", "link", "set", self.bridge, "address", link["address"]])  # to stay what it is
         retired.remove(self.bridge)
         self._forward()
+
+    def _note(self, network: ipaddress.IPv4Network) -> None:
+        self._chosen.touch(mode=0o600)
+        self._chosen.write_text(str(network))
 
     def _link(self) -> dict[str, Any]:
         """The bridge as `ip` shows it, with its IPv4 addresses; empty when there is none."""
