@@ -430,21 +430,23 @@ class Lifecycle:
             time.sleep(0.5)
 
     def _tick(self) -> None:
-        last, weighed = time.monotonic(), -1.0
+        last, weighed, again = time.monotonic(), -1.0, 0.0
         while True:
             time.sleep(1)
             try:
                 self._end_overdue()
-                claimed = self.sessions.capacity.cpus - self.sessions.free().cpus
-                if claimed != weighed:  # within a second of the claim, and not on the way to a prompt
-                    weighed = claimed
-                    self.sandboxes.weigh(claimed)
                 if time.monotonic() - last > RECONCILE_EVERY:
                     last = time.monotonic()
                     self.reconcile()
                     self._forget_unseen()
                     self.sessions.ledger.keep_room()
                     self._guard()
+                claimed = self.sessions.capacity.cpus - self.sessions.free().cpus
+                if claimed != weighed and time.monotonic() >= again:
+                    # Within a second of the claim, and not on the way to a prompt. It may take long, and fail.
+                    again = time.monotonic() + RECONCILE_EVERY
+                    self.sandboxes.weigh(claimed)
+                    weighed, again = claimed, 0.0
             except Error as error:
                 log.warning("cannot look after the sessions: %s", error)
             except Exception:
