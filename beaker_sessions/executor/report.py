@@ -266,8 +266,7 @@ class Reporter:
                         outdone.add(session.id)
                         continue
                 except Error as error:
-                    gone = error.code == "forbidden" and self._is_anothers(client, session.id)
-                    if error.code not in ("invalid", "not_found") and not gone:
+                    if not self._is_for_ever(client, session.id, error):
                         raise
                     # It would be refused for ever, and hold up all that follow.
                     log.error("the server refuses session %s, which it will not know of: %s", session.id, error)
@@ -298,8 +297,16 @@ class Reporter:
             client.put_logs(session.id, output.read_bytes())
         return False
 
-    def _is_anothers(self, client: Client, id: str) -> bool:
-        return client.get_job(id).get("node") not in ("", self._node)
+    def _is_for_ever(self, client: Client, id: str, error: Error) -> bool:
+        """Whether the server will never take a report, as it is another node's session, or of an unknown account.
+
+        What another database does not know it is to be told anew, once the heartbeat has met it.
+        """
+        if error.code == "forbidden":
+            return client.get_job(id).get("node") not in ("", self._node)
+        if error.code == "not_found":
+            return client.epoch() in ("", self.ledger.fact("epoch"))
+        return error.code == "invalid"
 
     def _read(self, job: Any) -> Session | None:
         """A session as the server has it. One that cannot be read, and is not known here, is ended for saying so."""

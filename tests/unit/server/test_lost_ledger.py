@@ -343,3 +343,77 @@ def test_a_node_whose_id_is_not_written_down_takes_no_other_nodes_sessions(
     assert reporter.heard
     assert reporter._compared
     assert reporter.ledger.get(session.id) is None
+
+
+def test_what_is_final_at_the_server_stays_so_and_nothing_is_outdone_twice(
+    server: SimpleNamespace, executor: Callable[[str], Reporter], caplog: pytest.LogCaptureFixture
+) -> None:
+    client, ann = server.client(server.executor), server.client(server.ann)
+    reporter = executor("ledger.db")
+    turn(reporter, client)
+    id = ann.create_job({"session": WANTED})["id"]
+    turn(reporter, client)
+    sent: list[dict] = []
+
+    class Ahead(Client):  # it has always heard of more
+        def report_job(self, id: str, body: dict) -> dict:
+            sent.append(body)
+            return super().report_job(id, body) | {"revision": body["revision"] + 7}
+
+    ahead = Ahead(Endpoint(server.address, insecure=[server.address]), server.executor)
+    reporter.sessions.move(id)
+    turn(reporter, ahead)
+    ahead.close()
+    assert [body["revision"] for body in sent] == [3, 11]
+    assert "does not take session" in caplog.text
+    assert reporter.ledger.unreported() == []
+    (session,) = reporter.sessions.live()
+    ended = replace(session, state=State.FINALIZED, finalized=datetime.now(UTC), revision=99)
+    client.report_job(id, wire.job(ended))
+    reporter.sessions.move(id)
+    turn(reporter, client)
+    assert reporter.ledger.unreported() == []
+    assert (ann.get_job(id)["revision"], reporter.sessions.live()[0].revision) == (99, 12)
+    assert "has ended, says the server" in caplog.text
+
+
+def test_an_executor_that_another_has_replaced_reports_nothing(
+    server: SimpleNamespace, executor: Callable[[str], Reporter]
+) -> None:
+    client, ann = server.client(server.executor), server.client(server.ann)
+    first = executor("ledger.db")
+    turn(first, client)
+    id = ann.create_job({"session": WANTED})["id"]
+    turn(first, client)
+    executor("new.db")._register(client)
+    before = ann.get_job(id)
+    first.sessions.move(id)
+    with pytest.raises(Error, match="another executor") as caught:
+        first._report(client)
+    assert caught.value.code == "conflict"
+    assert ann.get_job(id) == before
+    assert first.ledger.unreported()
+
+
+def test_a_database_restored_since_the_heartbeat_costs_no_report_and_no_output(
+    server: SimpleNamespace, executor: Callable[[str], Reporter]
+) -> None:
+    client, ann = server.client(server.executor), server.client(server.ann)
+    reporter = executor("ledger.db")
+    turn(reporter, client)
+    id = ann.create_job({"session": WANTED})["id"]
+    turn(reporter, client)
+    reporter.sessions.ended(id, 0)
+    reporter.sessions.release(id)
+    output = reporter.lifecycle.output / id
+    output.write_bytes(b"42")
+    reporter.ledger.fact("epoch", "another database")
+    with server.service.store.write() as rows:  # of before this executor has registered
+        rows.update(tables.nodes, reporter._node, instance="0")
+    with pytest.raises(Error) as caught:
+        reporter._report(client)
+    assert caught.value.code == "not_found"
+    assert output.exists()
+    turn(reporter, client)
+    assert "finalized" in ann.get_job(id)["status"]
+    assert ann.get_logs(id) == b"42"
