@@ -83,7 +83,7 @@ class Reporter:
                     time.sleep(SETTLE)
                     self._changed.clear()
             except Error as error:
-                self.sessions.hold_back(False)
+                self._go_on()
                 if str(error) != self.trouble:
                     log.warning("cannot report: %s", error)
                 self.trouble = str(error)
@@ -91,10 +91,17 @@ class Reporter:
                 time.sleep(pause)
                 pause = min(pause * 2, BACK_OFF)
             except Exception:
-                self.sessions.hold_back(False)
+                self._go_on()
                 log.exception("reporting failed")
                 time.sleep(pause)
                 pause = min(pause * 2, BACK_OFF)
+
+    def _go_on(self) -> None:
+        """Without the server, the queue is what the ledger says."""
+        try:
+            self.sessions.hold_back(False)
+        except Exception:
+            log.exception("the queue does not start")  # it is tried again with the next reconcile
 
     def _turn(self, client: Client) -> None:
         """The heartbeat comes first: it brings tokens and cordons, and nothing that cannot be read may hold it up."""
@@ -228,7 +235,10 @@ class Reporter:
         self.sessions.cordon("administrator", reason if answer.get("cordoned") else "")
         self._others = answer.get("nodes", [])
         for job in answer.get("jobs", []):
-            self._take(job)
+            try:
+                self._take(job)
+            except Error as error:  # as of a full disk; the server hands it on again
+                log.error("a session that the server hands on is not taken: %s", error)
         for id in answer.get("cancel", []):
             if self.sessions.entry(id):
                 self.lifecycle.stop(id, "the server")

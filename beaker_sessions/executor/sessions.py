@@ -221,7 +221,7 @@ class Sessions:
                     self._live[session.id] = Live(session, identity)
                     starting = list(self._claim())
             except BaseException:
-                del self._live[session.id]
+                self._live.pop(session.id, None)
                 for other, was in before.items():
                     self._live[other].session = was
                 self.ports.drop(before)

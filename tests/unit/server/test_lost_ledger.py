@@ -417,3 +417,50 @@ def test_a_database_restored_since_the_heartbeat_costs_no_report_and_no_output(
     turn(reporter, client)
     assert "finalized" in ann.get_job(id)["status"]
     assert ann.get_logs(id) == b"42"
+
+
+def test_a_full_disk_ends_no_reporting(
+    server: SimpleNamespace,
+    executor: Callable[[str], Reporter],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    client, ann = server.client(server.executor), server.client(server.ann)
+    reporter = executor("ledger.db")
+    turn(reporter, client)
+    ann.create_job({"session": {**WANTED, "requests": {"cpuCount": 8}}})
+    turn(reporter, client)
+
+    def full(*_: object) -> None:
+        raise Error("storage_full", "the disk is full")
+
+    third = ann.create_job({"session": {**WANTED, "requests": {"cpuCount": 8}}})["id"]
+    again = executor("ledger.db")
+    again.ledger.report_anew("as after a restore")
+    with monkeypatch.context() as patch:
+        patch.setattr(again.ledger, "add", full)
+        turn(again, client)
+        turn(again, client)
+        assert again.heard
+        assert "the disk is full" in caplog.text
+        assert again.ledger.get(third) is None
+        assert again.ledger.unreported() == []
+    turn(again, client)
+    assert again.sessions.entry(third)
+
+    (other := executor("ledger.db")).sessions.hold_back(True)
+    monkeypatch.setattr(other.sessions, "schedule", full)
+    pauses: list[float] = []
+
+    class End(BaseException):
+        pass
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 2:
+            raise End
+
+    monkeypatch.setattr(report, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
+    with pytest.raises(End):
+        other._loop()
+    assert not other.sessions.held_back
