@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from beaker_sessions.client import Client
 from beaker_sessions.errors import Error
 from beaker_sessions.executor.inside import Inside
+from beaker_sessions.executor.listener import bind
 from beaker_sessions.executor.loop import Loop
 from beaker_sessions.transport import Endpoint
 
@@ -51,3 +54,11 @@ def test_a_session_reaches_nothing_beside_the_api(inside: Inside, path: str, mon
     for good in ("user", "jobs?limit=5&cursor=/..", "clusters/lab/main", "workspaces/a/secrets/..x"):
         inside._frames(ID, {"v": 1, "op": "rest", "method": "GET", "path": good})
     assert len(sent) == 4
+
+
+def test_a_session_that_ends_while_its_socket_is_made_leaves_none(tmp_path: Path) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(FileNotFoundError) as caught:
+        bind(str(tmp_path / "gone"), "socket", socket.SOCK_STREAM)
+    kept = caught.value  # with the frame in which the socket was made
+    assert set(os.listdir("/proc/self/fd")) == before, kept
