@@ -50,7 +50,8 @@ class Access:
         self._evicted: dict[str, float] = {}  # by hash: when a token was found to have ended
         self._away_until = 0.0
         self._asked_about = ""  # the last of the hashes that the server was asked about
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of what is in memory, which the event loop asks: never while the disk is
+        self._writing = threading.Lock()  # of the ledger's part of it: a refusal is written after what it refuses
 
     def is_fresh(self, token: str) -> bool:
         """Whether `account` answers at once, by what the server said just now."""
@@ -124,20 +125,29 @@ class Access:
                 self._noted.pop(digest, None)
                 self._evicted = {old: at for old, at in self._evicted.items() if _now() - at < EVICTED}
                 self._evicted[digest] = _now()
-                with _on_full_disk():  # the next heartbeat asks about it again
-                    self._ledger.refuse(digest)
+            with self._writing, _on_full_disk():  # the next heartbeat asks about it again
+                self._ledger.refuse(digest)
 
     def _vouch(self, digest: str, account: dict, asked: float) -> bool:
         """Remember what the server answered to a question of that time; False when the token has ended since."""
         with self._lock:
-            if self._evicted.get(digest, -1.0) >= asked:
+            if self._has_ended(digest, asked):
                 return False
             self._known[digest] = (asked, account)
-            if asked - self._noted.get(digest, float("-inf")) >= NOTED.total_seconds():
-                with _on_full_disk():
-                    self._ledger.vouch(digest, account)
+            if asked - self._noted.get(digest, float("-inf")) < NOTED.total_seconds():
+                return True
+        with self._writing:
+            with self._lock:
+                if self._has_ended(digest, asked):
+                    return False
                 self._noted[digest] = asked
-            return True
+            with _on_full_disk():
+                self._ledger.vouch(digest, account)
+        with self._lock:
+            return not self._has_ended(digest, asked)
+
+    def _has_ended(self, digest: str, asked: float) -> bool:
+        return self._evicted.get(digest, -1.0) >= asked
 
     def _remembered(self, digest: str, within: timedelta) -> dict | None:
         """The account of a token that the server knew so lately. Of this executor's own questions the age is exact."""

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from urllib.parse import unquote
 
 from .. import ids
 from ..client import Client
@@ -221,6 +222,9 @@ class Inside:
             raise Error("invalid", f"{method!r} {path!r} is no request", "update beaker")
         if not path.isascii() or not path.isprintable() or " " in path:
             raise Error("invalid", f"{path!r} is no path", "update beaker")
+        parts = unquote(path.partition("?")[0]).split("/")
+        if path.startswith("/") or {".", ".."} & {*parts}:  # beside the API are the console and what monitors read
+            raise Error("invalid", f"{path!r} is no path of the API", "name one below /api/v3/")
         try:
             body = None if request.get("body") is None else base64.b64decode(request["body"], validate=True)
         except (binascii.Error, TypeError, ValueError):

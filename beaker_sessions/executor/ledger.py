@@ -144,6 +144,20 @@ class Ledger:
             )
         return new
 
+    def raise_revision(self, session: Session, revision: int) -> Session:
+        """The same session, also a final one, with a revision that is to be reported."""
+        new = replace(session, revision=revision)
+        with self.transaction() as db:
+            changed = db.execute(
+                "UPDATE sessions SET state = ?1, job = ?2, revision = ?3,"
+                " sum = checksum(id, account, key, fingerprint, identity, ?1, ?2, ?3, reported)"
+                " WHERE id = ?4 AND revision = ?5",
+                (new.state, json.dumps(wire.job(new)), new.revision, new.id, session.revision),
+            ).rowcount
+        if changed != 1:
+            raise ValueError(f"session {session.id} has changed since revision {session.revision}")
+        return new
+
     @staticmethod
     def _hold(db: sqlite3.Connection, session: Session) -> None:
         if session.state in LIVE and session.claim:

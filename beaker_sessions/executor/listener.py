@@ -24,19 +24,20 @@ SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 def bind(directory: str, name: str, kind: int) -> socket.socket:
     """A listening socket `name` in a session's directory, in place of an older one."""
-    listening = socket.socket(socket.AF_UNIX, kind)
-    folder = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    folder = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # first: the session may have ended
     try:
-        path = f"/proc/self/fd/{folder}/{name}"  # short: a unix socket's path has at most 107 bytes
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-        listening.bind(path)
-        os.chmod(path, 0o666)  # root of the session is nobody in particular outside
-        refuse(listening)  # and so do the connections that it takes
-        listening.listen(8)
-    except BaseException:
-        listening.close()
-        raise
+        listening = socket.socket(socket.AF_UNIX, kind)
+        try:
+            path = f"/proc/self/fd/{folder}/{name}"  # short: a unix socket's path has at most 107 bytes
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+            listening.bind(path)
+            os.chmod(path, 0o666)  # root of the session is nobody in particular outside
+            refuse(listening)  # and so do the connections that it takes
+            listening.listen(8)
+        except BaseException:
+            listening.close()
+            raise
     finally:
         os.close(folder)
     return listening

@@ -50,8 +50,12 @@ class Reporter:
         self._others: list[dict[str, Any]] = []
         self._shown: dict[str, tuple[str, bytes]] = {}  # session whose author looks -> the look, and what was sent
         self._registered = self._compared = False
+        self._node = ""  # its id at the server, which a full disk keeps out of the ledger
+        self._due = 0.0  # when the next heartbeat is, of CLOCK_MONOTONIC
         self._changed = threading.Event()
         self.sessions.on_change = self._changed.set
+        # Until the server was asked once what of the queue has ended, or does not answer.
+        self.sessions.hold_back(any(session.state == State.CREATED for session in self.sessions.live()))
 
     def run(self) -> None:
         threading.Thread(target=self._loop, name="report", daemon=True).start()
@@ -66,26 +70,20 @@ class Reporter:
         ]
 
     def _loop(self) -> None:
-        pause, due = 1.0, 0.0
+        pause = 1.0
         client: Client | None = None
         while True:
             try:
                 client = client or self._connect()
-                if not self._registered:
-                    self._register(client)
-                if not self._compared and self.lifecycle.ready.is_set():
-                    self._compared = self._compare(client)
-                if time.monotonic() >= due:
-                    due = time.monotonic() + HEARTBEAT
-                    self._show(client, self._heartbeat(client))
-                self._report(client)
+                self._turn(client)
                 if self.trouble:
                     log.info("the server at %s answers", self.settings.address)
                 self.trouble, pause = "", 1.0
-                if self._changed.wait(max(0.0, due - time.monotonic())):
+                if self._changed.wait(max(0.0, self._due - time.monotonic())):
                     time.sleep(SETTLE)
                     self._changed.clear()
             except Error as error:
+                self._go_on()
                 if str(error) != self.trouble:
                     log.warning("cannot report: %s", error)
                 self.trouble = str(error)
@@ -93,9 +91,31 @@ class Reporter:
                 time.sleep(pause)
                 pause = min(pause * 2, BACK_OFF)
             except Exception:
+                self._go_on()
                 log.exception("reporting failed")
                 time.sleep(pause)
                 pause = min(pause * 2, BACK_OFF)
+
+    def _go_on(self) -> None:
+        """Without the server, the queue is what the ledger says."""
+        try:
+            self.sessions.hold_back(False)
+        except Exception:
+            log.exception("the queue does not start")  # it is tried again with the next reconcile
+
+    def _turn(self, client: Client) -> None:
+        """The heartbeat comes first: it brings tokens and cordons, and nothing that cannot be read may hold it up."""
+        if not self._registered:
+            self._register(client)
+        if (now := time.monotonic()) >= self._due:
+            wanted = self._heartbeat(client)
+            self._due = now + HEARTBEAT
+            if self.sessions.held_back:
+                self._settle(client)
+            self._show(client, wanted)
+        self._report(client)
+        if not self._compared and self.lifecycle.ready.is_set():
+            self._compared = self._compare(client)
 
     def _connect(self) -> Client:
         path = Path(self.settings.token_path)
@@ -114,27 +134,66 @@ class Reporter:
             "instance": self.instance,
         }
         node = client.register_node(self.settings.cluster, body)
-        self.ledger.note("node", node["id"])
+        self._node = node["id"]
+        self.ledger.note("node", self._node)
         self._meets(node)
         self._registered = True
+
+    def _settle(self, client: Client) -> None:
+        """What waits here and has ended, says the server, is over: the ledger's latest changes were lost."""
+        for waiting in self.sessions.live():
+            if waiting.state == State.CREATED:
+                try:
+                    has = wire.session(client.get_job(waiting.id))
+                except Error as error:
+                    if error.code not in ("invalid", "not_found"):
+                        raise
+                    continue
+                self._end_again(has)
+        self.sessions.hold_back(False)
+
+    def _end_again(self, has: Session) -> None:
+        if has.state == State.FINALIZED and not self._runs(has.id) and self.sessions.end_again(has):
+            log.warning("session %s has ended, says the server, and the ledger had it in the queue", has.id)
+
+    def _runs(self, id: str) -> bool:
+        """Whether it may have a sandbox, which `lifecycle` then takes up."""
+        try:
+            return self.lifecycle.sandboxes.find(id) is not None
+        except Error as error:
+            log.warning("session %s may run: %s", id, error)
+            return True
 
     def _compare(self, client: Client) -> bool:
         """Take up again what the server says lives here and the ledger has lost. Whether that is all done.
 
         What had been queued is queued again, in its order; what had been started is over, as no sandbox of it is left.
+        What no node has taken yet, its revision says, comes with a heartbeat.
         """
-        jobs = [*client.jobs(kind="session", finalized=False, node=self.ledger.fact("node"))]
-        for job in sorted(jobs, key=lambda job: str(job["id"])):
-            id, status = str(job["id"]), job["status"]
+        if not self._node:
+            return False  # all nodes' sessions would be ours
+        known, others = [], 0
+        for job in client.jobs(kind="session", finalized=False, node=self._node):
+            if isinstance(job, dict) and job.get("revision") == 0:
+                continue
+            if _identified(job):
+                known.append(job)
+            else:
+                others += 1
+        if others:
+            log.error("the server has %d sessions of this node that cannot be read", others)
+        for job in sorted(known, key=lambda job: str(job["id"])):
+            id, status = str(job["id"]), job.get("status")
             if self.ledger.get(id) or self.lifecycle.sandboxes.find(id):
                 continue
-            log.warning("session %s is the server's, and the ledger does not know it", id)
-            if "scheduled" in status:
-                why = Error("unavailable", "this node has lost its record of the session, which does not run any more")
-                self.sessions.adopt(_refused(wire.session(job), why), NOBODY)
-            else:
+            if not (isinstance(status, dict) and "scheduled" in status):
                 self._take(job)
-        return all(self.ledger.get(str(job["id"])) for job in jobs)
+                continue
+            why = Error("unavailable", "this node has lost its record of the session, which does not run any more")
+            log.warning("session %s is the server's, and the ledger does not know it", id)
+            if session := self._read(job):
+                self.sessions.adopt(_refused(session, why), NOBODY)
+        return all(self.ledger.get(str(job["id"])) for job in known)
 
     def _meets(self, answer: dict[str, Any]) -> bool:
         """Whether the server has another database than before, as after a restore, so that all is to be told again."""
@@ -159,7 +218,7 @@ class Reporter:
             "vouched": self.access.vouched(),
         }
         try:
-            answer = client.heartbeat(self.ledger.fact("node") or "", body)
+            answer = client.heartbeat(self._node, body)
         except Error as error:
             if error.code == "conflict":
                 self.sessions.cordon("fence", f"another executor has registered as {self.sessions.inventory.hostname}")
@@ -176,7 +235,10 @@ class Reporter:
         self.sessions.cordon("administrator", reason if answer.get("cordoned") else "")
         self._others = answer.get("nodes", [])
         for job in answer.get("jobs", []):
-            self._take(job)
+            try:
+                self._take(job)
+            except Error as error:  # as of a full disk; the server hands it on again
+                log.error("a session that the server hands on is not taken: %s", error)
         for id in answer.get("cancel", []):
             if self.sessions.entry(id):
                 self.lifecycle.stop(id, "the server")
@@ -205,13 +267,16 @@ class Reporter:
         return replace(free, gpus=max(free.gpus, 0), cpus=max(free.cpus, 0.0), memory=max(free.memory, 0))
 
     def _report(self, client: Client) -> None:
+        outdone: set[str] = set()
         while changed := self.ledger.unreported():
             for session in changed:
                 output = self.lifecycle.output / session.id
                 try:
-                    self._send(client, session, output)
+                    if self._send(client, session, output, session.id not in outdone):
+                        outdone.add(session.id)
+                        continue
                 except Error as error:
-                    if error.code not in ("invalid", "not_found"):
+                    if not self._is_for_ever(client, session.id, error):
                         raise
                     # It would be refused for ever, and hold up all that follow.
                     log.error("the server refuses session %s, which it will not know of: %s", session.id, error)
@@ -219,28 +284,61 @@ class Reporter:
                     output.unlink(missing_ok=True)
                 self.ledger.reported(session.id, session.revision)
 
-    def _send(self, client: Client, session: Session, output: Path) -> None:
-        node = self.ledger.fact("node") or ""
-        client.report_job(session.id, wire.job(session, node=node, cluster=self.settings.cluster))
+    def _send(self, client: Client, session: Session, output: Path, may_outdo: bool) -> bool:
+        """Report a session. True when it is to be reported again, as its revision was too low for the server.
+
+        A ledger that was lost goes on with the revision of its sandbox's labels, and the server had heard of later
+        ones. What is final there stays so, and only this node's registered executor is heard.
+        """
+        directory = {"node": self._node, "cluster": self.settings.cluster, "instance": self.instance}
+        answer = client.report_job(session.id, wire.job(session, **directory))
+        has = self._read(answer)
+        if has and has.state != State.FINALIZED and _is_above(has, session):
+            if may_outdo:
+                log.warning("session %s: the server has revision %d, from before", session.id, has.revision)
+                self.sessions.outdo(session.id, has.revision)
+                return True
+            log.error("the server does not take session %s: it has revision %d again", session.id, has.revision)
+        elif has and has.state == State.FINALIZED and session.state == State.CREATED:
+            self._end_again(has)
+        elif has and has.state == State.FINALIZED != session.state:
+            log.error("session %s is %s here, and has ended, says the server", session.id, session.state)
         if session.state == State.FINALIZED and output.exists():
             client.put_logs(session.id, output.read_bytes())
+        return False
+
+    def _is_for_ever(self, client: Client, id: str, error: Error) -> bool:
+        """Whether the server will never take a report, as it is another node's session, or of an unknown account.
+
+        What another database does not know it is to be told anew, once the heartbeat has met it.
+        """
+        if error.code == "forbidden":
+            return client.get_job(id).get("node") not in ("", self._node)
+        if error.code == "not_found":
+            return client.epoch() in ("", self.ledger.fact("epoch"))
+        return error.code == "invalid"
+
+    def _read(self, job: Any) -> Session | None:
+        """A session as the server has it. One that cannot be read, and is not known here, is ended for saying so."""
+        try:
+            return wire.session(job)
+        except Error as error:
+            log.error("the server has a session that cannot be read: %s", error)
+            if (known := _identified(job)) and not self.ledger.get(known.id):
+                self.sessions.adopt(_refused(known, error), NOBODY)
+            return None
 
     def _take(self, job: dict[str, Any]) -> None:
         """Queue a session that was created at the server. One that cannot run here ends at once, saying why."""
-        try:
-            session = wire.session(job)
-        except Error as error:
-            log.error("the server hands on a session that cannot be read: %s", error)
-            if (known := _unreadable(job)) and not self.ledger.get(known.id):
-                self.sessions.adopt(_refused(known, error), NOBODY)
-            return
-        if self.ledger.get(session.id):
+        if (session := self._read(job)) is None or self.ledger.get(session.id):
             return  # taken already; its report is on the way
         before = session.created is not None and session.created.isoformat() < (self.ledger.fact("met") or "")
         if before and self.ledger.had(session.id):  # it ran since the backup that was restored
             why = Error("conflict", "it has ended here before; the server's database was restored since")
             self.sessions.adopt(_refused(session, why), NOBODY)
             return
+        if self.sessions.cordoned or self._runs(session.id):
+            return  # not now: the server hands it on again, and the token that came first is still good
         inside, identity = self.lifecycle.inside, NOBODY
         inside.keep_token(session.id, str(job.get("token") or ""))
         try:
@@ -262,7 +360,12 @@ class Reporter:
         self.sessions.notice(session.id, "create", admitted.warning)
 
 
-def _unreadable(job: object) -> Session | None:
+def _is_above(has: Session, session: Session) -> bool:
+    """Whether the server has something else than what it was told."""
+    return has.revision > session.revision or (has.revision == session.revision and has.state != session.state)
+
+
+def _identified(job: object) -> Session | None:
     """As much of it as its end needs to be told, lest it comes again for ever; None when not even that is there."""
     if not isinstance(job, dict):
         return None

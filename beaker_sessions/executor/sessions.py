@@ -30,6 +30,10 @@ from .subscription import Subscription
 log = logging.getLogger(__name__)
 
 LOOKED = 200  # ended sessions among which a name is looked for
+OUTCOME = (  # fields in which a session that has ended differs from one that waits
+    "scheduled", "image_ready", "made", "started", "exited", "finalized", "canceled", "canceled_for", "exit_code",
+    "message", "error",
+)  # fmt: skip
 LONG = 1.0  # seconds on the way to a prompt after which a write more is not felt
 
 
@@ -87,6 +91,7 @@ class Sessions:
         self.on_start: Callable[[str], None] = lambda _id: None
         self.on_exit: Callable[[str], None] = lambda _id: None
         self.on_change: Callable[[], None] = lambda: None  # there is something to report
+        self.held_back = False
         self._lock = threading.RLock()
         self._live: dict[str, Live] = {}  # in order of arrival
         for session, identity in ledger.live():
@@ -216,7 +221,7 @@ class Sessions:
                     self._live[session.id] = Live(session, identity)
                     starting = list(self._claim())
             except BaseException:
-                del self._live[session.id]
+                self._live.pop(session.id, None)
                 for other, was in before.items():
                     self._live[other].session = was
                 self.ports.drop(before)
@@ -246,6 +251,32 @@ class Sessions:
             self.move(id, State.SCHEDULED, claim=claim, scheduled=datetime.now(UTC))
             return True
 
+    def hold_back(self, held: bool) -> None:
+        """Whether nothing of the queue is started for a moment; it takes more meanwhile."""
+        with self._lock:
+            was, self.held_back = self.held_back, held
+            if was and not held:
+                self.schedule()
+
+    def end_again(self, ended: Session) -> bool:
+        """A waiting session that has ended so, which the ledger had lost: False if it does not wait."""
+        with self._lock:
+            live = self._live.get(ended.id)
+            if live is None or live.session.state != State.CREATED:
+                return False
+            self.move(ended.id, State.FINALIZED, **{name: getattr(ended, name) for name in OUTCOME})
+            return True
+
+    def outdo(self, id: str, revision: int) -> None:
+        """Raise a session's revision above this one, which the server had been told before the ledger was lost."""
+        with self._lock:
+            live = self._live.get(id)
+            session = live.session if live else self._final(id)[0]
+            if session.revision <= revision:
+                raised = self.ledger.raise_revision(session, revision + 1)
+                if live:
+                    live.session = raised
+
     def schedule(self) -> None:
         """Start all of the queue that may start now."""
         with self._lock:
@@ -258,7 +289,7 @@ class Sessions:
         Who gets no port lets the others pass, as nothing that they leave would help it, and keeps its place: it is
         asked again each time, and then before them.
         """
-        if self.cordoned:
+        if self.cordoned or self.held_back:
             return
         queue = waiting = [live for live in self._live.values() if live.session.state == State.CREATED]
         lacks: dict[str, str] = {}

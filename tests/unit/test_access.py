@@ -17,6 +17,7 @@ from beaker_sessions.executor import access as module
 from beaker_sessions.executor.access import Access
 from beaker_sessions.executor.ledger import Ledger
 from beaker_sessions.transport import Endpoint
+from tests.stack import wait_for
 
 ADA = {"name": "ada", "role": "user", "scope": "user"}
 
@@ -223,3 +224,37 @@ def test_the_server_is_asked_about_every_token_in_turn(
     asked = [access.vouched(), access.vouched()]
     assert [len(some) for some in asked] == [3, 3]
     assert {hash for some in asked for hash in some} == set(hashes)
+
+
+def test_a_disk_that_does_not_answer_holds_up_nobody_whose_token_is_known(
+    server: Server, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    access, known, late, errors = Access(ledger, server.endpoint, {}), ids.mint_token(), ids.mint_token(), list[Error]()
+    access.check(known, "ada")
+    writes, goes_on, vouch = threading.Event(), threading.Event(), ledger.vouch
+
+    def slow(digest: str, account: dict) -> None:
+        writes.set()
+        goes_on.wait(20)
+        vouch(digest, account)
+
+    monkeypatch.setattr(ledger, "vouch", slow)
+    asking = threading.Thread(target=ask, args=(access, late, errors))
+    asking.start()
+    assert writes.wait(20)
+    answers: list[bool] = []
+    looking = threading.Thread(target=lambda: answers.append(access.is_fresh(known)))  # as the event loop does
+    looking.start()
+    revoking = threading.Thread(target=access.revoke, args=([ids.hash_token(late)],))
+    try:
+        looking.join(5)
+        assert answers
+        server.status = 401
+        revoking.start()
+        wait_for("the revocation", lambda: not access.is_fresh(late))
+    finally:
+        goes_on.set()
+        for thread in (asking, looking, *([revoking] if revoking.ident else [])):
+            thread.join(20)
+    assert ledger.vouched(ids.hash_token(late)) is None, "what was being written down is refused after that"
+    assert [error.code for error in errors] == ["unauthorized"]
