@@ -1,11 +1,13 @@
 """Waiting for the ends of sandboxes: conmon ends when it has written the exit code, and a pidfd tells of that at once.
 
-Owns: the pidfds of what runs. Also trims the logs of what runs, which nobody else would.
+Owns: the pidfds of what runs. Also trims the logs of what runs, which nobody else would. Needs no inotify: the kernel
+charges the instances of sessions to root (user_namespaces(7)), who may have none left.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import select
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ from . import inotify, logs
 from .record import Record
 
 TRIM = 5.0  # seconds between two looks at all logs; at once where conmon has begun a new one
+log = logging.getLogger(__name__)
 
 
 class Watch:
@@ -22,8 +25,8 @@ class Watch:
 
     def __init__(self, sandboxes: Callable[[], Iterator[tuple[Path, Record]]]) -> None:
         self.sandboxes = sandboxes
+        self._logs = _renames()
         self._reader, self._writer = os.pipe()
-        self._logs = inotify.Renames()
         self._open: dict[str, int] = {}
 
     def tell(self, id: str) -> None:
@@ -47,14 +50,15 @@ class Watch:
                     else:
                         self._open[sandbox.id] = fd
                         with contextlib.suppress(OSError):  # no watch is left, or it is removed
-                            self._logs.add(directory)
+                            if self._logs:
+                                self._logs.add(directory)
             ended &= known
             by_fd = {fd: id for id, fd in self._open.items()}
             poll = select.poll()  # select(2) takes no descriptors above 1023
-            for fd in (self._reader, self._logs.fd, *by_fd):
+            for fd in (self._reader, *([self._logs.fd] if self._logs else []), *by_fd):
                 poll.register(fd, select.POLLIN)
             for fd, _ in poll.poll(TRIM * 1000):
-                if fd == self._logs.fd:
+                if self._logs and fd == self._logs.fd:
                     for directory in self._logs.into("log"):
                         logs.trim(directory)
                 elif fd == self._reader:
@@ -65,5 +69,14 @@ class Watch:
                     yield by_fd[fd]
 
     def close(self) -> None:
-        for fd in (self._reader, self._writer, self._logs.fd, *self._open.values()):
+        for fd in (self._reader, self._writer, *([self._logs.fd] if self._logs else []), *self._open.values()):
             os.close(fd)
+
+
+def _renames() -> inotify.Renames | None:
+    """None when no instance is left: logs are then trimmed at TRIM alone."""
+    try:
+        return inotify.Renames()
+    except OSError as error:
+        log.warning("logs are looked at now and then only: inotify: %s: beaker executor doctor", error.strerror)
+        return None
