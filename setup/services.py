@@ -105,10 +105,13 @@ class Service:
 
     def remove_units(self) -> None:
         """To stop those around it ends the sessions, so only when there is none any more."""
-        if host.SYSTEMD and (names := [unit.name for unit in self.units if unit.exists()]):
+        names = [unit.name for unit in self.units if unit.exists()]
+        if host.SYSTEMD and names:
             subprocess.run(["systemctl", "--quiet", "stop", *names], stderr=subprocess.DEVNULL, check=False)
         for unit in self.units:
             unit.unlink(missing_ok=True)
+        if host.SYSTEMD and names:
+            subprocess.run(["systemctl", "daemon-reload"], stderr=subprocess.DEVNULL, check=False)
 
     @property
     def _stamp(self) -> Path:

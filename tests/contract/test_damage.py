@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import random
 import shutil
+import signal
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +23,8 @@ from beaker_sessions.errors import Error
 from beaker_sessions.executor.ledger import Ledger
 from beaker_sessions.sandbox import Found, Sandboxes, Status
 from beaker_sessions.sandbox.oci.driver import OciSandboxes
+from beaker_sessions.sandbox.oci.record import Record, Records
+from beaker_sessions.sandbox.oci.remains import Remains
 
 from .conftest import ADA, Maker, OciLab
 
@@ -118,6 +126,82 @@ def test_a_damaged_record_is_written_anew(make: Maker, oci_lab: OciLab, again: A
     stream.write(b"\n")
     stream.read()
     assert make.exit_code(spec.id) == 6
+
+
+def test_too_many_open_files_are_no_damage(make: Maker, oci_lab: OciLab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of the files cannot be opened at this moment, nothing is written, and nothing is said to have ended."""
+    spec = make.spec("sh", "-c", "read x", host_network=False)
+    make.start(spec)
+    path, records = oci_lab.state / "sessions" / spec.id / "sandbox.json", oci_lab.sandboxes.records
+    fresh = path.with_suffix(".fresh")
+    whole, before, opened = path.read_bytes(), records.load(path.parent), list[object]()
+    assert before
+    real, bad, this = io.open, 0, threading.current_thread()
+
+    def failing(name: object, *rest: Any, **more: Any) -> Any:
+        if threading.current_thread() is this:
+            opened.append(name)
+        if threading.current_thread() is this and len(opened) == bad:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), name)
+        return real(name, *rest, **more)  # type: ignore[call-overload]
+
+    def load(number: int) -> Record | None:
+        nonlocal bad
+        bad = number
+        opened.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(io, "open", failing)
+            return records.load(path.parent)
+
+    for damage in (None, garbage):
+        fresh.write_bytes(whole)
+        if damage:
+            damage(fresh)
+        fresh.replace(path)
+        load(0)
+        for number in range(1, len(opened) + 1):
+            fresh.write_bytes(whole)
+            if damage:
+                damage(fresh)
+            fresh.replace(path)  # a driver of another test may look
+            try:
+                now = load(number)
+            except OSError:
+                now = records.load(path.parent)
+            if now != before:  # made anew
+                assert damage
+                assert now
+                assert (now.conmon, now.init, now.labels) == (before.conmon, before.init, before.labels), opened
+    fresh.write_bytes(whole)
+    fresh.replace(path)
+
+
+def test_sandboxes_of_an_earlier_version_are_in_another_cgroup(make: Maker, oci_lab: OciLab) -> None:
+    """It had them right below the root; systemd's unit is ours since."""
+    spec, driver = make.spec("sh", "-c", "read x"), oci_lab.sandboxes
+    make.start(spec)
+    directory = oci_lab.state / "sessions" / spec.id
+    before = driver.records.load(directory)
+    garbage(directory / "sandbox.json")
+    records = Records(driver.cgroups, f"/none{driver.cgroup}", driver.network.directory)
+    assert before
+    assert records.load(directory) == replace(before, runtime="", project=0)
+
+    orphan = f"{driver.cgroup}/orphan"
+    for root in driver.cgroups.hierarchies.values():
+        (root / orphan[1:]).mkdir()
+    with subprocess.Popen(["sleep", "1000"]) as process:
+        try:
+            for root in driver.cgroups.hierarchies.values():
+                if not (root / orphan[1:] / "cpuset.cpus").exists():
+                    (root / orphan[1:] / "cgroup.procs").write_text(str(process.pid))
+            state, roots = oci_lab.state, driver.roots
+            Remains(state, roots, driver.cgroups, f"/none{driver.cgroup}", driver.network, records).adopt()
+            assert process.wait(10) == -signal.SIGKILL
+            assert "orphan" not in driver.cgroups.children(driver.cgroup)
+            assert found(driver, spec.id).status is Status.RUNNING
+        finally:
+            process.kill()
 
 
 def test_the_end_is_known_though_the_record_is_not(make: Maker, oci_lab: OciLab, again: Again) -> None:

@@ -13,7 +13,7 @@ from beaker_sessions.errors import Error
 from beaker_sessions.executor import main
 from beaker_sessions.executor.main import sandboxes
 from beaker_sessions.sandbox.busybox import BUSYBOX
-from beaker_sessions.sandbox.oci import cgroups, command, trial
+from beaker_sessions.sandbox.oci import cgroups, check, command, trial
 from beaker_sessions.sandbox.oci.driver import RUN
 from beaker_sessions.settings import ExecutorSettings
 
@@ -33,6 +33,15 @@ def test_what_runs_here_passes(oci_lab: OciLab) -> None:
         assert any(word in finding.what for finding in found), word
     assert not list((oci_lab.state / "trash").iterdir())
     assert left_behind() == []
+
+
+@pytest.mark.parametrize(("instances", "warned"), [(128, True), (1024, False)])
+def test_few_inotify_instances_are_told(
+    instances: int, warned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "instances").write_text(f"{instances}\n")
+    monkeypatch.setattr(check, "INSTANCES", tmp_path / "instances")
+    assert any("inotify" in one.what and "sysctl" in one.mend for one in check._kernel()) == warned
 
 
 @pytest.mark.usefixtures("oci_lab")

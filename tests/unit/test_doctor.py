@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
+import socket
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +15,7 @@ import pytest
 
 from beaker_sessions.executor import doctor, inventory
 from beaker_sessions.model import Gpu
-from beaker_sessions.sandbox import Finding
+from beaker_sessions.sandbox import Finding, netns, packet
 from beaker_sessions.sandbox.fake import FakeSandboxes
 from beaker_sessions.settings import ExecutorSettings
 
@@ -97,3 +100,22 @@ def test_only_a_mount_that_was_asked_for_is_missed(tmp_path: Path, monkeypatch: 
     for asked, level in ((["/none/net"], "ok"), (["/none/net", "/none/data"], "warning")):
         levels = [one.level for one in found(tmp_path, mount_paths=asked) if one.what.startswith("/none/net is not")]
         assert levels == [level]
+
+
+@pytest.mark.parametrize(
+    ("code", "closed"),
+    [(errno.ECONNREFUSED, True), (errno.ETIMEDOUT, True), (errno.EHOSTUNREACH, True), (errno.EMFILE, False)],
+)
+def test_ports_are_closed_when_the_network_says_so(code: int, closed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too many open files say nothing of ports."""
+
+    def failing(*_: object) -> socket.socket:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(netns, "inside", lambda _, act: act())
+    monkeypatch.setattr(socket, "create_connection", failing)
+    if closed:
+        assert packet._closed(Path("/none"), "127.0.0.1").level == "ok"
+    else:
+        with pytest.raises(OSError, match="Too many"):
+            packet._closed(Path("/none"), "127.0.0.1")

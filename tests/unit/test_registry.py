@@ -194,6 +194,46 @@ def test_a_hostile_manifest_is_an_error(name: str) -> None:
         assert f"{evil.address}/a/b:1" in error.message
 
 
+def beside(raw: bytes, key: str, value: object, other: str) -> bytes:
+    """A document that has another key with a value, behind the one of this name, which comes last in its object."""
+    more = json.dumps({other: value}, ensure_ascii=False)[1:-1]
+    return raw.replace(f'"{key}":'.encode(), f"{more}, ".encode() + f'"{key}":'.encode(), 1)
+
+
+SECRET_FILE = "sha256:../secret"
+TWICE = {
+    "config": ("manifest", "layers", {"digest": SECRET_FILE}, "Config"),
+    "config, first": ("manifest", "config", {"digest": SECRET_FILE}, "CONFIG"),
+    "config, the same": ("manifest", "config", {"digest": SECRET_FILE}, "config"),
+    "layers": ("manifest", "layers", [{"digest": SECRET_FILE}], "Layers"),
+    "layers, long s": ("manifest", "layers", [{"digest": SECRET_FILE}], "layer\u017f"),
+    "kind": ("manifest", "layers", "x", "MediaType"), "schema": ("manifest", "layers", 1, "schemaversion"),
+    "digest": ("manifest", "digest", SECRET_FILE, "Digest"), "size": ("manifest", "digest", 1, "SIZE"),
+    "both": ("manifest", "layers", [], "Manifests"), "unknown": ("manifest", "layers", 1, "schemaversioN"),
+    "manifests": ("index", "manifests", [], "Manifests"), "platform": ("index", "platform", {}, "Platform"),
+    "os": ("index", "os", "linux", "OS"), "entry": ("index", "digest", SECRET_FILE, "Digest"),
+    "variables": ("config", "Env", ["A=c"], "env"), "files": ("config", "rootfs", {}, "RootFS"),
+    "inner": ("config", "diff_ids", [], "Diff_IDs"), "about": ("config", "rootfs", {}, "Config"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_keys_that_differ_in_case_are_refused(name: str) -> None:
+    """skopeo's JSON takes no regard to case, and the last: it would read, as root, other files than were looked at."""
+    document, key, value, other = TWICE[name]
+    raw = beside(json.dumps(GOOD[document]).encode(), key, value, other)
+    json.loads(raw)
+    with pytest.raises(documents.Wrong):
+        READERS[document](raw)
+
+
+def test_annotations_and_labels_may_have_any_keys() -> None:
+    keys = {"Config": "a", "config": "b", "CONFIG": "c", "Digest": "d"}
+    READERS["manifest"](json.dumps(GOOD["manifest"] | {"annotations": keys}).encode())
+    config = GOOD["config"] | {"config": {"Env": ["A=b"], "Labels": keys}, "container_config": {"env": []}}
+    READERS["config"](json.dumps(config).encode())
+
+
 KEYS = ["config", "Env", "rootfs", "diff_ids", "digest", "size", "x"]
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

@@ -372,3 +372,16 @@ def test_cleaning_leaves_what_else_is_where_images_are(tmp_path: Path, monkeypat
     removal._remove_images()
     assert not mine.parent.exists()
     assert all(path.exists() for path in others)
+
+
+def test_systemd_forgets_units_that_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[list[str]] = []
+    monkeypatch.setattr(host, "SYSTEMD", True)
+    monkeypatch.setattr(services, "UNITS", tmp_path)
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: done.append(command))
+    services.EXECUTOR.unit.touch()
+    services.EXECUTOR.remove_units()
+    assert not list(tmp_path.iterdir())
+    assert [command[-1] for command in done] == [services.EXECUTOR.unit.name, "daemon-reload"]
+    services.EXECUTOR.remove_units()
+    assert len(done) == 2

@@ -8,6 +8,7 @@ all sandboxes together. Each one's limits are set by the runtime (`config.py`). 
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 from collections.abc import Iterator
@@ -57,11 +58,13 @@ class Cgroups:
         return any(line.startswith("oom_kill ") and line.split()[1] != "0" for line in text.splitlines())
 
     def processes(self, cgroup: str) -> set[int]:
-        """All that run in the group, of any hierarchy."""
+        """All that run in the group, of any hierarchy. Raises OSError when that cannot be read at this moment."""
         pids: set[int] = set()
         for directory in self._directories(cgroup):
-            with contextlib.suppress(OSError):
+            try:
                 pids |= {int(pid) for pid in (directory / "cgroup.procs").read_text().split()}
+            except OSError as error:
+                _gone(error)
         return pids
 
     def limit_pids(self, cgroup: str, most: int) -> bool:
@@ -125,13 +128,19 @@ class Cgroups:
     def _directories(self, cgroup: str) -> Iterator[Path]:
         """Innermost first."""
         for root in self.hierarchies.values():
-            for path, _, _ in os.walk(root / cgroup.lstrip("/"), topdown=False):
+            for path, _, _ in os.walk(root / cgroup.lstrip("/"), topdown=False, onerror=_gone):
                 yield Path(path)
 
     def _controller(self, name: str) -> Path:
         if self.unified:
             return self.hierarchies[""]
         return next(path for names, path in self.hierarchies.items() if name in names.split(","))
+
+
+def _gone(error: OSError) -> None:
+    """Raise it, unless a group was removed just now, or has threads alone, whose processes the one above it has."""
+    if error.errno not in (errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP):
+        raise error
 
 
 def room() -> int:

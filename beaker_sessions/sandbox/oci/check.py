@@ -25,6 +25,7 @@ PACKAGES = {
     "unshare": "util-linux",
 }
 CONMON = (2, 1, 6)  # the oldest that this was written for
+INSTANCES, ENOUGH = Path("/proc/sys/fs/inotify/max_user_instances"), 1024  # the kernel's default is 128
 ACTIONS = Path("/proc/sys/kernel/seccomp/actions_avail")
 
 
@@ -83,6 +84,9 @@ def _kernel() -> Iterator[Finding]:
         yield Finding("error", "this kernel makes no user namespaces", "sysctl -w user.max_user_namespaces=65536")
     if not ACTIONS.exists() or "errno" not in ACTIONS.read_text().split():
         yield Finding("error", "this kernel does not filter system calls", "use a kernel with CONFIG_SECCOMP_FILTER")
+    if (have := int(INSTANCES.read_text())) < ENOUGH:
+        what = f"{have} inotify instances are for root and all sessions together, so that one can use them up"
+        yield Finding("warning", what, f"sysctl -w fs.inotify.max_user_instances={8 * ENOUGH}")
     yield apparmor.finding()
 
 

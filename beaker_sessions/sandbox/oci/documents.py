@@ -1,9 +1,10 @@
 """What an image says that it is: its index, its manifest and its configuration, read and refused where they are none.
 
 Pure. They come from a registry that somebody chose, or from an archive that somebody wrote: any bytes, of any shape.
+skopeo is given the same bytes, and must understand nothing else by them: its JSON takes no regard to the case of keys.
 
 Sources: https://github.com/opencontainers/image-spec, `image-index.md`, `manifest.md`, `config.md` and `layer.md`, and
-Docker's image manifest, version 2, schema 2.
+Docker's image manifest, version 2, schema 2; https://pkg.go.dev/encoding/json for how skopeo reads.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ SIZES = 1 << 50  # bytes of all layers
 LONGEST = 4 << 20  # bytes of one of these documents
 ENTRIES = 512  # of an index
 LAYERS = 128  # about as many as Docker takes; the options of an overlay, one page, have room for them
+# The keys that skopeo or we look for, of whole documents and of what describes a blob.
+KEYS = ("schemaVersion", "mediaType", "config", "layers", "manifests", "architecture", "os", "rootfs")
+PARTS = ("mediaType", "digest", "size", "urls", "platform")
 VARIABLE, VARIABLES = 128 << 10, 1 << 20  # bytes of one variable, which is execve(2)'s limit, and of all
 
 
@@ -54,10 +58,18 @@ class Manifest:
     blobs: tuple[Blob, ...]
 
 
+class _Object(dict[str, Any]):
+    """names: its keys as they came, those that came twice too."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.names = [name for name, _ in pairs]
+
+
 def json_object(raw: bytes) -> dict[str, Any]:
     """Raises Wrong, as all of these do."""
     try:
-        found = json.loads(raw)
+        found = json.loads(raw, object_pairs_hook=_Object)
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
@@ -67,8 +79,11 @@ def json_object(raw: bytes) -> dict[str, Any]:
 
 def fitting(index: dict[str, Any], machine: str) -> Blob | None:
     """The manifest for a machine, as image indexes call it (`amd64`), None where there is none."""
+    _exact(index, KEYS)
     for entry in _objects(index, "manifests", ENTRIES):
+        _exact(entry, PARTS)
         platform = entry.get("platform")
+        _exact(platform, ("architecture", "os"))
         if isinstance(platform, dict) and (platform.get("architecture"), platform.get("os")) == (machine, "linux"):
             return _blob(entry)
     return None
@@ -76,6 +91,7 @@ def fitting(index: dict[str, Any], machine: str) -> Blob | None:
 
 def manifest(raw: bytes) -> Manifest:
     found = json_object(raw)
+    _exact(found, KEYS)
     if found.get("mediaType", MANIFESTS[0]) not in MANIFESTS or found.get("schemaVersion") != 2:
         raise Wrong("a manifest of a kind that is not known")
     config = found.get("config")
@@ -94,6 +110,8 @@ def manifest(raw: bytes) -> Manifest:
 def layers(config: dict[str, Any]) -> list[str]:
     """The digests of an image's layers as they are when nothing compresses them, the lowest first."""
     files = config.get("rootfs")
+    _exact(config, KEYS)
+    _exact(files, ("diff_ids",))
     found = files.get("diff_ids") if isinstance(files, dict) else None
     if not isinstance(found, list) or not all(isinstance(one, str) and DIGEST.fullmatch(one) for one in found):
         raise Wrong("a configuration that names no layers")
@@ -103,6 +121,8 @@ def layers(config: dict[str, Any]) -> list[str]:
 def env(config: dict[str, Any]) -> list[str]:
     """The variables of an image, `NAME=value`."""
     about = config.get("config") or {}
+    _exact(config, KEYS)
+    _exact(about, ("Env",))
     found = (about.get("Env") or []) if isinstance(about, dict) else None
     if not isinstance(found, list):
         raise Wrong("a configuration without an environment")
@@ -118,6 +138,17 @@ def env(config: dict[str, Any]) -> list[str]:
     return found
 
 
+def _exact(found: Any, known: tuple[str, ...]) -> None:
+    """Refuse keys of an object that are the same, or one of those known, but for their case."""
+    names = getattr(found, "names", ())
+    meant = {name.casefold(): name for name in known}
+    folded = [name.casefold() for name in names]
+    if len(set(folded)) < len(folded) or any(
+        meant.get(key, name) != name for key, name in zip(folded, names, strict=True)
+    ):
+        raise Wrong("two keys that differ in nothing but case, or a key in the wrong case")
+
+
 def _objects(found: dict[str, Any], name: str, most: int) -> list[dict[str, Any]]:
     entries = found.get(name)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -128,6 +159,7 @@ def _objects(found: dict[str, Any], name: str, most: int) -> list[dict[str, Any]
 
 
 def _blob(entry: dict[str, Any]) -> Blob:
+    _exact(entry, PARTS)
     digest, size = entry.get("digest"), entry.get("size")
     if not isinstance(digest, str) or not DIGEST.fullmatch(digest) or type(size) is not int or not 0 <= size <= SIZES:
         raise Wrong("a document that names a part without a SHA-256 digest and a size")

@@ -18,7 +18,9 @@ from ...errors import Error
 NUMBERS = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "ppc64le": 271, "s390x": 280}  # of keyctl(2)
 JOIN_SESSION_KEYRING, SETPERM = 1, 5
 SESSION = -3  # KEY_SPEC_SESSION_KEYRING
-SEARCH = 0x08000000  # by who possesses it: what the kernel itself does; nothing can be read or put in
+# By who possesses it, as the kernel itself does when it looks for a key. Nothing can be put in. The list of what is
+# in it, which is empty, can be read, and it can be invalidated: then no key is found in it, as before.
+SEARCH = 0x08000000
 
 _libc = ctypes.CDLL(None, use_errno=True)
 

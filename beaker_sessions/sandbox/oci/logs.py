@@ -100,20 +100,28 @@ def join(directory: Path, holder: Process, *, whole: bool = False, framed: bool 
         return connection, text
 
 
-def trim(directory: Path) -> None:
-    """Put away a log that was closed, and begin a new one when this is long: an earlier version's conmon does not."""
-    with contextlib.suppress(FileNotFoundError):
+def trim(directory: Path) -> bool:
+    """Put away a log that was closed, and begin a new one when this is long: an earlier version's conmon does not.
+
+    False when somebody is at it just now, who may take seconds: it is still to be done.
+    """
+    try:
         log = (directory / "log").stat()
         if log.st_size > KEEP:
-            with _locked(directory):
+            with _locked(directory, fcntl.LOCK_NB):
                 _put_away(directory)
                 mark = _inode(directory / "log")
                 conmon.command(directory, conmon.REOPEN)
                 if _begun(directory, mark):
                     _put_away(directory)
         elif log.st_ino != _inode(directory / "log.closed"):
-            with _locked(directory):
+            with _locked(directory, fcntl.LOCK_NB):
                 _put_away(directory)
+    except BlockingIOError:
+        return False
+    except FileNotFoundError:  # removed just now
+        pass
+    return True
 
 
 def _begun(directory: Path, closed: int, connection: socket.socket | None = None) -> bool:
@@ -267,10 +275,11 @@ def _tail(fd: int, limit: int, framed: bool) -> bytes:
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
+def _locked(directory: Path, how: int = 0) -> Iterator[None]:
+    """how: LOCK_NB, to raise BlockingIOError while another holds it."""
     fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        fcntl.flock(fd, fcntl.LOCK_EX | how)
         yield
     finally:
         os.close(fd)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import select
 import signal
@@ -18,6 +19,8 @@ from .. import commands
 
 FORKED = 0x40  # PF_FORKNOEXEC, a flag of a process that has executed no program since it was forked; linux/sched.h
 PIDFD_GETFD = 438  # its number on every machine
+
+PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # they say nothing of a process: it may well live
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -55,13 +58,25 @@ class Process:
         return True
 
     def open(self) -> int | None:
-        """A pidfd, readable when the process has ended; None when it has ended already."""
-        with contextlib.suppress(OSError):
-            if self.pid > 0 and self.started > 0:
-                fd = os.pidfd_open(self.pid)
-                if _started(self.pid) == self.started:
-                    return fd
-                os.close(fd)
+        """A pidfd, readable when the process has ended; None when it has ended already.
+
+        Raises OSError, as all of these do, when the machine has no descriptor or memory left at this moment.
+        """
+        if self.pid <= 0 or self.started <= 0:
+            return None
+        try:
+            fd = os.pidfd_open(self.pid)
+        except OSError as error:
+            if error.errno in PASSING:
+                raise
+            return None
+        try:
+            if _started(self.pid) == self.started:
+                return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
         return None
 
     def kill(self, number: int = signal.SIGKILL) -> None:
@@ -119,7 +134,9 @@ def _stat(pid: int) -> list[bytes]:
     """The fields of /proc/PID/stat from the state on, none for a process that is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2].split()
-    except OSError:
+    except OSError as error:
+        if error.errno in PASSING:
+            raise
         return []
 
 

@@ -7,6 +7,7 @@ checksum. One that cannot be read is written anew from what runs, and from `conf
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -24,6 +25,8 @@ from .processes import Process
 FILE, SUM = "sandbox.json", "sum"
 ENDED = Process(1, 0)  # of a sandbox of which nothing runs any more
 KILLED = 137  # 128 + SIGKILL
+# What a damaged disk or directory answers. Anything else passes, such as too many open files, and says nothing.
+DAMAGED = (errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.EBADMSG, errno.EUCLEAN)
 log = logging.getLogger(__name__)
 LOST = "conmon, which held the streams of this session, was killed, and the session could not go on without it"
 
@@ -75,13 +78,20 @@ class Record:
 
 
 class Records:
-    """cgroup: the parent of the sandboxes' own. networks: the directory of their namespaces' files."""
+    """cgroup: the parent of the sandboxes' own. networks: the directory of their namespaces' files.
+
+    parents: also that of an earlier version's, right below the root, where the sandboxes that it began still are.
+    """
 
     def __init__(self, cgroups: Cgroups, cgroup: str, networks: Path) -> None:
-        self.cgroups, self.cgroup, self.networks = cgroups, cgroup, networks
+        self.cgroups, self.networks = cgroups, networks
+        self.parents = tuple(dict.fromkeys((cgroup, "/" + cgroup.rpartition("/")[2])))
 
     def load(self, directory: Path) -> Record | None:
-        """As the function, and of a damaged file what can be found out otherwise."""
+        """As the function, and of a damaged file what can be found out otherwise.
+
+        Raises OSError when that cannot be known at this moment: that nothing runs would be the wrong answer.
+        """
         try:
             return load(directory)
         except ValueError as error:
@@ -96,26 +106,27 @@ class Records:
         return found
 
     def _found_out(self, directory: Path) -> Record | None:
-        cgroup = f"{self.cgroup}/{directory.name}"
+        groups = [f"{parent}/{directory.name}" for parent in self.parents]
         config = configuration(directory)
         main = config.get("process")
         tty = bool(main.get("terminal")) if isinstance(main, dict) else False
         labels = config.get("annotations")
         one = Record(
-            directory.name, dict(labels) if isinstance(labels, dict) else {}, tty, cgroup, boot=boot(), conmon=ENDED
+            directory.name, dict(labels) if isinstance(labels, dict) else {}, tty, groups[0], boot=boot(), conmon=ENDED
         )
-        for pid in self.cgroups.processes(cgroup):
+        for cgroup, pid in [(group, pid) for group in groups for pid in self.cgroups.processes(group)]:
             facts = _status(pid)
             if facts.get("NSpid", "").split()[1:] == ["1"]:  # the first process of the sandbox; its parent is conmon
                 network = self._network(pid)
                 init, parent = Process.of(pid), int(facts.get("PPid", "0"))
                 conmon = Process.of(parent) if _status(parent).get("Name", "").strip() == "conmon" else ENDED
-                return Record(**one.__dict__ | {"init": init, "conmon": conmon, "network": network})
+                seen = {"init": init, "conmon": conmon, "network": network, "cgroup": cgroup}
+                return Record(**one.__dict__ | seen)
         return one if (directory / "started").exists() else None
 
     def _network(self, pid: int) -> str:
         """The name of the network namespace that a process is in, "" for one that is none of ours."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended just now
             own = os.stat(f"/proc/{pid}/ns/net").st_ino
             for path in self.networks.iterdir():
                 if path.stat().st_ino == own:
@@ -126,7 +137,7 @@ class Records:
 def load(directory: Path) -> Record | None:
     """None when the executor was killed before it wrote the file. After a reboot, none of its processes is alive.
 
-    Raises ValueError for a damaged one.
+    Raises ValueError for a damaged one, OSError for one that cannot be read at this moment.
     """
     try:
         data = json.loads((directory / FILE).read_bytes())
@@ -142,14 +153,23 @@ def load(directory: Path) -> Record | None:
         return Record(**data | processes)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except OSError as error:
+        if error.errno not in DAMAGED:
+            raise
+        raise ValueError(str(error)) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(str(error) or type(error).__name__) from error
 
 
 def configuration(directory: Path) -> dict[str, Any]:
-    """A sandbox's `config.json`, nothing where it cannot be read."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        found = json.loads((directory / "config.json").read_bytes())
+    """A sandbox's `config.json`, nothing where it is damaged. Raises OSError as `load`."""
+    with contextlib.suppress(FileNotFoundError, ValueError, RecursionError):
+        try:
+            found = json.loads((directory / "config.json").read_bytes())
+        except OSError as error:
+            if error.errno in DAMAGED:
+                return {}
+            raise
         return found if isinstance(found, dict) else {}
     return {}
 
@@ -161,7 +181,7 @@ def _sum(data: Mapping[str, Any]) -> int:
 def _status(pid: int) -> dict[str, str]:
     try:
         lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return {}
     return dict(line.split(":", 1) for line in lines if ":" in line)
 

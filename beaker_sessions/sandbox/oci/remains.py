@@ -82,9 +82,10 @@ class Remains:
             sandbox.conmon.kill(signal.SIGCONT)  # in case its executor was killed while it was stopped
             known.add(sandbox.id)
             used.add(sandbox.network)
-        for name in self.cgroups.children(self.cgroup) - known:
-            self.kill(Record(name, {}, False, f"{self.cgroup}/{name}"), self.state / "sessions" / name)
-            self.cgroups.remove(f"{self.cgroup}/{name}")
+        for parent in self.records.parents:
+            for name in self.cgroups.children(parent) - known:
+                self.kill(Record(name, {}, False, f"{parent}/{name}"), self.state / "sessions" / name)
+                self.cgroups.remove(f"{parent}/{name}")
         if delegated.base():  # where an earlier version had them
             self.cgroups.remove("/" + self.cgroup.rpartition("/")[2])
         for path in (self.state / "runtime").iterdir():
