@@ -92,7 +92,7 @@ def test_coming_back_to_a_flood_shows_it_without_a_gap(make: Maker) -> None:
     spec = make.spec("seq", "-f", "%07.0f", "0", "9999999", image="debian", stdin=False)
     make.start(spec).close()
     wait_for("output", lambda: len(make.lab.sandboxes.logs(spec.id, 1 << 20)) == 1 << 20)
-    for _ in range(12):
+    for _ in range(4):
         terminal = make.lab.sandboxes.attach(spec.id, replay=True)
         stream = make.stream(terminal)
         while len(stream.out) < 100_000:

@@ -47,7 +47,7 @@ try:
     if how == "unread":
         for _ in range(3):
             socket.send_fds(door, [b""], [passed.fileno()])
-except PermissionError:  # the kernel refuses it, and to close it here would take as long
+except (PermissionError, ConnectionError):  # it is refused, or answered already; to close it here would take as long
     pass
 else:
     passed.close()

@@ -122,10 +122,11 @@ def _files_with(canary: bytes, root: Path) -> list[str]:
         "--files-with-matches",
         "--binary-files=text",
         "--devices=skip",
-        canary,
+        "--file=-",  # lest it be in an argv that a test beside this one looks at
         str(root),
     ]
-    found = subprocess.run([shutil.which("grep") or "grep", *command[1:]], capture_output=True).stdout.decode()
+    command[0] = shutil.which("grep") or "grep"
+    found = subprocess.run(command, input=canary, capture_output=True).stdout.decode()
     on_disk = root.stat().st_dev
     return [name for name in found.splitlines() if os.path.exists(name) and os.stat(name).st_dev == on_disk]
 

@@ -275,26 +275,26 @@ def test_who_left_before_their_turn_gets_no_session(node: Node) -> None:
 
 def test_who_attaches_and_leaves_at_once_keeps_no_terminal(node: Node) -> None:
     """Nobody would read it, and the session would stand still once it is full."""
-    code, out, errors = node.done(*CREATE, "--detach", "-q", "--", "cat")
-    assert code == 0, errors
     files = Path(f"/proc/{node.executor.pid}/fd")
-    attach = {"v": 1, "op": "attach", "token": "t", "id": out.decode().strip(), "size": [24, 80], "whole": True}
 
-    def call() -> socket.socket:
+    def call(**request: object) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         connection.connect(str(node.socket))
-        connection.send(json.dumps(attach).encode())
+        connection.send(json.dumps({"v": 1, "token": "t", "size": [24, 80], **request}).encode())
         return connection
 
-    with call() as first:
-        first.recv(1 << 17)
-        terminal = socket.recv_fds(first, 1 << 17, 1)[1][0]
-    with socket.socket(fileno=terminal) as speaks:  # to whose end the session ends
-        speaks.sendall(b"some output\n")
-        speaks.recv(100)
-        before = len(list(files.iterdir()))
-        for _ in range(20):
-            with call() as connection:
-                connection.recv(1 << 17)  # it is at it
-        assert node.jobs()
-        wait_for("every terminal to be closed", lambda: len(list(files.iterdir())) <= before)
+    session = {"requests": {"gpuCount": 0}, "bare": True, "command": ["cat"]}
+    with call(op="create", key="k", session=session, tty=True, stdin=True) as creates:
+        descriptors: list[int] = []
+        while not descriptors:
+            _, descriptors, _, _ = socket.recv_fds(creates, 1 << 17, 1)
+        with socket.socket(fileno=descriptors[0]) as terminal:
+            terminal.sendall(b"some output\n")
+            terminal.recv(100)
+    (job,) = node.jobs()
+    before = len(list(files.iterdir()))
+    for _ in range(20):
+        with call(op="attach", id=job["id"], whole=True) as leaves:
+            leaves.recv(1 << 17)  # it is at it
+    assert node.jobs()
+    wait_for("every terminal to be closed", lambda: len(list(files.iterdir())) <= before)

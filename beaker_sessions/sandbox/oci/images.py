@@ -85,6 +85,7 @@ class Images:
         self, root: Path, docker: str = "", limits: Limits | None = None, realms: Mapping[str, str] | None = None
     ) -> None:
         self.root, self.docker, self.realms = root, docker, realms or {}
+        self._engine = Engine(docker)  # one, so that its version is asked for once and not by each create
         self.needed: Callable[[], set[str]] | None = None
         with contextlib.suppress(FileExistsError):
             root.mkdir(mode=0o700, parents=True)
@@ -318,7 +319,7 @@ class Images:
         if not self.docker or not os.path.exists(self.docker):
             return {}
         try:
-            return dict(Engine(self.docker).call("GET", f"/images/{_familiar(wanted)}/json", timeout=ASK))
+            return dict(self._engine.call("GET", f"/images/{_familiar(wanted)}/json", timeout=ASK))
         except Error:  # also when the engine is away: then its images are not on this machine
             return {}
 
