@@ -99,10 +99,11 @@ class Lifecycle:
 
         def guarded() -> None:
             try:
-                with self._lock:
-                    if what == "start" and id not in self._unbegun:
-                        return  # it was stopped meanwhile
-                    self._unbegun.discard(id)
+                if what == "start":
+                    with self._lock:
+                        if id not in self._unbegun:
+                            return  # it was stopped meanwhile
+                        self._unbegun.remove(id)
                 act(id)
             except Error as error:  # the next reconcile takes it up again
                 log.warning("session %s: %s failed: %s", id, what, error)

@@ -29,7 +29,6 @@ from .report import Reporter
 from .sessions import Sessions
 
 DRIVERS = ("oci", "docker")
-TURN = 0.0005  # seconds that a busy thread keeps the interpreter from the loop, which has somebody waiting
 TRIAL = 16 << 20  # bytes that a trial of the driver may need
 STOP_GRACE = 30  # seconds: a shutdown waits no longer, and neither does whoever stops a session
 
@@ -142,7 +141,6 @@ def serve(settings: ExecutorSettings, database: Path | None) -> None:
     limits, creates = admission.Limits.of(settings), trusted(settings)
     firewall.rules(settings.bridge, "", (), settings.session_access)  # says what is wrong with them
     stop = {signal.SIGTERM, signal.SIGINT}
-    sys.setswitchinterval(TURN)
     signal.pthread_sigmask(signal.SIG_BLOCK, stop)  # before any thread: they inherit it
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -333,6 +333,7 @@ def test_the_subordinate_ids_of_one_person_are_one_peer(
     with ExitStack() as floods:
         for uid in range(100000, 100006):
             floods.enter_context(flooding(real.port, uid, 20))
+        wait_for("all to be let in", lambda: sum(map(len, real.gate.connections.values())) >= 20)
         held = {peer: len(some) for peer, some in real.gate.connections.items()}
         assert held == {"uids of eve": 20}
 
